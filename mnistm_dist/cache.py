@@ -1,0 +1,58 @@
+"""Shows and clears the cache: decoded splits, and packed sets that were fetched from a server.
+
+    python -m mnistm_dist.cache list                 what is there, how large, when last used
+    python -m mnistm_dist.cache clear                everything
+    python -m mnistm_dist.cache clear 1f0c22d9       the entries whose name begins so
+
+Nothing is lost by it but time: the next launch decodes or fetches again. Runs under way keep what they have opened.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from mnistm_dist.config import ArgumentParser
+from mnistm_dist.errors import UserError, run_door
+
+
+def main(argv: list[str]) -> int:
+    """Runs the door; returns the exit code. Raises `UserError`."""
+    parser = ArgumentParser(prog="python -m mnistm_dist.cache", description=__doc__)
+    parser.add_argument("action", choices=("list", "clear"))
+    parser.add_argument("names", nargs="*", metavar="NAME", help="names of entries, or how they begin (default: all)")
+    parser.add_argument("--cache-dir", metavar="DIR", help="default: as in training")
+    parser.add_argument("--json", action="store_true", help="list: print a JSON array")
+    args = parser.parse_args(argv)
+
+    from mnistm_dist.data.cache import clear, default_cache_dir, entries
+
+    cache_dir = Path(args.cache_dir) if args.cache_dir else default_cache_dir()
+    found = entries(cache_dir)
+    for name in args.names:
+        if not any(entry.path.name.startswith(name) for entry in found):
+            raise UserError(f"{name}: no such entry in {cache_dir}; python -m mnistm_dist.cache list shows all")
+    chosen = [e for e in found if not args.names or any(e.path.name.startswith(name) for name in args.names)]
+
+    if args.action == "list" and args.json:
+        rows = [{"name": e.path.name, "kind": e.kind, "bytes": e.size, "used": e.used, **e.about} for e in chosen]
+        print(json.dumps(rows))
+        return 0
+    if args.action == "list":
+        print(f"{cache_dir}: {len(chosen)} entries, {sum(entry.size for entry in chosen) / 1e6:,.1f} MB")
+        for e in chosen:
+            used = time.strftime("%Y-%m-%d %H:%M", time.localtime(e.used))
+            print(f"{e.path.name}  {e.kind:<9}  {e.size / 1e6:10,.1f} MB  {used}  {e.about.get('source', '')}")
+        return 0
+    busy = [entry for entry in chosen if not clear(entry)]
+    removed = sum(entry.size for entry in chosen) - sum(entry.size for entry in busy)
+    print(f"removed {len(chosen) - len(busy)} entries, {removed / 1e6:,.1f} MB")
+    if busy:
+        raise UserError(f"{busy[0].path}: a process is filling it just now; try again when it is done")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_door(main))

@@ -1,0 +1,110 @@
+"""The pixels of a set, decoded in key order: checked one by one, summed and counted exactly."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from mnistm_dist.data.manifest import PIXEL_GROUPS
+from mnistm_dist.data.parallel import in_chunks, ordered_map, workers_for
+from mnistm_dist.data.png import check_png, decode_png
+
+CHUNK = 256
+"""Images that a worker decodes at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """One image to decode."""
+
+    split: str
+    png: bytes
+    origin: str
+    """"file: member", for messages."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelSums:
+    """What the pixels of a set add up to."""
+
+    groups: dict[str, str]
+    """sha256 of all RGB bytes in key order, of "train+val" and of "test"."""
+    splits: dict[str, str]
+    """The same, of each split."""
+    moments: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]]
+    """(mean, standard deviation) of each split, per channel, on a scale of 0 to 1."""
+
+
+@dataclass(kw_only=True)
+class PixelSummer:
+    """Takes images in key order (train, val, test) and sums them up."""
+
+    _groups: dict[str, hashlib._Hash] = field(default_factory=dict)
+    _splits: dict[str, hashlib._Hash] = field(default_factory=dict)
+    _histograms: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def add(self, split: str, pixels: np.ndarray, histogram: np.ndarray) -> None:
+        """Adds images uint8 (n, H, W, 3) of one split and their `channel_histogram`."""
+        group = next(name for name, members in PIXEL_GROUPS.items() if split in members)
+        for name, hashes in ((group, self._groups), (split, self._splits)):
+            hashes.setdefault(name, hashlib.sha256()).update(np.ascontiguousarray(pixels).data)
+        self._histograms[split] = self._histograms.get(split, 0) + histogram
+
+    def result(self) -> PixelSums:
+        """The sums of all that was added."""
+        return PixelSums(
+            groups={name: digest.hexdigest() for name, digest in self._groups.items()},
+            splits={name: digest.hexdigest() for name, digest in self._splits.items()},
+            moments={name: moments_of(histogram) for name, histogram in self._histograms.items()},
+        )
+
+
+def channel_histogram(pixels: np.ndarray) -> np.ndarray:
+    """How often each value stands in each channel of uint8 (..., 3): int64 (3, 256)."""
+    return np.stack([np.bincount(pixels[..., channel].ravel(), minlength=256) for channel in range(3)]).astype(np.int64)
+
+
+def moments_of(histogram: np.ndarray) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Mean and standard deviation (of the population) per channel, on a scale of 0 to 1, of a `channel_histogram`.
+
+    Sums of integers, one division each: the same floats on every machine and for every number of workers.
+    """
+    means, stds = [], []
+    for counts in histogram.tolist():
+        count = sum(counts)
+        total = sum(value * times for value, times in enumerate(counts))
+        squares = sum(value * value * times for value, times in enumerate(counts))
+        means.append(total / (255 * count))
+        stds.append(math.sqrt((count * squares - total * total) / (255 * 255 * count * count)))
+    return (means[0], means[1], means[2]), (stds[0], stds[1], stds[2])
+
+
+def decode_in_order(
+    images: Iterable[Encoded], *, count: int, size: tuple[int, int]
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Checks and decodes in parallel: yields (split, pixels uint8 (n, H, W, 3), `channel_histogram`), in order.
+
+    ``count`` is about how many there are, ``size`` the (height, width) that each must have; what is held at once is
+    bounded. Raises `UserError` naming the first image that is none or of another size.
+    """
+    tasks = ((chunk, size) for chunk in _chunks_of_one_split(images))
+    return ordered_map(_decode_chunk, tasks, workers=workers_for(count))
+
+
+def _chunks_of_one_split(images: Iterable[Encoded]) -> Iterator[list[Encoded]]:
+    for chunk in in_chunks(images, CHUNK):
+        for split in dict.fromkeys(image.split for image in chunk):
+            yield [image for image in chunk if image.split == split]
+
+
+def _decode_chunk(task: tuple[list[Encoded], tuple[int, int]]) -> tuple[str, np.ndarray, np.ndarray]:
+    images, size = task
+    pixels = np.empty((len(images), *size, 3), dtype=np.uint8)
+    for place, image in enumerate(images):
+        check_png(image.png, image.origin)
+        pixels[place] = decode_png(image.png, image.origin, size)
+    return images[0].split, pixels, channel_histogram(pixels)

@@ -1,0 +1,123 @@
+"""uint8 images to what the model sees: whole batches, on the device where they lie.
+
+Every random number comes from (seed, position), so an image is augmented alike on any rank, in any micro-batch, after
+any restart.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from mnistm_dist.config import AugmentConfig
+from mnistm_dist.data.order import uniform
+
+DRAWS = 9
+"""Random numbers of one image: shift x and y, rotation, scale, inversion, whether and how channels are permuted,
+cutout x and y."""
+
+
+class Preprocess:
+    """Resize and normalise, as evaluation, prediction and export see images.
+
+    ``mean`` and ``std`` are per channel, of values from 0 to 1. Call it with uint8 (B, H, W, 3); it gives float32
+    (B, 3, size, size) in the memory format channels_last if the input is contiguous.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device | str = "cpu") -> None:
+        self.mean = torch.tensor(mean, dtype=torch.float32, device=device).view(1, -1, 1, 1)
+        self.std = torch.tensor(std, dtype=torch.float32, device=device).view(1, -1, 1, 1)
+
+    def __call__(self, images: Tensor, size: int) -> Tensor:
+        return self.normalise(resize(to_float(images), size))
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """float (B, 3, H, W) from 0 to 1, to mean 0 and standard deviation 1, in place."""
+        return images.sub_(self.mean).div_(self.std)
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 (B, H, W, 3) to float32 (B, 3, H, W) from 0 to 1, in the memory format channels_last."""
+    return images.permute(0, 3, 1, 2).float().div_(255)
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """Bilinear, corners not aligned, with antialiasing where it shrinks: float (B, C, H, W) to (B, C, size, size)."""
+    height, width = images.shape[-2:]
+    if (height, width) == (size, size):
+        return images
+    shrinks = size < max(height, width)
+    return functional.interpolate(images, (size, size), mode="bilinear", align_corners=False, antialias=shrinks)
+
+
+class Augment:
+    """`Preprocess` with the random changes of `AugmentConfig`, as training sees images."""
+
+    def __init__(self, config: AugmentConfig, preprocess: Preprocess, seed: int) -> None:
+        self.config, self.preprocess, self.seed = config, preprocess, seed
+        self.moves = bool(config.shift or config.rotate or config.scale)
+
+    def __call__(self, images: Tensor, positions: np.ndarray, size: int) -> Tensor:
+        """uint8 (B, H, W, 3) at training ``positions`` int64 (B,) to float32 (B, 3, size, size)."""
+        config = self.config
+        if not (self.moves or config.invert or config.permute_channels or config.cutout):
+            return self.preprocess(images, size)
+        draws = torch.from_numpy(uniform(self.seed, positions, DRAWS)).to(images.device, non_blocking=True)
+        if config.invert:
+            # 255 - x is x XOR 255; a photo's inverse blended with a digit is the inverse of the blend's kind: |photo -
+            # digit|.
+            images = images ^ (draws[:, 4] < config.invert).to(torch.uint8).mul_(255).view(-1, 1, 1, 1)
+        if config.permute_channels:
+            images = permute_channels(images, draws[:, 5] < config.permute_channels, draws[:, 6])
+        floats = to_float(images)
+        height, width = floats.shape[-2:]
+        floats = self.preprocess.normalise(self.move(floats, draws, size) if self.moves else resize(floats, size))
+        if config.cutout:
+            floats = cut_out(floats, draws[:, 7:9], config.cutout / width, config.cutout / height)
+        return floats
+
+    def move(self, images: Tensor, draws: Tensor, size: int) -> Tensor:
+        """Rotates, scales and shifts about the centre while it resizes; beyond an edge the image is mirrored.
+
+        The affine map takes output to input coordinates in [-1, 1]: p_in = R(angle) p_out / scale + shift
+        (torch.nn.functional.affine_grid).
+        """
+        height, width = images.shape[-2:]
+        signed = draws[:, :4] * 2 - 1
+        angle = signed[:, 2] * (self.config.rotate * torch.pi / 180)
+        inverse_scale = 1 / (1 + signed[:, 3] * self.config.scale)
+        cos, sin = torch.cos(angle) * inverse_scale, torch.sin(angle) * inverse_scale
+        shift_x = signed[:, 0] * (2 * self.config.shift / width)
+        shift_y = signed[:, 1] * (2 * self.config.shift / height)
+        theta = torch.stack([cos, -sin, shift_x, sin, cos, shift_y], dim=1).view(-1, 2, 3)
+        grid = functional.affine_grid(theta, [len(images), 1, size, size], align_corners=False)
+        return functional.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+
+
+CHANNEL_ORDERS = tuple(itertools.permutations(range(3)))
+
+
+def permute_channels(images: Tensor, chosen: Tensor, draw: Tensor) -> Tensor:
+    """uint8 (B, H, W, 3) with the channels of ``chosen`` images, bool (B,), in one of six orders, by ``draw`` in [0,
+    1)."""
+    orders = torch.tensor(CHANNEL_ORDERS, device=images.device)
+    picked = orders[torch.where(chosen, (draw * len(CHANNEL_ORDERS)).long(), 0)]
+    return images.gather(3, picked.view(-1, 1, 1, 3).expand_as(images))
+
+
+def cut_out(images: Tensor, centres: Tensor, width: float, height: float) -> Tensor:
+    """float (B, C, H, W) with a rectangle at ``centres`` (B, 2), x and y in [0, 1), set to 0, the mean. Sides are
+    shares of the image.
+
+    DeVries and Taylor 2017, arXiv 1708.04552.
+    """
+    rows = (torch.arange(images.shape[-2], device=images.device) + 0.5) / images.shape[-2]
+    columns = (torch.arange(images.shape[-1], device=images.device) + 0.5) / images.shape[-1]
+    in_x = (columns - centres[:, :1]).abs() < width / 2
+    in_y = (rows - centres[:, 1:]).abs() < height / 2
+    return images.masked_fill((in_y[:, None, :, None] & in_x[:, None, None, :]), 0.0)

@@ -1,0 +1,30 @@
+"""What a person got wrong, and how a door says so: one line on stderr, exit code 2, no traceback."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+EXIT_USER_ERROR = 2
+"""Exit code of a person's mistake."""
+EXIT_PREEMPTED = 75
+"""Exit code of a run that a signal cut short after a clean save (EX_TEMPFAIL of sysexits.h)."""
+
+
+class UserError(ValueError):
+    """A person's mistake: the message names the thing, what was found, what is accepted and what to do, in one line."""
+
+
+def run_door(main: Callable[[list[str]], int], argv: list[str] | None = None) -> int:
+    """Runs a door's ``main`` and turns a `UserError` into one line on stderr and exit code 2.
+
+    Of several processes rank 0 alone speaks: all of them find the same mistake, or share it (`World.together`).
+    Returns the exit code; every other exception passes through, since it is our own mistake.
+    """
+    try:
+        return main(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR

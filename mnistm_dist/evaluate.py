@@ -1,0 +1,208 @@
+"""Evaluate a trained run, exactly, at any number of processes.
+
+    python -m mnistm_dist.evaluate runs/NAME
+    accelerate launch --multi_gpu --num_processes 4 -m mnistm_dist.evaluate runs/NAME --split test --checkpoint last
+
+Writes into the run: ``predictions_SPLIT.csv``, ``confusion_matrix_SPLIT.png``, ``mistakes_SPLIT.png`` and the split's
+numbers in ``summary.json``. On one kind of device the predictions are the same, byte for byte, at every world size.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mnistm_dist.config import ArgumentParser
+from mnistm_dist.errors import UserError, run_door
+
+if TYPE_CHECKING:
+    from mnistm_dist.config import Config
+    from mnistm_dist.data.loader import Reader
+    from mnistm_dist.data.shards import ShardSet
+    from mnistm_dist.reporting.console import Console
+    from mnistm_dist.reporting.metrics import Metrics
+    from mnistm_dist.training.checkpoint import Checkpoint
+    from mnistm_dist.training.distributed import World
+    from mnistm_dist.training.evaluation import Predictions
+
+MISTAKES_SHOWN = 40
+"""Mistakes drawn in ``mistakes_SPLIT.png``, the most confident first."""
+
+
+def main(argv: list[str]) -> int:
+    """Evaluates a run's checkpoint on its splits. Exit codes: 0, or 2 for a person's mistake."""
+    parser = ArgumentParser(prog="python -m mnistm_dist.evaluate", description=__doc__)
+    parser.add_argument("run", metavar="RUN", help="a run folder")
+    parser.add_argument("--shards", metavar="DIR", help="the packed set (default: the run's)")
+    parser.add_argument("--split", choices=["val", "test"], help="one split only (default: both)")
+    parser.add_argument("--checkpoint", default="chosen", metavar="best|last|PATH", help="default: the run's choice")
+    args = parser.parse_args(argv)
+
+    from mnistm_dist import config as configuration
+    from mnistm_dist.launch import open_readers, open_set
+    from mnistm_dist.reporting.console import Console
+    from mnistm_dist.training import distributed
+    from mnistm_dist.training.run_folder import is_held
+
+    run_dir = Path(args.run)
+    if not (run_dir / "config.yaml").is_file():
+        raise UserError(f"{run_dir}: no run folder (no config.yaml); name one, such as runs/NAME")
+    if is_held(run_dir):
+        raise UserError(f"{run_dir}: a live run holds it; wait for its end")
+    config = configuration.load(run_dir / "config.yaml")
+    if args.shards:
+        config = configuration.replace(config, shards=args.shards)
+    world = distributed.start(
+        configuration.replace(config, threads="auto").machine,
+        expect_world_size=None,
+        collective_timeout=config.run.collective_timeout,
+    )
+    console = Console(enabled=world.is_main)
+    try:
+        shards = open_set(config.data, world, console)
+        splits = [split for split in ("val", "test") if split in shards.manifest.splits]
+        if args.split is not None:
+            shards.split(args.split)
+            splits = [args.split]
+        checkpoint, how = choose_checkpoint(run_dir, args.checkpoint, has_test="test" in shards.manifest.splits)
+        readers = open_readers(shards, config.data, splits, world, console)
+        results = evaluate_checkpoint(run_dir, checkpoint, config, world, console, shards, readers)
+        if world.is_main:
+            summary = read_summary(run_dir) | {"checkpoint": how} | results
+            write_summary(run_dir, summary)
+            tell_result(console, run_dir, summary, list(results))
+    except UserError:
+        world.leave()
+        raise
+    world.leave()
+    return 0
+
+
+def choose_checkpoint(run_dir: Path, which: str, *, has_test: bool) -> tuple[Checkpoint, dict[str, Any]]:
+    """A checkpoint and, for ``summary.json``, which one it is.
+
+    ``which`` is best, last, a path, or chosen: the best on val where a test split gives an honest result, else the
+    last. Raises `UserError` where there is no such checkpoint.
+    """
+    from mnistm_dist.training import checkpoint as checkpoints
+
+    complaints: list[str] = []
+    if which in ("best", "last", "chosen"):
+        last = checkpoints.newest(run_dir, complaints.append)
+        if last is None:
+            raise UserError(f"{run_dir}: no whole checkpoint in it{'; ' + complaints[0] if complaints else ''}")
+        best = last.state["past"]["best"]
+        wanted, chosen = last.path, "last"
+        if which == "best" and best is None:
+            raise UserError(
+                f"{run_dir}: nothing was evaluated on val, so there is no best checkpoint; use --checkpoint last"
+            )
+        if best is not None and (which == "best" or (which == "chosen" and has_test)):
+            wanted, chosen = run_dir / "checkpoints" / f"step-{best['step']:08d}", "best on val"
+        found = last if wanted == last.path else checkpoints.open_checkpoint(wanted)
+    else:
+        found, chosen = checkpoints.open_checkpoint(Path(which)), "named"
+    how = {
+        "step": found.step,
+        "chosen": chosen,
+        "averaged": found.state["averaged"],
+        "image_size": found.state["image_size"],
+    }
+    return found, how
+
+
+def evaluate_checkpoint(
+    run_dir: Path,
+    checkpoint: Checkpoint,
+    config: Config,
+    world: World,
+    console: Console,
+    shards: ShardSet,
+    readers: dict[str, Reader],
+) -> dict[str, Any]:
+    """Predicts every split that has a reader and writes what it shows; gives the splits' numbers on rank 0. All ranks
+    take part."""
+    import torch
+
+    from mnistm_dist.data.loader import evaluation_batches
+    from mnistm_dist.data.transforms import Preprocess
+    from mnistm_dist.training import checkpoint as checkpoints
+    from mnistm_dist.training.evaluation import BATCH_SIZE, predict_split
+    from mnistm_dist.training.model import create_model
+
+    classes = shards.manifest.classes
+    layout = torch.channels_last if config.machine.memory_format == "channels_last" else torch.contiguous_format
+    model = create_model(len(classes), config.schedule.seed).to(world.device).to(memory_format=layout)
+    world.together(lambda: checkpoints.load_model(checkpoint.path, model))
+    # Normalised as in training, also where the images of another set are scored.
+    preprocess = Preprocess(checkpoint.state["mean"], checkpoint.state["std"], world.device)
+    results: dict[str, Any] = {}
+    for split, reader in readers.items():
+        count = shards.split(split).count
+        with console.progress(f"evaluating {split}", count) as bar:
+            predictions = predict_split(
+                world,
+                model,
+                preprocess,
+                evaluation_batches(reader, batch_size=BATCH_SIZE, world_size=world.size, rank=world.rank),
+                size=count,
+                image_size=checkpoint.state["image_size"],
+                progress=bar,
+            )
+        if predictions is not None:
+            results[split] = write_split(run_dir, split, predictions, shards, reader).to_json()
+    return results
+
+
+def write_split(run_dir: Path, split: str, predictions: Predictions, shards: ShardSet, reader: Reader) -> Metrics:
+    """The files of one split's predictions, and their metrics. Rank 0 alone."""
+    import numpy as np
+
+    from mnistm_dist.reporting import figures
+    from mnistm_dist.reporting.drawing import save
+    from mnistm_dist.reporting.predictions import mistakes, read_predictions
+    from mnistm_dist.training.evaluation import write_predictions
+
+    classes = shards.manifest.classes
+    path = run_dir / f"predictions_{split}.csv"
+    write_predictions(path, shards.keys(split, np.arange(len(predictions.labels))), predictions, classes)
+    # Every number and figure comes from the file that was written.
+    written = read_predictions(path, classes)
+    metrics = written.measure()
+    save(figures.confusion_matrix(metrics, f"Confusion matrix, {split}"), run_dir / f"confusion_matrix_{split}.png")
+    wrong = mistakes(written)
+    shown = wrong[:MISTAKES_SHOWN]
+    images = list(reader.gather(np.array([m.id for m in shown], dtype=np.int64))[0].cpu().numpy()) if shown else []
+    save(figures.mistakes(images, shown, len(wrong), f"Mistakes, {split}"), run_dir / f"mistakes_{split}.png")
+    return metrics
+
+
+def read_summary(run_dir: Path) -> dict[str, Any]:
+    """``summary.json``, or nothing where there is none yet."""
+    try:
+        found = json.loads((run_dir / "summary.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def write_summary(run_dir: Path, summary: dict[str, Any]) -> None:
+    """``summary.json``, whole or not at all."""
+    from mnistm_dist.training.checkpoint import write_durably
+
+    write_durably(run_dir / "summary.json", json.dumps(summary, indent=1).encode())
+
+
+def tell_result(console: Console, run_dir: Path, summary: dict[str, Any], splits: list[str]) -> None:
+    """The result on the console: accuracy, the worst confusions in words, the paths."""
+    from mnistm_dist.reporting.metrics import Metrics, describe
+
+    words = "\n\n".join(f"{split}: {describe(Metrics.from_json(summary[split]))}" for split in splits)
+    paths = {f"predictions, {split}": str(run_dir / f"predictions_{split}.csv") for split in splits}
+    console.result(summary, words, {"run folder": str(run_dir), **paths})
+
+
+if __name__ == "__main__":
+    sys.exit(run_door(main))

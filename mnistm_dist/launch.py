@@ -1,0 +1,163 @@
+"""From a request to what a run works with: which run to go on with, the data, every ``auto`` settled.
+
+1. `choose_start`: the configuration, and the checkpoint to go on from.
+2. `open_set`, `open_readers`: the shards, a reader of each split.
+3. `resolve`: every ``auto``, once; the result is written to the run's ``config.yaml`` and kept at a resume.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from mnistm_dist import config as configuration
+from mnistm_dist.config import Config, DataConfig, Request
+from mnistm_dist.data import loader
+from mnistm_dist.data.loader import Reader
+from mnistm_dist.data.order import accumulation, accumulation_share
+from mnistm_dist.data.packing import pack
+from mnistm_dist.data.remote import is_address
+from mnistm_dist.data.shards import Manifest, ShardSet
+from mnistm_dist.data.sources import open_source
+from mnistm_dist.errors import UserError
+from mnistm_dist.reporting.console import Console
+from mnistm_dist.training import checkpoint as checkpoints
+from mnistm_dist.training.checkpoint import Checkpoint
+from mnistm_dist.training.distributed import World
+from mnistm_dist.training.run_folder import read_state
+
+SAMPLE = Path("shards/sample")
+"""Where the bundled sample is packed to, and looked for, when no shards are named."""
+
+
+def choose_start(request: Request) -> tuple[Config | None, Checkpoint | None]:
+    """The configuration to run with and the checkpoint to go on from, if any; no configuration where the run is
+    finished.
+
+    Reads the run folder, changes nothing. Raises `UserError` where ``--resume`` and the folder do not fit.
+    """
+    resume, named = request.given.get("resume"), request.given.get("run_dir")
+    if resume is None:
+        if named is not None and Path(named).exists() and any(Path(named).iterdir()):
+            raise UserError(
+                f"run folder {named}: holds files already; --resume {named} goes on, or choose another --run-dir"
+            )
+        return configuration.from_request(request), None
+    if resume == "auto" and named is None:
+        raise UserError("resume: auto needs --run-dir, to know which run to go on with")
+    target = Path(str(named) if resume == "auto" else resume)
+    one = target.name.startswith("step-") and target.parent.name == "checkpoints"
+    run_dir = target.parents[1] if one else target
+    if resume != "auto" and not (run_dir / "config.yaml").is_file():
+        raise UserError(
+            f"resume {resume}: no run there (no config.yaml); name a run folder or one of its checkpoints, or auto"
+        )
+    if named is not None and Path(named).resolve() != run_dir.resolve():
+        raise UserError(f"resume {resume}: is not the run of --run-dir {named}; leave one of the two out")
+    if (read_state(run_dir) or {}).get("state") == "finished" and not one:
+        say_on_main(f"{run_dir} is finished: nothing to do (python -m mnistm_dist.report {run_dir} shows it)")
+        return None, None
+    found = checkpoints.open_checkpoint(target) if one else checkpoints.newest(run_dir, say_on_main)
+    if found is None:
+        return configuration.replace(configuration.from_request(request), run_dir=str(run_dir)), None
+    config = configuration.at_resume(configuration.load(run_dir / "config.yaml"), request)
+    return configuration.replace(config, run_dir=str(run_dir)), found
+
+
+def say_on_main(text: str) -> None:
+    """A line on stderr from rank 0, before the processes have joined."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)
+
+
+def open_set(data: DataConfig, world: World, console: Console) -> ShardSet:
+    """The packed set, fetched into the node's cache if it is remote; the bundled sample is packed where none is named.
+
+    All ranks take part. Those of one node wait for one another at a lock, never in a collective.
+    """
+    if data.shards is None:
+        world.together(lambda: pack_sample(console) if world.local_rank == 0 else None)
+    shards = data.shards or str(SAMPLE)
+
+    def open_here() -> ShardSet:
+        if not is_address(shards):
+            return loader.open_shards(shards, cache_dir=cache_dir(data))
+        with console.progress(f"fetching {shards}", None, "bytes") as bar:
+            return loader.open_shards(shards, cache_dir=cache_dir(data), progress=bar)
+
+    return world.together(open_here)
+
+
+def open_readers(
+    shards: ShardSet, data: DataConfig, splits: Iterable[str], world: World, console: Console
+) -> dict[str, Reader]:
+    """A reader of each split: every shard is checked, and decoded first where the reading is resident.
+
+    All ranks take part.
+    """
+
+    def open_here(split: str) -> Reader:
+        with console.progress(f"opening {split}", shards.split(split).count) as bar:
+            return loader.open_reader(
+                shards, split, data, cache_dir=cache_dir(data), device=world.device, threads=world.threads, progress=bar
+            )
+
+    return {split: world.together(functools.partial(open_here, split)) for split in splits}
+
+
+def cache_dir(data: DataConfig) -> Path:
+    """Where decoded and fetched sets lie."""
+    return Path(data.cache_dir) if data.cache_dir else loader.default_cache_dir()
+
+
+def pack_sample(console: Console) -> None:
+    """Packs the bundled sample to `SAMPLE` unless it is there."""
+    if (SAMPLE / "manifest.json").exists():
+        return
+    try:
+        with console.progress("packing the bundled sample", None) as bar:
+            pack(open_source("sample"), SAMPLE, progress=bar)
+    except UserError:
+        # Another node, or another run, may have been first.
+        if not (SAMPLE / "manifest.json").exists():
+            raise
+
+
+def resolve(config: Config, world: World, manifest: Manifest) -> Config:
+    """Every ``auto`` settled. Raises `UserError` where batch, micro-batch, streams and world size do not fit one
+    another."""
+    batch_size = config.schedule.batch_size
+    micro_batch = config.schedule.micro_batch
+    if micro_batch == "auto":
+        micro_batch = accumulation_share(batch_size=batch_size, world_size=world.size)
+    accumulation(batch_size=batch_size, world_size=world.size, micro_batch=micro_batch)
+    if micro_batch < 2:
+        raise UserError(
+            f"micro_batch: {micro_batch} image per forward; BatchNorm needs at least 2: use a larger --batch-size"
+        )
+    order, data, streams = loader.choose_reading(config.data, manifest, batch_size=batch_size, world_size=world.size)
+    return configuration.replace(
+        config,
+        shards=config.data.shards or str(SAMPLE),
+        order=order,
+        data=data,
+        streams=streams,
+        micro_batch=micro_batch,
+        precision=world.precision,
+        threads=world.threads,
+        memory_format="channels_last" if config.machine.memory_format == "auto" else config.machine.memory_format,
+    )
+
+
+def choose_run_dir(config: Config) -> Path:
+    """The run's folder: the one that is named, else runs/RECIPE-TIME. Rank 0 alone, since it reads the clock."""
+    if config.run.run_dir is not None:
+        return Path(config.run.run_dir)
+    name = f"{Path(config.recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    taken = (Path("runs") / (name if n == 1 else f"{name}-{n}") for n in itertools.count(1))
+    return next(path for path in taken if not path.exists())

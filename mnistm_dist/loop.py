@@ -1,0 +1,424 @@
+"""The training loop, and what it tells on its way.
+
+At every step boundary the ranks agree whether to go on, to save, or to save and leave: a signal to any of them, or
+rank 0's clock, decides for all. Saving, logging and evaluating change nothing in the training state.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from mnistm_dist import config as configuration
+from mnistm_dist.config import Config
+from mnistm_dist.data.loader import Reader, create_order, evaluation_batches, train_batches
+from mnistm_dist.data.order import accumulation, epoch_ends, epochs_done, step_positions, steps_for
+from mnistm_dist.data.shards import ShardSet
+from mnistm_dist.data.transforms import Augment, Preprocess
+from mnistm_dist.errors import UserError
+from mnistm_dist.reporting.console import Console
+from mnistm_dist.reporting.metrics import measure
+from mnistm_dist.reporting.tracking import open_tracker
+from mnistm_dist.training import checkpoint as checkpoints
+from mnistm_dist.training.checkpoint import Checkpoint
+from mnistm_dist.training.checks import check_model_learns
+from mnistm_dist.training.distributed import Agreement, World, prepare
+from mnistm_dist.training.environment import describe_environment
+from mnistm_dist.training.evaluation import BATCH_SIZE, predict_split
+from mnistm_dist.training.model import architecture, count_parameters, create_model
+from mnistm_dist.training.optim import WeightAverage, create_optimizer, learning_rate
+from mnistm_dist.training.profiling import traced
+from mnistm_dist.training.run_folder import RunFolder
+from mnistm_dist.training.signals import StopRequest
+from mnistm_dist.training.step import LossWindow, NonFiniteLoss, gradient_norm, train_step
+
+GO_ON, SAVE, LEAVE = 0, 1, 2
+"""What a rank wishes at a step boundary; the largest wish wins."""
+
+
+class Preempted(Exception):
+    """The run was asked to stop, has saved and leaves."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclass
+class Past:
+    """What of a run's past stands in a checkpoint, beside the weights."""
+
+    train_seconds: float = 0.0
+    """In training steps, over all launches: without evaluation, saving and starting."""
+    best: dict[str, Any] | None = None
+    """The best evaluation on val so far: step, accuracy, image_size."""
+    pending: list[float] = field(default_factory=list)
+    """Losses of the steps since the last row of the log."""
+
+
+class Trainer:
+    """A run in memory: model, optimizer, data and how far it is."""
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        console: Console,
+        folder: RunFolder,
+        shards: ShardSet,
+        readers: dict[str, Reader],
+        stop: StopRequest,
+    ) -> None:
+        """Builds the model with its initial weights; ``config`` holds no ``auto``. All ranks take part."""
+        self.config, self.world, self.console, self.folder, self.stop = config, world, console, folder, stop
+        self.shards, self.readers = shards, readers
+        schedule = config.schedule
+        self.manifest = shards.manifest
+        split = self.manifest.splits["train"]
+        self.order = create_order(config.data, schedule, self.manifest)
+        self.size = split.count
+        self.total_steps = steps_for(schedule.epochs, size=split.count, batch_size=schedule.batch_size)
+        self.last_step = min(self.total_steps, config.run.max_steps or self.total_steps)
+        self.preprocess = Preprocess(split.mean, split.std, world.device)
+        self.augment = Augment(config.augment, self.preprocess, schedule.seed)
+        model = create_model(len(self.manifest.classes), schedule.seed)
+        if config.machine.sync_batchnorm:
+            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        # Before the wrapping: DDP lays its buckets out by the strides that it finds.
+        layout = torch.channels_last if config.machine.memory_format == "channels_last" else torch.contiguous_format
+        self.model = model.to(world.device).to(memory_format=layout)
+        self.wrapped, self.optimizer = prepare(
+            world, self.model, create_optimizer(self.model, config.optim), config.machine
+        )
+        self.average = WeightAverage(self.model, config.optim.average) if config.optim.average else None
+        self.past = Past()
+        self.steps_done = 0
+
+    @property
+    def evaluated(self) -> torch.nn.Module:
+        """The model to evaluate and to keep: the averaged one where the recipe averages."""
+        return self.average.model if self.average else self.model
+
+    def epoch(self, step: int) -> int:
+        """The epoch of the step's first position."""
+        return step * self.config.schedule.batch_size // self.size
+
+    def image_size(self, epoch: int) -> int:
+        """The training size of an epoch, pixels: the run's sizes in equal parts."""
+        sizes = self.config.schedule.image_size
+        return sizes[min(epoch, self.config.schedule.epochs - 1) * len(sizes) // self.config.schedule.epochs]
+
+    def begin(self, checkpoint: Checkpoint | None) -> None:
+        """Takes up the checkpoint, if any, and writes what a run folder holds from the start. All ranks take part."""
+        if checkpoint is not None:
+            self.world.together(lambda: self.restore(checkpoint))
+        self.folder.cut_log(self.steps_done)
+        self.folder.write("config.yaml", configuration.dump(self.config))
+        self.folder.write_json("environment.json", describe_environment(self.world))
+        self.folder.write_json("architecture.json", architecture(self.model, max(self.config.schedule.image_size)))
+        self.folder.tell("running")
+        kind = "start" if checkpoint is None else "resume"
+        self.folder.log({"kind": kind, "step": self.steps_done, "world_size": self.world.size})
+        self.tracker = open_tracker(
+            self.config.run.track if self.world.is_main else "none",
+            run_dir=self.folder.path,
+            config=asdict(self.config),
+            name=self.folder.path.name,
+            group=self.folder.path.name,
+            say=self.console.line,
+        )
+        self.console.header("mnistm_dist", self.header())
+        if self.config.run.checks and checkpoint is None:
+            self.check()
+
+    def header(self) -> dict[str, str]:
+        """What a run says of itself before it begins."""
+        config, manifest = self.config, self.manifest
+        k = accumulation(
+            batch_size=config.schedule.batch_size,
+            world_size=self.world.size,
+            micro_batch=int(config.schedule.micro_batch),
+        )
+        counts = ", ".join(f"{split.count:,} {name}" for name, split in manifest.splits.items())
+        steps = f"{self.total_steps:,} of {config.schedule.epochs} epochs"
+        if self.last_step < self.total_steps:
+            steps = f"{self.last_step:,} of {steps}"
+        if self.steps_done:
+            steps += f", going on after {self.steps_done:,}"
+        return {
+            "run": str(self.folder.path),
+            "recipe": config.recipe,
+            "world size": f"{self.world.size} ({self.world.device.type})",
+            "precision": f"{config.machine.precision}, {config.machine.memory_format}",
+            "threads": f"{config.machine.threads} per process",
+            "model": f"pruned ResNet18, {count_parameters(self.model):,} parameters",
+            "shards": f"{self.shards.root} ({manifest.lineage}: {counts})",
+            "reading": f"{config.data.data}, order {config.data.order}",
+            "batch": f"{config.schedule.batch_size} = {self.world.size} x {k} x {config.schedule.micro_batch}",
+            "image size": ", ".join(f"{size} px" for size in dict.fromkeys(config.schedule.image_size)),
+            "steps": steps,
+        }
+
+    def check(self) -> None:
+        """The debug recipe's checks of the first loss and of learning by heart."""
+        positions = step_positions(0, batch_size=min(32, self.size))
+        images, labels = self.readers["train"].gather(self.order.ids(positions))
+        size = self.image_size(0)
+        classes = len(self.manifest.classes)
+        first, last = check_model_learns(self.model, self.preprocess(images, size), labels, classes)
+        self.console.line(f"checks: first loss {first:.3f}; one batch learnt by heart, loss {last:.4f}")
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """The state of a checkpoint."""
+        identity = checkpoint.state.get("shards")
+        if identity != self.manifest.identity:
+            raise UserError(
+                f"shards {self.shards.root}: another set than the run began with; "
+                "name the one of its config.yaml with --shards"
+            )
+        averaged = self.average.model if self.average else None
+        checkpoints.restore(checkpoint, model=self.model, averaged=averaged, optimizer=self.optimizer)
+        if self.world.accelerator.scaler is not None:
+            self.world.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
+        self.past = Past(**checkpoint.state["past"])
+        self.steps_done = checkpoint.step
+        before = checkpoint.state["micro_batch"]
+        if before != self.config.schedule.micro_batch:
+            self.console.warn(
+                f"micro_batch: {before} until now, {self.config.schedule.micro_batch} from here on; "
+                "BatchNorm's statistics are over fewer images"
+            )
+        if checkpoint.state["threads"] != self.config.machine.threads:
+            self.console.warn(
+                f"threads: {checkpoint.state['threads']} until now, {self.config.machine.threads} from here on; "
+                "the numbers may differ in their last bits"
+            )
+
+    def train(self) -> None:
+        """Every step that is left. All ranks take part. Raises `Preempted` after a signal, on all ranks alike."""
+        config, schedule = self.config, self.config.schedule
+        window = LossWindow(self.world, self.past.pending)
+        agreement, saved_at = Agreement(self.world.control), time.monotonic()
+        self.wrapped.train()
+        batches = train_batches(
+            self.readers["train"],
+            self.order,
+            start_step=self.steps_done,
+            stop_step=self.last_step,
+            batch_size=schedule.batch_size,
+            micro_batch=int(schedule.micro_batch),
+            world_size=self.world.size,
+            rank=self.world.rank,
+        )
+        row_images, row_clock, last_loss = 0, time.perf_counter(), float("nan")
+        clock = row_clock
+        profile_folder = self.folder.path / "profile" if self.world.is_main else None
+        tracing = traced(profile_folder, steps=config.run.profile, first_step=self.steps_done)
+        with self.console.training(self.last_step, self.steps_done) as bar, tracing as step_traced:
+            for step, micro_batches in enumerate(batches, start=self.steps_done):
+                epoch = self.epoch(step)
+                image_size = self.image_size(epoch)
+                rate = learning_rate(
+                    config.optim, step=step, total_steps=self.total_steps, batch_size=schedule.batch_size, epoch=epoch
+                )
+                for group in self.optimizer.param_groups:
+                    group["lr"] = rate
+                losses = train_step(
+                    self.world,
+                    self.wrapped,
+                    self.optimizer,
+                    self.augment,
+                    micro_batches,
+                    image_size=image_size,
+                    label_smoothing=config.optim.label_smoothing,
+                    clip_norm=config.optim.clip_norm,
+                )
+                if self.average:
+                    self.average.update(self.model, step)
+                window.add(step, losses)
+                self.steps_done = self.folder.steps_done = step + 1
+                row_images += schedule.batch_size
+                ends_epoch = epoch_ends(step, size=self.size, batch_size=schedule.batch_size)
+                ends_run = self.steps_done == self.last_step
+
+                if self.steps_done % config.run.log_every == 0 or ends_epoch or ends_run:
+                    last_loss = self.read_losses(window)
+                    now = time.perf_counter()
+                    row = {
+                        "train/loss": last_loss,
+                        "train/learning_rate": rate,
+                        "train/images_per_second": row_images / (now - row_clock),
+                        "train/gradient_norm": gradient_norm(self.model),
+                        "train/image_size": image_size,
+                    }
+                    self.folder.log({"kind": "train", "step": self.steps_done, "epoch": epoch, **row})
+                    self.tracker.log(row, step=self.steps_done)
+                    bar.update(
+                        self.steps_done,
+                        epoch=epoch,
+                        loss=last_loss,
+                        lr=rate,
+                        images_per_second=row["train/images_per_second"],
+                        image_size=image_size,
+                    )
+                    row_images, row_clock = 0, now
+
+                step_traced()
+                self.past.train_seconds += time.perf_counter() - clock
+                outside = time.perf_counter()
+                evaluates = ends_run or (ends_epoch and self.epochs_done % config.run.evaluate_every == 0)
+                if evaluates:
+                    self.evaluate(epoch, image_size, last_loss)
+                wish = agreement.step(self.wish(saved_at))
+                due = config.run.checkpoint_every and self.steps_done % config.run.checkpoint_every == 0
+                if evaluates or ends_epoch or due or wish != GO_ON:
+                    self.save(window)
+                    saved_at = time.monotonic()
+                if wish == LEAVE and not ends_run:
+                    reason = next(filter(None, self.world.gather_objects(self.stop.reason)), "a signal")
+                    self.folder.log({"kind": "preempted", "step": self.steps_done, "world_size": self.world.size})
+                    raise Preempted(reason)
+                clock = time.perf_counter()
+                row_clock += clock - outside
+
+    @property
+    def epochs_done(self) -> int:
+        """Whole epochs trained."""
+        return epochs_done(self.steps_done, size=self.size, batch_size=self.config.schedule.batch_size)
+
+    def wish(self, saved_at: float) -> int:
+        """What this rank wishes: to leave after a signal, to save when rank 0's clock says so."""
+        if self.stop.reason is not None:
+            return LEAVE
+        minutes = self.config.run.checkpoint_minutes
+        return SAVE if self.world.is_main and minutes and time.monotonic() - saved_at > 60 * minutes else GO_ON
+
+    def read_losses(self, window: LossWindow) -> float:
+        """The mean loss since the last row. All ranks take part; a loss that is no number ends the run on all of
+        them."""
+        try:
+            return window.take()
+        except NonFiniteLoss as error:
+            raise self.explain(error) from error
+
+    def explain(self, error: NonFiniteLoss) -> UserError:
+        """A loss that is no number, with the images of its step and the last good checkpoint."""
+        positions = step_positions(error.step, batch_size=self.config.schedule.batch_size)
+        keys = self.shards.keys("train", self.order.ids(positions))
+        good = checkpoints.newest(self.folder.path, self.console.line) if self.world.is_main else None
+        return UserError(
+            f"{error}; keys of its batch: {' '.join(keys[:16])}{' ...' if len(keys) > 16 else ''} "
+            f"(python -m mnistm_dist.plan --run {self.folder.path} --step {error.step} shows all); "
+            f"last good checkpoint: {good.path if good else 'none'}; try a smaller --learning-rate or --precision fp32"
+        )
+
+    def evaluate(self, epoch: int, image_size: int, train_loss: float) -> None:
+        """Scores val at the size of the epoch; rank 0 notes whether it is the best. All ranks take part."""
+        split = self.manifest.splits.get("val")
+        if split is None:
+            return
+        with self.console.progress("evaluating val", split.count) as bar:
+            predictions = predict_split(
+                self.world,
+                self.evaluated,
+                self.preprocess,
+                evaluation_batches(
+                    self.readers["val"], batch_size=BATCH_SIZE, world_size=self.world.size, rank=self.world.rank
+                ),
+                size=split.count,
+                image_size=image_size,
+                progress=bar,
+            )
+        if predictions is None:
+            return
+        metrics = measure(predictions.labels, predictions.probabilities, self.manifest.classes, predictions.predicted)
+        best = self.past.best is None or metrics.accuracy > self.past.best["accuracy"]
+        if best:
+            self.past.best = {"step": self.steps_done, "accuracy": metrics.accuracy, "image_size": image_size}
+        row = {"val/loss": metrics.log_loss, "val/accuracy": metrics.accuracy}
+        self.folder.log(
+            {
+                "kind": "evaluation",
+                "step": self.steps_done,
+                "epoch": epoch,
+                "split": "val",
+                **row,
+                "image_size": image_size,
+            }
+        )
+        self.tracker.log(row, step=self.steps_done)
+        self.console.evaluation(
+            {
+                "epoch": epoch,
+                "step": self.steps_done,
+                "split": "val",
+                **row,
+                "train/loss": train_loss,
+                "image_size": image_size,
+                "full_image_size": max(self.config.schedule.image_size),
+                "best": best,
+            }
+        )
+
+    def save(self, window: LossWindow) -> None:
+        """Writes a checkpoint, then prunes old ones. All ranks take part; rank 0 writes."""
+        try:
+            # A state that was stepped with a loss that is no number is never saved.
+            window.fetch()
+        except NonFiniteLoss as error:
+            raise self.explain(error) from error
+        self.past.pending = window.read
+        self.world.together(self._write if self.world.is_main else lambda: None)
+
+    def _write(self) -> None:
+        scaler = self.world.accelerator.scaler
+        checkpoints.save(
+            self.folder.path,
+            step=self.steps_done,
+            model=self.model,
+            averaged=self.average.model if self.average else None,
+            optimizer=self.optimizer,
+            scalars={
+                "past": asdict(self.past),
+                "shards": self.manifest.identity,
+                "micro_batch": self.config.schedule.micro_batch,
+                "threads": self.config.machine.threads,
+                "scaler": scaler.state_dict() if scaler is not None else None,
+                "averaged": self.average is not None,
+                "image_size": self.image_size(self.epoch(self.steps_done - 1)),
+                "mean": self.manifest.splits["train"].mean,
+                "std": self.manifest.splits["train"].std,
+            },
+        )
+        best = f"step-{self.past.best['step']:08d}" if self.past.best else None
+        checkpoints.prune(self.folder.path, keep=self.config.run.keep, best=best)
+
+    def summary(self) -> dict[str, Any]:
+        """What ``summary.json`` says of the training; the splits' numbers come beside it."""
+        config, images = self.config, self.steps_done * self.config.schedule.batch_size
+        counts = {name: split.count for name, split in self.manifest.splits.items()}
+        return {
+            "recipe": config.recipe,
+            "world_size": self.world.size,
+            "micro_batch": config.schedule.micro_batch,
+            "batch_size": config.schedule.batch_size,
+            "precision": config.machine.precision,
+            "threads": config.machine.threads,
+            "device": self.world.device.type,
+            "seed": config.schedule.seed,
+            "steps": self.steps_done,
+            "epochs": round(images / self.size, 4),
+            "train_seconds": round(self.past.train_seconds, 3),
+            "images_per_second": round(images / self.past.train_seconds, 2) if self.past.train_seconds else None,
+            "parameters": count_parameters(self.model),
+            "data": {
+                "path": str(self.shards.root),
+                "lineage": self.manifest.lineage,
+                "identity": self.manifest.identity,
+                "counts": counts,
+                "pixels_sha256": self.manifest.pixels_sha256,
+            },
+        }

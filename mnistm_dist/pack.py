@@ -1,0 +1,96 @@
+"""Packs MNIST-M, in whatever form it is on disk, into shards to train on.
+
+python -m mnistm_dist.pack sample --out shards/sample
+python -m mnistm_dist.pack mnist_m.tar.gz --out shards/official
+python -m mnistm_dist.pack mnist+photos --mnist DIR --photos DIR --out shards/regenerated
+python -m mnistm_dist.pack --download official --out shards/official
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mnistm_dist.config import ArgumentParser
+from mnistm_dist.errors import run_door
+
+if TYPE_CHECKING:
+    from mnistm_dist.data.manifest import Manifest
+
+
+def main(argv: list[str]) -> int:
+    parser = ArgumentParser(prog="python -m mnistm_dist.pack", description=__doc__)
+    parser.add_argument(
+        "source", metavar="SOURCE", nargs="?", help="sample, mnist+photos, or a path in any layout that is known"
+    )
+    parser.add_argument(
+        "--download",
+        metavar="official|URL",
+        help="in place of SOURCE: fetch the official set, from a public copy or from one at URL; its pixels prove it",
+    )
+    parser.add_argument("--cache-dir", metavar="DIR", type=Path, help="where downloads lie (as in training)")
+    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="the new folder of the packed set")
+    parser.add_argument("--layout", help="the layout of a path; told by looking without it")
+    parser.add_argument(
+        "--mnist",
+        metavar="DIR",
+        help="MNIST's four IDX files, or auto to download them; for mnist+photos and for pickles",
+    )
+    parser.add_argument("--photos", metavar="DIR", help="colour photos, for mnist+photos")
+    parser.add_argument("--val-size", metavar="N", type=int, help="how many of the last train images become val")
+    parser.add_argument("--num-shards", metavar="N", type=int, help="shards of the train split (64)")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the order of storage and of synthesis (0)")
+    args = parser.parse_args(argv)
+    if (args.source is None) == (args.download is None):
+        parser.error("either SOURCE or --download official is needed, and not both")
+
+    from mnistm_dist.data.cache import default_cache_dir
+    from mnistm_dist.data.download import download
+    from mnistm_dist.data.packing import pack
+    from mnistm_dist.data.sources import open_source
+    from mnistm_dist.reporting.console import Console
+
+    started = time.monotonic()
+    console = Console()
+    cache_dir = args.cache_dir or default_cache_dir()
+    path = args.source
+    if args.download is not None:
+        with console.progress("download", None, "bytes") as bar:
+            path = str(download(args.download, cache_dir, progress=bar, say=console.line))
+    source = open_source(
+        path, layout=args.layout, mnist=args.mnist, photos=args.photos, seed=args.seed, cache_dir=cache_dir
+    )
+    for note in source.notes:
+        console.warn(note)
+    with console.progress("pack", sum(source.counts.values()), "images") as bar:
+        manifest = pack(
+            source,
+            args.out,
+            num_shards=args.num_shards,
+            val_size=args.val_size,
+            seed=args.seed,
+            lineage=None if args.download is None else "official",
+            progress=bar,
+        )
+    console.header(f"packed: {args.out}", _summary(manifest, time.monotonic() - started))
+    return 0
+
+
+def _summary(manifest: Manifest, seconds: float) -> dict[str, str]:
+    height, width = manifest.image_size
+    rows = {
+        "lineage": manifest.lineage,
+        "from": f"{manifest.description} ({manifest.layout})",
+        "images": f"{height} x {width}, {len(manifest.classes)} classes",
+    }
+    for split in manifest.splits.values():
+        rows[split.name] = f"{split.count:,} images in {len(split.shards)} shards"
+    for group, digest in manifest.pixels_sha256.items():
+        rows[f"pixels of {group}"] = digest
+    return {**rows, "took": f"{seconds:.1f} s"}
+
+
+if __name__ == "__main__":
+    sys.exit(run_door(main))

@@ -1,0 +1,162 @@
+"""Which images a training step sees, on which rank, without training.
+
+    python -m mnistm_dist.plan --run runs/NAME --step 1234                       the step of a run
+    python -m mnistm_dist.plan --shards shards/official --step 0 --world-size 4  of a run that is not begun yet
+    python -m mnistm_dist.plan --run runs/NAME --step 1234 --save batch.png      the images, as the model gets them
+
+--json prints {"step": S, "epoch": E, "ranks": [[key, ...], ...]}, E being the epoch of the step's first position.
+The global batch of a step is the same at every world size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from mnistm_dist import config as configuration
+from mnistm_dist.config import ArgumentParser, Config
+from mnistm_dist.errors import UserError, run_door
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from mnistm_dist.data.shards import ShardSet
+
+FIGURES = (".png", ".svg", ".pdf")
+"""What --save can write."""
+
+
+def main(argv: list[str]) -> int:
+    """Runs the door; returns the exit code. Raises `UserError`."""
+    parser = create_parser()
+    args = parser.parse_args(argv)
+    flags = {"batch_size": args.batch_size, "seed": args.seed, "order": args.order}
+    given = {name: value for name, value in flags.items() if value is not None}
+    config = settings(args.run, args.shards, given, parser.error)
+
+    import numpy as np
+
+    from mnistm_dist.data.cache import default_cache_dir
+    from mnistm_dist.data.order import step_positions
+    from mnistm_dist.data.settling import choose_reading, create_order, open_shards
+
+    cache_dir = Path(config.data.cache_dir) if config.data.cache_dir else default_cache_dir()
+    shards = open_shards(str(config.data.shards), cache_dir=cache_dir)
+    batch_size, world_size = config.schedule.batch_size, args.world_size
+    order_name, data, streams = choose_reading(
+        config.data, shards.manifest, batch_size=batch_size, world_size=world_size
+    )
+    config = configuration.replace(config, order=order_name, data=data, streams=streams)
+    order = create_order(config.data, config.schedule, shards.manifest)
+    shares = [
+        step_positions(args.step, batch_size=batch_size, world_size=world_size, rank=rank) for rank in range(world_size)
+    ]
+    ids = [order.ids(share) for share in shares]
+    ranks = [shards.keys("train", of_rank) for of_rank in ids]
+    epoch = int(order.epoch(shares[0][:1])[0])
+    title = f"step {args.step} of epoch {epoch}: {batch_size} images, {order_name} order, seed {config.schedule.seed}"
+    if args.save:
+        save_images(args.save, config, shards, np.concatenate(shares), np.concatenate(ids), title)
+    if args.json:
+        print(json.dumps({"step": args.step, "epoch": epoch, "ranks": ranks}))
+        return 0
+    print(title)
+    for rank, keys in enumerate(ranks):
+        print(textwrap.fill(" ".join(keys), width=80, initial_indent=f"rank {rank}: ", subsequent_indent="    "))
+    if args.save:
+        print(f"images: {args.save}")
+    return 0
+
+
+def create_parser() -> ArgumentParser:
+    """The flags."""
+    parser = ArgumentParser(prog="python -m mnistm_dist.plan", description=__doc__)
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--run", metavar="RUN", help="a run folder: its shards, order, batch and seed")
+    which.add_argument("--shards", metavar="DIR|URL", help="a packed set")
+    parser.add_argument("--step", type=whole_number(0, 2**40), required=True, metavar="S", help="counted from 0")
+    parser.add_argument("--world-size", type=whole_number(1, 2**20), default=1, metavar="W", help="default: 1")
+    parser.add_argument("--batch-size", type=whole_number(1, 2**20), metavar="B", help="with --shards: images per step")
+    parser.add_argument("--seed", type=whole_number(0, 2**63 - 1), metavar="N", help="with --shards: the run's seed")
+    parser.add_argument("--order", choices=("auto", "full", "windowed"), help="with --shards: the training order")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--save", type=figure_path, metavar="FILE.png", help="the images as the model gets them")
+    return parser
+
+
+def settings(run: str | None, shards: str | None, given: dict[str, Any], refuse: Callable[[str], NoReturn]) -> Config:
+    """The configuration of a run, or of one that the default recipe would begin with these shards and fields."""
+    if run is None:
+        recipe = configuration.DEFAULT_RECIPE
+        return configuration.build(recipe, {**configuration.read_recipe(recipe), "shards": shards, **given})
+    if given:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        refuse(f"{flags}: a run has its own; leave it out, or give --shards instead of --run")
+    if not Path(run).is_dir():
+        raise UserError(f"run {run}: no such folder; name the folder that training wrote, or --shards")
+    return configuration.load(Path(run) / "config.yaml")
+
+
+def save_images(
+    path: Path, config: Config, shards: ShardSet, positions: np.ndarray, ids: np.ndarray, title: str
+) -> None:
+    """Writes a figure of the samples ``ids`` at training ``positions``, augmented, with key and label under each.
+
+    Raises `UserError` for a damaged shard and a place that cannot be written.
+    """
+    import numpy as np
+    import torch
+
+    from mnistm_dist.data.order import part_of_run
+    from mnistm_dist.data.output import saying_what_fails
+    from mnistm_dist.data.png import decode_png
+    from mnistm_dist.data.transforms import Augment, Preprocess
+    from mnistm_dist.reporting.drawing import save
+    from mnistm_dist.reporting.figures import batch_grid
+
+    split, schedule = shards.split("train"), config.schedule
+    keys, labels = shards.keys("train", ids), shards.labels("train")[ids]
+    pngs = zip(shards.read("train", ids), keys, strict=True)
+    images = np.stack([decode_png(png, f"{shards.root}: {key}.png", shards.manifest.image_size) for png, key in pngs])
+    sizes = schedule.image_size
+    epoch = int(positions[0]) // split.count
+    size = sizes[part_of_run(epoch, epochs=schedule.epochs, parts=len(sizes))]
+    floats = Augment(config.augment, Preprocess(split.mean, split.std), schedule.seed)(
+        torch.from_numpy(images), positions, size
+    )
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (split.mean, split.std))
+    seen = (255 * (floats * std + mean)).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+    captions = [f"{key}\n{shards.manifest.classes[label]}" for key, label in zip(keys, labels, strict=True)]
+    with saying_what_fails(path):
+        save(batch_grid(list(seen), captions, title), path)
+
+
+def whole_number(low: int, high: int) -> Callable[[str], int]:
+    """An argparse type: whole numbers of a range."""
+
+    def parse(text: str) -> int:
+        value = int(text) if text.lstrip("-").isdecimal() else low - 1
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not accepted; use a whole number from {low} to {high}")
+        return value
+
+    return parse
+
+
+def figure_path(text: str) -> Path:
+    """An argparse type: a file that a figure can be written to."""
+    path = Path(text)
+    if path.suffix not in FIGURES:
+        raise argparse.ArgumentTypeError(f"{text!r} is not accepted; use a file name that ends in {', '.join(FIGURES)}")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r}: there is no folder {path.parent}; make it first")
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(run_door(main))

@@ -1,0 +1,113 @@
+"""Train: the story of a run, from its configuration to its report.
+
+    python -m mnistm_dist.train                                             one process, on a GPU or the CPU
+    accelerate launch --multi_gpu --num_processes 8 -m mnistm_dist.train    eight GPUs
+    sbatch slurm/train.sh --recipe fast --shards shards/official            a cluster
+
+1. The configuration: defaults, recipe, flags; at a resume, the run's own.
+2. The processes join; the data is opened; every ``auto`` is settled.
+3. The run folder is taken; model, optimizer and, at a resume, their state.
+4. The loop: step, log, evaluation, checkpoint; a signal saves and leaves.
+5. The final evaluation, the figures, the report.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from mnistm_dist.config import parse_flags
+from mnistm_dist.errors import EXIT_PREEMPTED, UserError, run_door
+
+if TYPE_CHECKING:
+    from mnistm_dist.config import Config
+    from mnistm_dist.loop import Trainer
+    from mnistm_dist.reporting.console import Console
+    from mnistm_dist.training.checkpoint import Checkpoint
+    from mnistm_dist.training.distributed import World
+    from mnistm_dist.training.signals import StopRequest
+
+
+def main(argv: list[str]) -> int:
+    """Trains, and returns the exit code: 0 finished, 2 a person's mistake, 75 saved and left after a signal."""
+    request = parse_flags(argv)
+    # Heavy imports come after the flags, so that --help and a mistyped flag answer at once.
+    from mnistm_dist.launch import choose_start
+    from mnistm_dist.reporting.console import Console
+    from mnistm_dist.training import distributed
+    from mnistm_dist.training.signals import StopRequest, die_with_launcher, parse_signals
+
+    config, checkpoint = choose_start(request)
+    if config is None:
+        return 0
+    stop = StopRequest()
+    stop.install(parse_signals(config.run.signals))
+    die_with_launcher()
+    world = distributed.start(
+        config.machine,
+        expect_world_size=config.run.expect_world_size,
+        collective_timeout=config.run.collective_timeout,
+    )
+    console = Console(enabled=world.is_main)
+    try:
+        with console.library_warnings():
+            code = train(config, checkpoint, world, console, stop)
+    except UserError:
+        # Every rank has the same mistake, so all of them come here.
+        world.leave()
+        raise
+    world.leave()
+    return code
+
+
+def train(config: Config, checkpoint: Checkpoint | None, world: World, console: Console, stop: StopRequest) -> int:
+    """Steps 2 to 5 of a run. All ranks take part."""
+    from mnistm_dist.launch import choose_run_dir, open_readers, open_set, resolve
+    from mnistm_dist.loop import Preempted, Trainer
+    from mnistm_dist.training.run_folder import RunFolder
+
+    shards = open_set(config.data, world, console)
+    config = world.together(lambda: resolve(config, world, shards.manifest))
+    readers = open_readers(shards, config.data, shards.manifest.splits, world, console)
+    run_dir = world.on_main(lambda: choose_run_dir(config))
+    with world.together(lambda: RunFolder(run_dir, active=world.is_main)) as folder:
+        trainer = Trainer(config, world, console, folder, shards, readers, stop)
+        trainer.begin(checkpoint)
+        try:
+            trainer.train()
+        except Preempted as preempted:
+            trainer.tracker.finish(EXIT_PREEMPTED, "preempted")
+            folder.tell("preempted", preempted.reason)
+            console.line(f"{preempted.reason}: saved after step {folder.steps_done}; --resume {run_dir} goes on")
+            return EXIT_PREEMPTED
+        finish(trainer)
+        folder.tell("finished")
+    return 0
+
+
+def finish(trainer: Trainer) -> None:
+    """The final evaluation of the chosen checkpoint on val and test, the figures, the summary, the report. All ranks
+    take part."""
+    from mnistm_dist.evaluate import choose_checkpoint, evaluate_checkpoint, tell_result, write_summary
+    from mnistm_dist.reporting.curves import learning_curve
+    from mnistm_dist.reporting.drawing import save
+    from mnistm_dist.reporting.page import write_report
+
+    world, folder, console = trainer.world, trainer.folder, trainer.console
+    readers = {split: reader for split, reader in trainer.readers.items() if split != "train"}
+    # All ranks read the same files: rank 0 has written the last checkpoint before `save` let any of them go on.
+    checkpoint, how = choose_checkpoint(folder.path, "chosen", has_test="test" in readers)
+    results = evaluate_checkpoint(folder.path, checkpoint, trainer.config, world, console, trainer.shards, readers)
+    if not world.is_main:
+        return
+    summary = {**trainer.summary(), "checkpoint": how, **results}
+    write_summary(folder.path, summary)
+    save(learning_curve(folder.rows, f"Learning curve, {folder.path.name}"), folder.path / "learning_curve.png")
+    write_report([folder.path], folder.path / "report.html")
+    trainer.tracker.summary(summary)
+    trainer.tracker.finish(0, "finished")
+    tell_result(console, folder.path, summary, list(results))
+
+
+if __name__ == "__main__":
+    sys.exit(run_door(main))

@@ -1,0 +1,261 @@
+"""The processes of a run: who they are, how they agree, how they leave together.
+
+Accelerate is set up once, here. It prepares the model and the optimizer and nothing else: a prepared loader would be
+sharded twice (accelerate#3547), a prepared scheduler would step once per process (accelerate#2773). Every collective
+of the package stands in this file or says "all ranks take part".
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import Tensor, nn
+
+from mnistm_dist.config import MachineConfig
+from mnistm_dist.errors import UserError
+
+Precision = Literal["fp32", "bf16", "fp16"]
+T = TypeVar("T")
+Environment = Mapping[str, str]
+
+SETUP_TIMEOUT = timedelta(hours=12)
+"""Limit of the waits of the control group: one node may decode for long while the others wait for it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """This process among the others."""
+
+    accelerator: Accelerator
+    control: dist.ProcessGroup | None
+    """Group on gloo for what the hosts agree on (objects, errors, the wish to stop): it never waits for a GPU. None:
+    one process."""
+    precision: Precision
+    threads: int
+
+    @property
+    def rank(self) -> int:
+        return self.accelerator.process_index
+
+    @property
+    def size(self) -> int:
+        return self.accelerator.num_processes
+
+    @property
+    def local_rank(self) -> int:
+        return self.accelerator.local_process_index
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def share(self, value: T | None) -> T:
+        """Rank 0's ``value``, on every rank. All ranks take part."""
+        box = [value]
+        if self.control is not None:
+            dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]  # type: ignore[return-value]  # rank 0 passes a T
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Runs ``work`` on every rank; a person's mistake found on any of them is raised on all. All ranks take part.
+
+        Without it the ranks that found nothing wrong would wait for the one that left.
+        """
+        result, mistake = None, None
+        try:
+            result = work()
+        except UserError as error:
+            mistake = str(error)
+        for found in self.gather_objects(mistake):
+            if found is not None:
+                raise UserError(found)
+        return result  # type: ignore[return-value]  # there was no mistake, so work() returned
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Runs ``work`` on rank 0 and gives its result, or raises its mistake, on every rank. All ranks take part."""
+        return self.share(self.together(lambda: work() if self.is_main else None))
+
+    def gather_objects(self, value: T) -> list[T]:
+        """Every rank's ``value`` by rank, on every rank. All ranks take part."""
+        if self.control is None:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def gather_on_main(self, value: T) -> list[T] | None:
+        """Every rank's ``value`` by rank, on rank 0; None elsewhere. All ranks take part."""
+        if self.control is None:
+            return [value]
+        values: list[Any] | None = [None] * self.size if self.is_main else None
+        dist.gather_object(value, values, dst=0, group=self.control)
+        return values
+
+    def gather_stacked(self, values: Tensor) -> Tensor:
+        """float (n, k) of every rank as (n, world size * k), rank by rank, on every rank. All ranks take part."""
+        if self.size == 1:
+            return values
+        gathered = [torch.empty_like(values) for _ in range(self.size)]
+        dist.all_gather(gathered, values.contiguous())
+        return torch.cat(gathered, dim=1)
+
+    def broadcast_buffers(self, model: nn.Module) -> None:
+        """Rank 0's BatchNorm statistics to every rank, since each has its own after training. All ranks take part."""
+        if self.size > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, src=0)
+
+    def leave(self) -> None:
+        """Ends the process groups. All ranks take part, at the end of a run that went well."""
+        if dist.is_initialized():
+            dist.barrier(group=self.control)
+            dist.destroy_process_group()
+
+
+class Agreement:
+    """The largest wish of any rank, known to all of them one step later.
+
+    Step s sends this rank's wish and reads the answer to step s - 1, so that no step waits for a message that is under
+    way, and all ranks read the same answer at the same step.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group = group
+        self.pending: tuple[dist.Work, Tensor] | None = None
+
+    def step(self, wish: int) -> int:
+        """Sends ``wish``; returns the largest of the step before, on every rank, 0 at the first. All ranks take
+        part."""
+        if self.group is None:
+            return wish
+        agreed = self._receive()
+        message = torch.tensor([wish], dtype=torch.int32)
+        self.pending = (dist.all_reduce(message, op=dist.ReduceOp.MAX, group=self.group, async_op=True), message)
+        return agreed
+
+    def _receive(self) -> int:
+        if self.pending is None:
+            return 0
+        work, message = self.pending
+        self.pending = None
+        work.wait()
+        return int(message)
+
+
+def start(machine: MachineConfig, *, expect_world_size: int | None, collective_timeout: float) -> World:
+    """Joins the other processes that the launcher started. All ranks take part.
+
+    Raises `UserError` where the world is not what was asked for, or the hardware cannot do what is asked of it.
+    """
+    on_gpu = torch.cuda.is_available()
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    check_world_size(world_size, expect_world_size, os.environ)
+    if on_gpu and local_world_size > torch.cuda.device_count():
+        raise UserError(
+            f"processes: {local_world_size} on this node, which has {torch.cuda.device_count()} GPUs; "
+            "use at most one process per GPU (--num_processes)"
+        )
+    if machine.sync_batchnorm and not on_gpu:
+        raise UserError(
+            "sync_batchnorm: there is no GPU here, and torch has SyncBatchNorm for GPUs only; use --no-sync-batchnorm"
+        )
+    precision = choose_precision(machine.precision, os.environ.get("ACCELERATE_MIXED_PRECISION"))
+    threads = machine.threads
+    if threads == "auto":
+        threads = default_threads(local_world_size, os.environ)
+    if machine.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    try:
+        accelerator = Accelerator(
+            cpu=not on_gpu,
+            mixed_precision="no" if precision == "fp32" else precision,
+            kwargs_handlers=[
+                # Buffers are broadcast once before an evaluation instead of before every forward.
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
+                InitProcessGroupKwargs(timeout=timedelta(seconds=collective_timeout)),
+            ],
+        )
+    except dist.DistError as error:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise UserError(f"rendezvous at {address} failed: {str(error).splitlines()[0]}") from error
+    torch.set_num_threads(threads)
+    if accelerator.num_processes != world_size:
+        raise UserError(f"world size: the launcher asked for {world_size}, Accelerate has {accelerator.num_processes}")
+    control = dist.new_group(backend="gloo", timeout=SETUP_TIMEOUT) if world_size > 1 else None
+    assert not isinstance(control, int), "every rank is a member of the control group"
+    return World(accelerator=accelerator, control=control, precision=precision, threads=threads)
+
+
+def default_threads(local_world_size: int, environment: Environment) -> int:
+    """CPU threads of one process: what Slurm gives a task, else its share of the cores that this process may use.
+
+    A launcher exports OMP_NUM_THREADS=1 even for one process, so the choice is made here.
+    """
+    if "SLURM_STEP_NUM_TASKS" in environment and "SLURM_CPUS_PER_TASK" in environment:
+        return int(environment["SLURM_CPUS_PER_TASK"])
+    return max(1, len(os.sched_getaffinity(0)) // local_world_size)
+
+
+def check_world_size(world_size: int, expected: int | None, environment: Environment) -> None:
+    """Raises `UserError` unless the world is as large as the flag and Slurm's step say: 1 where 2 were asked for is no
+    slow run."""
+    if expected is not None and world_size != expected:
+        raise UserError(
+            f"world size: found {world_size}, --expect-world-size is {expected}; "
+            "check --num_processes and that every node started (on a machine without GPUs: --multi_gpu, see README.md)"
+        )
+    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
+    if world_size < tasks:
+        raise UserError(
+            f"world size: found {world_size}, Slurm's step has {tasks} tasks; the tasks do not know of each other: "
+            "start them by slurm/train.sh, or set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
+        )
+
+
+def choose_precision(asked: str, launcher: str | None) -> Precision:
+    """The precision to train in: never one that the hardware emulates. Raises `UserError` where one was asked for by
+    name."""
+    native = {
+        "fp32": True,
+        "fp16": torch.cuda.is_available(),
+        "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False),
+    }
+    if asked == "auto":
+        wish = {"no": "fp32", "fp16": "fp16", "bf16": "bf16"}.get(launcher or "", "bf16")
+        return wish if native[wish] else "bf16" if native["bf16"] else "fp32"  # type: ignore[return-value]  # keys above
+    if not native[asked]:
+        raise UserError(
+            f"precision: {asked} would be emulated on this machine, many times slower; use --precision auto or fp32"
+        )
+    return asked  # type: ignore[return-value]  # a key of native
+
+
+def prepare(
+    world: World, model: nn.Module, optimizer: torch.optim.Optimizer, machine: MachineConfig
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Model and optimizer for training: on the device, wrapped in DDP where there are several processes. All ranks
+    take part.
+
+    The model's memory format is set before (FACTS: before the wrapping). Gives the model to call in training; the one
+    passed in stays the unwrapped one, with the same parameters.
+    """
+    prepared: nn.Module
+    prepared_optimizer: torch.optim.Optimizer
+    prepared, prepared_optimizer = world.accelerator.prepare(model, optimizer)
+    if machine.compile:
+        prepared.compile()
+    return prepared, prepared_optimizer

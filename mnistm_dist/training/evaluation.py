@@ -1,0 +1,112 @@
+"""Exact evaluation: every sample of a split once, the same predictions file at every world size.
+
+Canonical batches of 250 in manifest order, the last one padded to 250; batch i belongs to rank i mod W. Each rank runs
+the unwrapped model with rank 0's buffers, and no collective stands inside the loop, so ranks with unequal numbers of
+batches cannot hang. At the end everything is gathered on rank 0 and unpadded, and rank 0 asserts that each id is there
+exactly once.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from mnistm_dist.data.loader import EvalBatch
+from mnistm_dist.data.transforms import Preprocess
+from mnistm_dist.training.checkpoint import write_durably
+from mnistm_dist.training.distributed import World
+
+BATCH_SIZE = 250
+"""Images in a canonical batch: fixed, since a batch's shape decides bits of its result."""
+DECIMALS = 6
+"""Decimals of a written probability."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predictions:
+    """A split's predictions, in manifest order."""
+
+    labels: np.ndarray
+    """int64 (N,)."""
+    probabilities: np.ndarray
+    """float64 (N, C), rounded to six decimals, as they are written."""
+
+    @property
+    def predicted(self) -> np.ndarray:
+        """int64 (N,): the first class of the largest written probability."""
+        return self.probabilities.argmax(axis=1)
+
+
+def predict_split(
+    world: World,
+    model: nn.Module,
+    preprocess: Preprocess,
+    batches: Iterable[EvalBatch],
+    *,
+    size: int,
+    image_size: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Predictions | None:
+    """Predicts this rank's ``batches`` and gathers all on rank 0, which alone gets the result. All ranks take part.
+
+    ``model`` is unwrapped and left in the mode it was in; ``size`` is the split's number of samples, ``image_size``
+    what the model sees, pixels. ``progress`` hears of the samples that this rank has done, times the world size.
+    """
+    world.broadcast_buffers(model)
+    ids, labels, probabilities = _predict(world, model, preprocess, batches, size, image_size, progress)
+    gathered = world.gather_on_main((ids, labels, probabilities))
+    if gathered is None:
+        return None
+    ids, labels, probabilities = (np.concatenate(parts) for parts in zip(*gathered, strict=True))
+    order = np.argsort(ids, kind="stable")
+    assert np.array_equal(ids[order], np.arange(size)), "evaluation did not see each sample exactly once"
+    rounded = np.round(probabilities[order].astype(np.float64), DECIMALS)
+    return Predictions(labels=labels[order], probabilities=rounded)
+
+
+@torch.inference_mode()
+def _predict(
+    world: World,
+    model: nn.Module,
+    preprocess: Preprocess,
+    batches: Iterable[EvalBatch],
+    size: int,
+    image_size: int,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """This rank's ids int64 (n,), labels int64 (n,) and probabilities float32 (n, C), without padding."""
+    was_training = model.training
+    model.eval()
+    ids, labels, outputs, done = [], [], [], 0
+    for batch in batches:
+        with world.accelerator.autocast():
+            logits = model(preprocess(batch.images, image_size))
+        outputs.append(logits.float().softmax(dim=1)[: batch.count])
+        ids.append(batch.ids[: batch.count])
+        labels.append(batch.labels[: batch.count])
+        done += batch.count
+        if progress is not None:
+            progress(min(done * world.size, size), size)
+    model.train(was_training)
+    if not outputs:
+        classes = next(p for p in reversed(list(model.parameters()))).shape[0]
+        return np.empty(0, np.int64), np.empty(0, np.int64), np.empty((0, classes), np.float32)
+    return np.concatenate(ids), torch.cat(labels).cpu().numpy(), torch.cat(outputs).cpu().numpy()
+
+
+def write_predictions(path: Path, keys: list[str], predictions: Predictions, classes: tuple[str, ...]) -> None:
+    """``predictions_SPLIT.csv``: ``key,label,predicted,p0,...``, a row per sample in manifest order, whole or not at
+    all."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["key", "label", "predicted", *(f"p{name}" for name in classes)])
+    rows = zip(keys, predictions.labels, predictions.predicted, predictions.probabilities, strict=True)
+    writer.writerows([key, label, guess, *(f"{p:.{DECIMALS}f}" for p in row)] for key, label, guess, row in rows)
+    write_durably(path, text.getvalue().encode())

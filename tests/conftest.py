@@ -1,0 +1,108 @@
+"""Small packed sets of real MNIST-M, and the package's doors run as a person runs them."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from mnistm_dist.data.packing import pack
+from mnistm_dist.data.samples import Sample, Source
+from mnistm_dist.data.sources import open_source
+from processes import Command, Started
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAIN, VAL, TEST = 320, 97, 53
+"""Sizes of the small set: val and test are prime, so no batch and no world size divides them."""
+
+
+def part_of_the_sample(counts: dict[str, int]) -> Source:
+    """The first images of the bundled sample, dealt out to splits in their order."""
+
+    def read() -> Iterator[Sample]:
+        dealt = [(split, index) for split, count in counts.items() for index in range(count)]
+        samples = (s for s in open_source("sample").samples() if s.split == "train")
+        for (split, index), sample in zip(dealt, samples, strict=False):
+            yield Sample(
+                split=split, index=index, label=sample.label, pixels=sample.pixels, png=sample.png, origin=sample.origin
+            )
+
+    return Source(layout="sample", description="part of the sample", counts=counts, read=read, lineage="regenerated")
+
+
+@pytest.fixture(scope="session")
+def small_set(tmp_path_factory) -> Path:
+    """A packed set of 320 + 97 + 53 images."""
+    out = tmp_path_factory.mktemp("shards") / "small"
+    pack(part_of_the_sample({"train": TRAIN, "val": VAL, "test": TEST}), out, num_shards=8)
+    return out
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory) -> Path:
+    """A cache that the tests of a session share."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def environment(cache_dir) -> dict[str, str]:
+    """A person's environment, without what a launcher, Slurm or W&B would add to it."""
+    dropped = ("SLURM_", "WANDB_", "ACCELERATE_", "RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "PET_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
+    return {**kept, "MNISTM_DIST_CACHE": str(cache_dir), "PYTHONPATH": str(ROOT), "WANDB_MODE": "disabled"}
+
+
+Door = Callable[..., subprocess.CompletedProcess[str]]
+Start = Callable[..., Started]
+
+
+@pytest.fixture
+def start(environment, tmp_path) -> Iterator[Start]:
+    """Starts ``python -m mnistm_dist.NAME ARGUMENTS`` in an empty folder, with ``world_size`` processes; ends it at last."""
+    running: list[Started] = []
+
+    def begin(name: str, *arguments: object, world_size: int = 1, **more: str) -> Started:
+        files = [tmp_path / f".{len(running)}.{stream}" for stream in ("stdout", "stderr")]
+        command = Command(name, tuple(map(str, arguments)), world_size, tmp_path, {**environment, **more}, *files)
+        running.append(Started(command))
+        return running[-1]
+
+    yield begin
+    for process in running:
+        if process.poll() is None:
+            process.kill()
+
+
+@pytest.fixture
+def door(start) -> Door:
+    """Runs a door to its end."""
+
+    def run(name: str, *arguments: object, timeout: float = 300, **more: object) -> subprocess.CompletedProcess[str]:
+        return start(name, *arguments, **more).wait(timeout)
+
+    return run
+
+
+def launcher(world_size: int) -> list[str]:
+    """How `accelerate launch` starts several processes, on a machine without GPUs too; nothing for one."""
+    if world_size == 1:
+        return []
+    several = ["--multi_gpu", "--num_processes", str(world_size), "--num_machines", "1", "--main_process_port", "0"]
+    return ["-m", "accelerate.commands.launch", *several]
+
+
+def worked(done: subprocess.CompletedProcess[str]) -> str:
+    """The output of a door that ended well."""
+    assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
+    return done.stdout
+
+
+def refused(done: subprocess.CompletedProcess[str]) -> str:
+    """The one line in which a door refused what a person got wrong."""
+    assert done.returncode == 2, f"exit {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    return lines[0]

@@ -1,0 +1,12 @@
+"""What the server of processes.py imports once, before it forks."""
+
+import importlib
+import importlib.util
+
+from processes import DOORS
+
+for _door in DOORS:
+    if importlib.util.find_spec(f"mnistm_dist.{_door}"):
+        importlib.import_module(f"mnistm_dist.{_door}")
+for _module in ("launch", "loop", "evaluate", "reporting.page", "reporting.figures", "data.loader"):
+    importlib.import_module(f"mnistm_dist.{_module}")

@@ -1,0 +1,245 @@
+"""The cache of decoded sets: filled once, never half, and rebuilt where it is damaged."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TRAIN, refused, worked
+from packed_sets import flip_byte, tiny_source
+
+from mnistm_dist.data import resident as resident_module
+from mnistm_dist.data.cache import default_cache_dir, entries, entry_lock
+from mnistm_dist.data.packing import pack
+from mnistm_dist.data.resident import Resident, open_resident
+from mnistm_dist.data.shards import ShardSet
+from mnistm_dist.errors import UserError
+
+SPAWN = multiprocessing.get_context("spawn")
+
+
+def decode(folder: Path, cache_dir: Path, told: list[tuple[int, int]] | None = None) -> Resident:
+    progress = None if told is None else lambda *now: told.append(now)
+    return open_resident(
+        ShardSet.open(folder), "train", cache_dir=cache_dir, device="cpu", workers=1, progress=progress
+    )
+
+
+def decoded_file(cache_dir: Path) -> Path:
+    (path,) = cache_dir.glob("sets/*/train.u8")
+    return path
+
+
+def test_a_second_launch_decodes_nothing(small_set, tmp_path):
+    first = decode(small_set, tmp_path)
+    before = decoded_file(tmp_path).stat()
+    told: list[tuple[int, int]] = []
+    second = decode(small_set, tmp_path, told)
+    after = decoded_file(tmp_path).stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+    assert told[-1] == (TRAIN, TRAIN)
+    assert np.array_equal(first.images.numpy(), second.images.numpy())
+
+
+def test_progress_goes_up_to_all_images(small_set, tmp_path, monkeypatch):
+    monkeypatch.setattr(resident_module, "_CHUNK_BYTES", 20 * 28 * 28 * 3)
+    told: list[tuple[int, int]] = []
+    decode(small_set, tmp_path, told)
+    assert told == sorted(told)
+    assert len(told) > TRAIN / 20
+    assert told[-1] == (TRAIN, TRAIN)
+
+
+def test_the_file_is_not_sparse(small_set, tmp_path):
+    decode(small_set, tmp_path)
+    state = decoded_file(tmp_path).stat()
+    assert state.st_blocks * 512 >= state.st_size
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        cut,
+        lambda path: flip_byte(path, 5_000),
+        lambda path: path.unlink(),
+        lambda path: path.with_suffix(".json").unlink(),
+        lambda path: path.with_suffix(".json").write_text("{"),
+        lambda path: path.with_suffix(".json").write_text('{"crc32": 1, "stamp": "x"}'),
+    ],
+    ids=["cut", "one byte", "gone", "without its card", "broken card", "wrong card"],
+)
+def test_a_damaged_cache_is_rebuilt(damage, small_set, tmp_path):
+    images = decode(small_set, tmp_path).images.numpy().copy()
+    damage(decoded_file(tmp_path))
+    assert np.array_equal(decode(small_set, tmp_path).images.numpy(), images)
+
+
+def test_a_cache_that_was_copied_is_summed_and_kept(small_set, tmp_path):
+    images = decode(small_set, tmp_path).images.numpy().copy()
+    path = decoded_file(tmp_path)
+    data = path.read_bytes()
+    path.unlink()
+    path.write_bytes(data)
+    inode = path.stat().st_ino
+    assert np.array_equal(decode(small_set, tmp_path).images.numpy(), images)
+    assert path.stat().st_ino == inode
+
+
+def test_another_set_has_another_place(small_set, tmp_path):
+    pack(tiny_source(), tmp_path / "set")
+    decode(small_set, tmp_path / "cache")
+    decode(tmp_path / "set", tmp_path / "cache")
+    assert len(list((tmp_path / "cache").glob("sets/*/train.u8"))) == 2
+
+
+def killed_while_decoding(folder: Path, cache_dir: Path) -> None:
+    resident_module._CHUNK_BYTES = 20 * 28 * 28 * 3
+
+    def kill(done: int, total: int) -> None:
+        if done > 0.7 * total:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    open_resident(ShardSet.open(folder), "train", cache_dir=cache_dir, device="cpu", workers=2, progress=kill)
+
+
+def test_a_killed_decode_leaves_nothing_that_looks_whole_and_the_next_one_goes_through(small_set, tmp_path):
+    process = SPAWN.Process(target=killed_while_decoding, args=(small_set, tmp_path))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    (folder,) = (tmp_path / "sets").iterdir()
+    assert (folder / "train.u8.partial").exists()
+    assert not (folder / "train.u8").exists()
+    decode(small_set, tmp_path)
+    assert sorted(path.name for path in folder.iterdir()) == ["about.json", "checked.json", "train.json", "train.u8"]
+
+
+def count_decoded(folder: Path, cache_dir: Path, ready, answers) -> None:
+    """Opens when all are ready, and says which images it decoded itself and what it sees."""
+    resident_module._CHUNK_BYTES = 20 * 28 * 28 * 3
+    decoded = []
+    build = resident_module._build
+    resident_module._build = lambda *arguments: decoded.append(build(*arguments))
+    ready.wait()
+    images = decode(folder, cache_dir).images
+    answers.put((len(decoded), int(images.long().sum())))
+
+
+def test_processes_that_come_together_decode_once(small_set, tmp_path):
+    ready, answers = SPAWN.Barrier(2), SPAWN.Queue()
+    processes = [SPAWN.Process(target=count_decoded, args=(small_set, tmp_path, ready, answers)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    found = [answers.get(timeout=120) for _ in processes]
+    for process in processes:
+        process.join()
+    assert sum(count for count, _ in found) == 1
+    assert len({total for _, total in found}) == 1
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A disk of 200 kB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "none", place], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("no right to mount a small disk")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+@pytest.mark.parametrize("foreseen", [True, False], ids=["foreseen", "while writing"])
+def test_a_full_disk_is_named_with_what_is_needed(foreseen, small_set, small_disk, monkeypatch):
+    if not foreseen:
+        # As if another program had filled the disk after the look at its free space.
+        monkeypatch.setattr(resident_module, "make_room", lambda path, need: None)
+    with pytest.raises(UserError) as caught:
+        decode(small_set, small_disk / "cache")
+    message = str(caught.value)
+    assert str(small_disk) in message
+    assert "1 MB are needed" in message
+    assert "--cache-dir" in message
+    assert not list(small_disk.rglob("train.u8*"))
+
+
+def test_a_cache_folder_that_cannot_be_made_is_named(small_set, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--cache-dir") as caught:
+        decode(small_set, tmp_path / "file" / "cache")
+    assert str(tmp_path / "file") in str(caught.value)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
+def test_a_folder_that_a_stranger_laid_out_is_refused(small_set, tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(0o777)
+    os.chown(tmp_path / "cache", 12345, 12345)
+    with pytest.raises(UserError, match="belongs to another user"):
+        decode(small_set, tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("variables", "place"),
+    [
+        ({"MNISTM_DIST_CACHE": "/a/b", "SLURM_JOB_ID": "1"}, "/a/b"),
+        ({"SLURM_JOB_ID": "1", "SLURM_TMPDIR": "/local/1", "TMPDIR": "/t"}, f"/local/1/mnistm_dist-{os.getuid()}"),
+        ({"SLURM_JOB_ID": "1", "TMPDIR": "/t", "XDG_CACHE_HOME": "/x"}, f"/t/mnistm_dist-{os.getuid()}"),
+        ({"XDG_CACHE_HOME": "/x", "HOME": "/h"}, "/x/mnistm_dist"),
+        ({"HOME": "/h"}, "/h/.cache/mnistm_dist"),
+    ],
+)
+def test_the_place_of_the_cache(variables, place, monkeypatch):
+    for name in ("MNISTM_DIST_CACHE", "SLURM_JOB_ID", "SLURM_TMPDIR", "TMPDIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert default_cache_dir() == Path(place)
+
+
+def test_the_door_lists_and_clears(door, small_set, tmp_path):
+    cache_dir = tmp_path / "cache"
+    pack(tiny_source(), tmp_path / "set")
+    for folder in (small_set, tmp_path / "set"):
+        decode(folder, cache_dir)
+    listed = worked(door("cache", "list", "--cache-dir", cache_dir))
+    assert str(small_set) in listed
+    assert "2 entries" in listed
+    rows = json.loads(worked(door("cache", "list", "--json", "--cache-dir", cache_dir)))
+    assert [row["source"] for row in rows] == [str(tmp_path / "set"), str(small_set)]
+    assert rows[1]["bytes"] > TRAIN * 28 * 28 * 3
+    assert "nowhere: no such entry" in refused(door("cache", "clear", "nowhere", "--cache-dir", cache_dir))
+    assert "removed 1 entries" in worked(door("cache", "clear", rows[1]["name"][:8], "--cache-dir", cache_dir))
+    assert [entry.about["source"] for entry in entries(cache_dir)] == [str(tmp_path / "set")]
+    with entry_lock(cache_dir, "sets", rows[0]["name"]):
+        assert "filling it just now" in refused(door("cache", "clear", "--cache-dir", cache_dir))
+    assert "removed 1 entries" in worked(door("cache", "clear", "--cache-dir", cache_dir))
+    assert not entries(cache_dir)
+
+
+def test_what_is_mapped_outlives_a_clearing(small_set, tmp_path, door):
+    resident = decode(small_set, tmp_path)
+    before = int(resident.images.long().sum())
+    worked(door("cache", "clear", "--cache-dir", tmp_path))
+    assert int(resident.images.long().sum()) == before
+    decode(small_set, tmp_path)
+
+
+def test_listing_puts_the_last_used_first(small_set, tmp_path):
+    pack(tiny_source(), tmp_path / "set")
+    for folder in (small_set, tmp_path / "set", small_set):
+        decode(folder, tmp_path / "cache")
+        time.sleep(0.02)
+    assert [entry.about["source"] for entry in entries(tmp_path / "cache")] == [str(small_set), str(tmp_path / "set")]

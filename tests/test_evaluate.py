@@ -1,0 +1,69 @@
+"""Exact evaluation: every image once, the same file at every world size."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import VAL, refused, worked
+
+FILES = ("predictions_val.csv", "predictions_test.csv")
+
+
+@pytest.fixture(scope="module")
+def run(small_set, cache_dir, tmp_path_factory) -> Path:
+    """A trained run, with what it predicted at one process."""
+    import os
+
+    from mnistm_dist.train import main
+
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    flags = ["--batch-size", "32", "--image-size", "28", "--epochs", "2", "--threads", "1", "--track", "none"]
+    os.environ["MNISTM_DIST_CACHE"] = str(cache_dir)
+    assert main(["--shards", str(small_set), "--run-dir", str(folder), *flags]) == 0
+    return folder
+
+
+def test_the_predictions_are_the_same_bytes_at_every_world_size(run, door):
+    """97 and 53 images, both prime, in one canonical batch each: at 2 and 3 processes some ranks have none."""
+    before = {name: (run / name).read_bytes() for name in FILES}
+    for world_size in (1, 2, 3):
+        for name in FILES:
+            (run / name).unlink()
+        worked(door("evaluate", run, world_size=world_size))
+        assert {name: (run / name).read_bytes() for name in FILES} == before
+
+
+def test_every_image_is_there_once_in_manifest_order(run, small_set):
+    from mnistm_dist.data.shards import ShardSet
+
+    shards = ShardSet.open(small_set)
+    rows = [line.split(",") for line in (run / "predictions_val.csv").read_text().splitlines()]
+    assert rows[0] == ["key", "label", "predicted", *(f"p{digit}" for digit in range(10))]
+    assert [row[0] for row in rows[1:]] == shards.keys("val", range(VAL))
+    assert [int(row[1]) for row in rows[1:]] == shards.labels("val").tolist()
+    for row in rows[1:]:
+        probabilities = [float(p) for p in row[3:]]
+        assert sum(probabilities) == pytest.approx(1, abs=1e-5)
+        assert probabilities.index(max(probabilities)) == int(row[2])
+
+
+def test_a_checkpoint_and_a_split_can_be_named(run, door):
+    out = worked(door("evaluate", run, "--checkpoint", "last", "--split", "val"))
+    assert "val" in out
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["checkpoint"]["step"], summary["checkpoint"]["chosen"]) == (20, "last")
+    worked(door("evaluate", run, "--checkpoint", run / "checkpoints" / "step-00000010"))
+    assert json.loads((run / "summary.json").read_text())["checkpoint"]["step"] == 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["nowhere"], "nowhere"),
+        (["RUN", "--checkpoint", "nowhere"], "nowhere"),
+        (["RUN", "--shards", "nowhere"], "nowhere"),
+        (["RUN", "--split", "train"], "--split"),
+    ],
+)
+def test_a_mistake_is_one_line(run, door, arguments, named):
+    assert named in refused(door("evaluate", *(run if a == "RUN" else a for a in arguments)))

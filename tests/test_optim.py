@@ -1,0 +1,77 @@
+"""Learning rates as closed forms, optimizers, the average of the weights."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+
+from mnistm_dist.config import OptimConfig
+from mnistm_dist.training.model import create_model
+from mnistm_dist.training.optim import WeightAverage, create_optimizer, learning_rate
+
+
+def rates(config: OptimConfig, *, steps: int = 100, batch_size: int = 256, per_epoch: int = 10) -> list[float]:
+    return [
+        learning_rate(config, step=s, total_steps=steps, batch_size=batch_size, epoch=s // per_epoch)
+        for s in range(steps)
+    ]
+
+
+def test_the_reports_schedule_falls_from_1e3_to_1e5_in_50_epochs():
+    config = OptimConfig(schedule="exponential", learning_rate=1e-3, decay=0.911)
+    series = rates(config, steps=50, per_epoch=1)
+    assert series[0] == 1e-3
+    assert series[1] == pytest.approx(1e-3 * 0.911)
+    assert 0.9e-5 < series[49] < 1.1e-5
+
+
+def test_one_cycle_rises_to_its_peak_and_falls_to_nothing():
+    series = rates(OptimConfig(schedule="one-cycle", learning_rate=0.01, warmup=0.25))
+    peak = max(range(100), key=series.__getitem__)
+    assert 23 <= peak <= 25
+    assert series[peak] == pytest.approx(0.01, rel=1e-2)
+    assert all(a < b for a, b in pairwise(series[: peak + 1]))
+    assert 0 < series[-1] < 1e-4
+
+
+def test_one_cycle_without_warmup_starts_at_its_peak():
+    assert rates(OptimConfig(schedule="one-cycle", learning_rate=0.01, warmup=0))[0] == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize(("scaling", "factor"), [("none", 1), ("linear", 4), ("sqrt", 2)])
+def test_the_rate_scales_with_the_batch(scaling, factor):
+    config = OptimConfig(schedule="constant", learning_rate=0.1, lr_scaling=scaling, base_batch_size=256)
+    assert rates(config, batch_size=1024)[0] == pytest.approx(0.1 * factor)
+
+
+def test_adam_decays_every_parameter_and_the_others_none_of_one_dimension():
+    model = create_model(10, 0)
+    assert [g["weight_decay"] for g in create_optimizer(model, OptimConfig(optimizer="adam")).param_groups] == [0.05]
+    for name in ("adamw", "sgd"):
+        decayed, free = create_optimizer(model, OptimConfig(optimizer=name)).param_groups
+        assert (decayed["weight_decay"], free["weight_decay"]) == (0.05, 0.0)
+        assert all(p.ndim >= 2 for p in decayed["params"])
+        assert all(p.ndim == 1 for p in free["params"])
+        assert sum(p.numel() for g in (decayed, free) for p in g["params"]) == 692_106
+
+
+def test_adam_has_the_reports_momentum():
+    group = create_optimizer(create_model(10, 0), OptimConfig(optimizer="adam", momentum=0.95)).param_groups[0]
+    assert group["betas"] == (0.95, 0.999)
+
+
+def test_the_average_follows_its_formula_and_copies_counters():
+    model = create_model(10, 0)
+    average = WeightAverage(model, 0.9)
+    expected = model.fc[3].weight.detach().clone()
+    for step in range(5):
+        with torch.no_grad():
+            model.fc[3].weight.add_(1)
+            model.bn1.num_batches_tracked.add_(1)
+        average.update(model, step)
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * model.fc[3].weight.detach()
+    assert torch.allclose(average.model.fc[3].weight, expected, atol=1e-6)
+    assert int(average.model.bn1.num_batches_tracked) == 5
+    assert not math.isclose(float(expected[0, 0]), float(model.fc[3].weight.detach()[0, 0]))

@@ -1,0 +1,272 @@
+"""Packing: the same bytes everywhere, every image once, nothing broken let in."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from packed_sets import (
+    label_of,
+    names_in,
+    pixels_of,
+    png_with,
+    tiny_source,
+)
+
+from mnistm_dist.data.packing import pack
+from mnistm_dist.data.pixels import channel_histogram, moments_of
+from mnistm_dist.data.png import decode_png, encode_png
+from mnistm_dist.data.samples import Sample, Source
+from mnistm_dist.data.shards import ShardSet
+from mnistm_dist.data.writing.lineage import OFFICIAL_PIXELS, find_lineage
+from mnistm_dist.data.writing.splitting import count_shards, cut_splits
+from mnistm_dist.errors import UserError
+
+
+def bytes_of(folder: Path) -> dict[str, str]:
+    """sha256 of every file in a folder."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def with_pngs(source: Source) -> Iterator[tuple[str, int, bytes]]:
+    """Split, place and PNG bytes of every sample of a source."""
+    for sample in source.samples():
+        assert sample.png is not None
+        yield sample.split, sample.index, sample.png
+
+
+def test_stock_webdataset_reads_every_image_and_label(tmp_path: Path) -> None:
+    wds = pytest.importorskip("webdataset")
+    manifest = pack(tiny_source(), tmp_path / "set", num_shards=4)
+    for split, source_split in (("train", "train"), ("val", "train"), ("test", "test")):
+        urls = [str(tmp_path / "set" / shard.name) for shard in manifest.splits[split].shards]
+        dataset = wds.WebDataset(urls, shardshuffle=False).decode("pil").to_tuple("__key__", "png", "cls")
+        samples = list(dataset)
+        assert len(samples) == manifest.splits[split].count
+        for key, image, label in samples:
+            index = int(key.lstrip("t"))
+            assert np.array_equal(np.asarray(image), pixels_of(source_split, index))
+            assert label == label_of(source_split, index)
+
+
+def test_pngs_are_kept_byte_for_byte(tmp_path: Path) -> None:
+    pack(tiny_source(), tmp_path / "set", num_shards=2)
+    shards = ShardSet.open(tmp_path / "set")
+    kept = {}
+    for split in shards.manifest.splits:
+        ids = range(shards.split(split).count)
+        kept.update(zip(shards.keys(split, ids), shards.read(split, ids), strict=True))
+    given_pngs = {f"{'t' if split == 'test' else ''}{i:08d}": png for split, i, png in with_pngs(tiny_source())}
+    assert kept == given_pngs
+
+
+def test_the_same_pngs_give_the_same_bytes_and_another_seed_another_order(tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        pack(tiny_source(), tmp_path / name, seed=seed)
+    assert bytes_of(tmp_path / "a") == bytes_of(tmp_path / "b")
+    orders = [ShardSet.open(tmp_path / name).keys("train", range(21)) for name in ("a", "c")]
+    assert orders[0] != orders[1]
+    assert sorted(orders[0]) == sorted(orders[1])
+
+
+DOT = bytes.fromhex(  # 2 x 2 pixels, written out: what an encoder makes depends on its version
+    "89504e470d0a1a0a0000000d4948445200000002000000020802000000fdd49a730000001949444154780101"
+    "0e00f1ff000a141e0a141e000a141e0a141e064e00f18eccbab90000000049454e44ae426082"
+)
+
+
+GOLDEN = {"manifest.json": ""}
+
+
+def test_the_bytes_of_a_set_are_these_on_every_machine(tmp_path: Path) -> None:
+    source = tiny_source(train=12, test=3, spoil=lambda sample: replace(sample, png=DOT))
+    pack(source, tmp_path / "set", num_shards=2)
+    assert {name: digest[:12] for name, digest in bytes_of(tmp_path / "set").items()} == GOLDEN
+
+
+def test_arrays_are_packed_to_the_same_pixels(tmp_path: Path) -> None:
+    of_arrays = pack(tiny_source(arrays=True), tmp_path / "arrays")
+    of_pngs = pack(tiny_source(), tmp_path / "pngs")
+    assert of_arrays.pixels_sha256 == of_pngs.pixels_sha256
+    png = ShardSet.open(tmp_path / "arrays").read("test", [0])[0]
+    key = ShardSet.open(tmp_path / "arrays").keys("test", [0])[0]
+    assert np.array_equal(decode_png(png, key), pixels_of("test", int(key[1:])))
+
+
+def test_shards_are_balanced_and_neighbours_in_them_are_no_neighbours_in_the_source(tmp_path: Path) -> None:
+    manifest = pack(tiny_source(train=211, test=50, size=(2, 2)), tmp_path / "set", num_shards=8)
+    for split in manifest.splits.values():
+        counts = [shard.count for shard in split.shards]
+        assert max(counts) - min(counts) <= 1
+    assert [len(split.shards) for split in manifest.splits.values()] == [8, 1, 2]
+    numbers = np.array([int(key) for key in ShardSet.open(tmp_path / "set").keys("train", range(190))])
+    assert (np.abs(np.diff(numbers)) == 1).mean() < 0.05
+
+
+def test_keys_number_on_through_train_and_val_in_the_sources_order(tmp_path: Path) -> None:
+    pack(tiny_source(train=20, val=6), tmp_path / "set")
+    shards = ShardSet.open(tmp_path / "set")
+    keys = {split: sorted(shards.keys(split, range(shards.split(split).count))) for split in shards.manifest.splits}
+    assert keys["train"] == [f"{number:08d}" for number in range(20)]
+    assert keys["val"] == [f"{number:08d}" for number in range(20, 26)]
+    assert keys["test"] == [f"t{number:08d}" for number in range(7)]
+    val = shards.keys("val", range(6))
+    images = [decode_png(png, "here") for png in shards.read("val", range(6))]
+    assert all(np.array_equal(image, pixels_of("val", int(key) - 20)) for key, image in zip(val, images, strict=True))
+
+
+def test_the_manifest_sums_up_the_pixels_and_labels(tmp_path: Path) -> None:
+    manifest = pack(tiny_source(), tmp_path / "set")
+    train = np.stack([pixels_of("train", index) for index in range(23)])
+    test = np.stack([pixels_of("test", index) for index in range(7)])
+    assert manifest.pixels_sha256 == {
+        "train+val": hashlib.sha256(train.tobytes()).hexdigest(),
+        "test": hashlib.sha256(test.tobytes()).hexdigest(),
+    }
+    for name, images, labels in (
+        ("train", train[:21], [label_of("train", i) for i in range(21)]),
+        ("val", train[21:], [label_of("train", i) for i in range(21, 23)]),
+        ("test", test, [label_of("test", i) for i in range(7)]),
+    ):
+        split = manifest.splits[name]
+        assert split.pixels_sha256 == hashlib.sha256(images.tobytes()).hexdigest()
+        assert split.class_counts == tuple(np.bincount(labels, minlength=10).tolist())
+        assert np.allclose(split.mean, images.mean((0, 1, 2)) / 255, rtol=0, atol=1e-12)
+        assert np.allclose(split.std, images.std((0, 1, 2)) / 255, rtol=0, atol=1e-12)
+    assert (manifest.lineage, manifest.image_size, manifest.classes) == ("unknown", (32, 32), tuple("0123456789"))
+
+
+@settings(max_examples=50, deadline=None)
+@given(values=st.lists(st.integers(0, 255), min_size=1, max_size=50))
+def test_mean_and_std_are_those_of_numpy(values: list[int]) -> None:
+    pixels = np.repeat(np.array(values, dtype=np.uint8)[:, None], 3, axis=1)
+    means, stds = moments_of(channel_histogram(pixels))
+    assert np.allclose(means, np.mean(values) / 255, rtol=0, atol=1e-12)
+    assert np.allclose(stds, np.std(values) / 255, rtol=0, atol=1e-12)
+
+
+def test_the_official_train_gives_55000_and_4001_others_a_tenth() -> None:
+    def sizes(source: Source, val_size: int | None = None) -> list[int]:
+        return [part.count for part in cut_splits(source, val_size).values()]
+
+    assert sizes(tiny_source(59_001, 9_001)) == [55_000, 4_001, 9_001]
+    assert sizes(tiny_source(59_001, 9_001), 9_001) == [50_000, 9_001, 9_001]
+    assert sizes(tiny_source(59_000, 0)) == [53_100, 5_900]
+    assert sizes(tiny_source(2, 0)) == [1, 1]
+    assert sizes(tiny_source(30, 5, 7)) == [30, 7, 5]
+
+
+@pytest.mark.parametrize(
+    ("source", "val_size", "named"),
+    [
+        (tiny_source(10), 0, "val size 0 of 10"),
+        (tiny_source(10), 10, "1 to 9"),
+        (tiny_source(10), -1, "1 to 9"),
+        (tiny_source(1), None, "at least 2"),
+        (tiny_source(10, 0, 5), 3, "of its own"),
+        (tiny_source(0, 5), None, "no training images"),
+    ],
+)
+def test_splits_that_cannot_be_cut_are_refused(
+    tmp_path: Path, source: Source, val_size: int | None, named: str
+) -> None:
+    with pytest.raises(UserError, match=named):
+        pack(source, tmp_path / "set", val_size=val_size)
+    assert names_in(tmp_path) == []
+
+
+@given(train=st.integers(1, 10**8), other=st.integers(1, 10**8), shards=st.integers(1, 10**5))
+def test_every_split_has_a_shard_and_every_shard_a_sample(train: int, other: int, shards: int) -> None:
+    part = replace(cut_splits(tiny_source(20))["val"], count=other)
+    whole = replace(part, count=train)
+    assert 1 <= count_shards(part, whole, shards) <= other
+    assert count_shards(whole, whole, shards) == min(shards, train)
+
+
+@pytest.mark.parametrize("arguments", [{"num_shards": 0}, {"num_shards": -3}, {"seed": -1}, {"seed": 2**63}])
+def test_numbers_that_make_no_sense_are_refused(tmp_path: Path, arguments: dict[str, int]) -> None:
+    with pytest.raises(UserError, match="accepted are"):
+        pack(tiny_source(), tmp_path / "set", **arguments)
+    assert names_in(tmp_path) == []
+
+
+def test_only_the_sums_make_a_set_official() -> None:
+    labels = {"train+val": np.zeros(3, dtype=np.int32)}
+    other = {"train+val": "0" * 64}
+    assert find_lineage(other, labels, None) == "unknown"
+    assert find_lineage(other, labels, "official") == "unknown"
+    assert find_lineage(other, labels, "regenerated") == "regenerated"
+    assert find_lineage(OFFICIAL_PIXELS, labels, None) == "unknown", "its labels are not the official ones"
+
+
+def spoiled(png: bytes) -> Callable[[Sample], Sample]:
+    return lambda sample: replace(sample, png=png) if (sample.split, sample.index) == ("train", 5) else sample
+
+
+GOOD = encode_png(pixels_of("train", 5))
+
+
+BAD_PNGS = {
+    "bomb": png_with(50_000, 50_000, 8, 2),
+    "text": b"I am no image, I am a text, and a long one",
+    "empty": b"",
+    "16 bits": png_with(32, 32, 16, 2),
+    "grey": png_with(32, 32, 8, 0),
+    "palette": png_with(32, 32, 8, 3),
+    "alpha": png_with(32, 32, 8, 6),
+    "another size": png_with(28, 28, 8, 2),
+    "cut": GOOD[:-20],
+    "one byte changed": GOOD[:100] + bytes([GOOD[100] ^ 1]) + GOOD[101:],
+}
+
+
+@pytest.mark.parametrize("png", BAD_PNGS.values(), ids=BAD_PNGS)
+def test_a_bad_image_is_named_and_leaves_nothing_behind(tmp_path: Path, png: bytes) -> None:
+    with pytest.raises(UserError, match=r"noise: train/5\.png") as error:
+        pack(tiny_source(spoil=spoiled(png)), tmp_path / "new" / "set")
+    assert "\n" not in str(error.value)
+    assert names_in(tmp_path) == []
+
+
+def test_a_png_that_only_its_decoding_shows_to_be_broken_is_named(tmp_path: Path) -> None:
+    broken = png_with(32, 100, 8, 2)  # it holds 64 rows
+    source = tiny_source(size=(100, 32), spoil=spoiled(broken))
+    with pytest.raises(UserError, match=r"noise: train/5\.png: a broken PNG"):
+        pack(source, tmp_path / "set")
+    assert names_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("label", [10, -1, 2**40])
+def test_a_label_that_is_no_class_is_named(tmp_path: Path, label: int) -> None:
+    with pytest.raises(UserError, match=rf"noise: .*label {label}"):
+        pack(tiny_source(spoil=lambda sample: replace(sample, label=label)), tmp_path / "set")
+    assert names_in(tmp_path) == []
+
+
+def test_samples_that_are_missing_or_too_many_are_refused(tmp_path: Path) -> None:
+    source = tiny_source()
+    samples = list(source.samples())
+    for given_samples in (samples[1:], [*samples, samples[3]], [*samples, replace(samples[0], index=99)]):
+        with pytest.raises(UserError, match="noise"):
+            pack(replace(source, read=lambda given=given_samples: iter(given)), tmp_path / "set")
+    assert names_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("pixels", [np.zeros((32, 32), np.uint8), np.zeros((32, 32, 3), np.float32)])
+def test_arrays_of_another_kind_are_refused(tmp_path: Path, pixels: np.ndarray) -> None:
+    with pytest.raises(UserError, match="accepted is uint8"):
+        pack(tiny_source(arrays=True, spoil=lambda sample: replace(sample, pixels=pixels)), tmp_path / "set")
+
+
+def test_progress_only_grows_and_ends_at_the_number_of_images(tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    pack(tiny_source(), tmp_path / "set", progress=lambda done, total: seen.append((done, total)))
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert seen[-1] == (30, 30)
+    assert {total for _, total in seen} == {30}

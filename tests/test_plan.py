@@ -1,0 +1,112 @@
+"""``plan`` names the images that training sees."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TRAIN, refused, worked
+from PIL import Image
+
+from mnistm_dist import config as configuration
+from mnistm_dist import plan
+from mnistm_dist.data.loader import choose_reading, create_order, open_reader, open_shards, train_batches
+
+
+def run_folder(place: Path, shards: Path, **fields: object) -> Path:
+    """A run folder with nothing in it but its configuration, settled as a launch settles it."""
+    config = configuration.replace(
+        configuration.Config(), shards=str(shards), **{"batch_size": 48, "seed": 11, **fields}
+    )
+    manifest = open_shards(str(shards), cache_dir=place).manifest
+    order, data, streams = choose_reading(config.data, manifest, batch_size=config.schedule.batch_size, world_size=4)
+    config = configuration.replace(config, order=order, data=data, streams=streams)
+    place.mkdir(exist_ok=True)
+    (place / "config.yaml").write_text(configuration.dump(config))
+    return place
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("order", "reading"), [("full", "resident"), ("windowed", "resident"), ("windowed", "streaming")]
+)
+def test_plan_names_what_every_rank_is_given(world_size, order, reading, door, small_set, cache_dir, tmp_path):
+    run = run_folder(tmp_path / "run", small_set, order=order, data=reading, streams=8, window=20)
+    config = configuration.load(run / "config.yaml")
+    shards = open_shards(str(small_set), cache_dir=cache_dir)
+    reader = open_reader(shards, "train", config.data, cache_dir=cache_dir, device="cpu", threads=2)
+    step = 2 * TRAIN // 48  # within it, an epoch ends
+    ranks = []
+    for rank in range(world_size):
+        (share,) = train_batches(
+            reader,
+            create_order(config.data, config.schedule, shards.manifest),
+            batch_size=48,
+            micro_batch=6,
+            world_size=world_size,
+            rank=rank,
+            start_step=step,
+            stop_step=step + 1,
+        )
+        ranks.append(shards.keys("train", np.concatenate([batch.ids for batch in share])))
+    told = json.loads(worked(door("plan", "--run", run, "--step", step, "--world-size", world_size, "--json")))
+    assert told == {"step": step, "epoch": step * 48 // TRAIN, "ranks": ranks}
+
+
+def test_plan_of_shards_begins_a_run_of_the_default_recipe(door, small_set, tmp_path):
+    given = ["plan", "--shards", small_set, "--step", 3, "--json"]
+    told = json.loads(worked(door(*given)))
+    recipe = configuration.build("fast", configuration.read_recipe("fast"))
+    assert len(told["ranks"][0]) == recipe.schedule.batch_size
+    chosen = json.loads(worked(door(*given, "--batch-size", 48, "--seed", 11)))
+    run = run_folder(tmp_path / "run", small_set)
+    assert json.loads(worked(door("plan", "--run", run, "--step", 3, "--json"))) == chosen
+    other = json.loads(worked(door(*given, "--batch-size", 48, "--seed", 11, "--order", "windowed", "--world-size", 2)))
+    assert [len(keys) for keys in other["ranks"]] == [24, 24]
+    assert [*other["ranks"][0], *other["ranks"][1]] != chosen["ranks"][0]
+
+
+def test_words_for_a_person(door, small_set):
+    text = worked(door("plan", "--shards", small_set, "--step", 1, "--batch-size", 12, "--world-size", 2))
+    lines = text.splitlines()
+    assert lines[0] == "step 1 of epoch 0: 12 images, full order, seed 0"
+    assert sum(line.startswith("rank ") for line in lines) == 2
+    assert all(len(line) <= 80 for line in lines)
+
+
+def test_saved_images_are_those_of_the_step(small_set, tmp_path, capsys):
+    for name, extra in (("plain", {}), ("shifted", {"shift": 4.0, "invert": 1.0})):
+        run = run_folder(tmp_path / name, small_set, image_size=(32,), batch_size=12, **extra)
+        assert plan.main(["--run", str(run), "--step", "2", "--save", f"{tmp_path / name}.png"]) == 0
+        assert f"images: {tmp_path / name}.png" in capsys.readouterr().out
+    plain, shifted = (np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB")) for name in ("plain", "shifted"))
+    assert plain.shape == shifted.shape
+    assert plain.shape[1] == 800
+    assert (plain != shifted).mean() > 0.2
+    again = tmp_path / "again.png"
+    plan.main(["--run", str(tmp_path / "plain"), "--step", "2", "--world-size", "4", "--save", str(again)])
+    assert np.array_equal(np.asarray(Image.open(again).convert("RGB")), plain)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--shards", "nowhere", "--step", "1"], "nowhere: no such folder"),
+        (["--run", "nowhere", "--step", "1"], "run nowhere: no such folder"),
+        (["--run", ".", "--step", "1"], "config.yaml: cannot be read"),
+        (["--run", ".", "--step", "1", "--seed", "3"], "--seed: a run has its own"),
+        (["--step", "1"], "one of the arguments --run --shards is required"),
+        (["--shards", "SET"], "--step"),
+        (["--shards", "SET", "--step", "-1"], "whole number from 0"),
+        (["--shards", "SET", "--step", "many"], "whole number from 0"),
+        (["--shards", "SET", "--step", "1", "--batch-size", "0"], "whole number from 1"),
+        (["--shards", "SET", "--step", "1", "--batch-size", "256", "--world-size", "3"], "255 and 258"),
+        (["--shards", "SET", "--step", "1", "--save", "batch.jpeg"], ".png, .svg, .pdf"),
+        (["--shards", "SET", "--step", "1", "--save", "no/such/folder/batch.png"], "no folder no/such/folder"),
+        (["--shards", "pipe:cat", "--step", "1"], "https://"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(arguments, said, door, small_set):
+    assert said in refused(door("plan", *(str(small_set) if a == "SET" else a for a in arguments)))

@@ -1,0 +1,312 @@
+"""Packed sets from a server: a real one, that serves, cuts, refuses and lies."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from packed_sets import edit_manifest, flip_byte, tiny_source
+
+from mnistm_dist.data import transfer
+from mnistm_dist.data.loader import open_shards
+from mnistm_dist.data.packing import pack
+from mnistm_dist.data.remote import fetch, is_address
+from mnistm_dist.errors import UserError
+
+
+class LocalServer:
+    """An HTTP server of one folder on this machine, with ways to misbehave."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.ranges = True
+        self.cut_once: dict[str, int] = {}
+        """File -> bytes after which its first answer breaks off."""
+        self.lies: dict[str, bytes] = {}
+        """File -> what is sent in its place."""
+        self.statuses: dict[str, list[int]] = {}
+        """File -> status codes of its first answers."""
+        self.length = True
+        """Whether Content-Length is sent."""
+        self.requests: list[tuple[str, str | None]] = []
+        """(file, Range) of every request."""
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                server.answer(self)
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.address = f"http://127.0.0.1:{self._server.server_port}/sets/tiny"
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        if not self._thread.is_alive():
+            return
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        name, wanted = request.path.rsplit("/", 1)[1], request.headers.get("Range")
+        self.requests.append((name, wanted))
+        if self.statuses.get(name):
+            request.send_error(self.statuses[name].pop(0))
+            return
+        path = self.folder / name
+        if not path.exists():
+            request.send_error(404)
+            return
+        data, start = self.lies.get(name, path.read_bytes()), 0
+        if self.ranges and wanted:
+            start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1])
+            if start >= len(data):
+                request.send_error(416)
+                return
+        request.send_response(206 if start else 200)
+        if self.length:
+            request.send_header("Content-Length", str(len(data) - start))
+        request.end_headers()
+        body = data[start:]
+        if name in self.cut_once:
+            request.wfile.write(body[: self.cut_once.pop(name)])
+            request.wfile.flush()
+            time.sleep(0.2)  # the client has read what was sent: what lies unread when a connection breaks is lost
+        else:
+            request.wfile.write(body)
+        request.close_connection = True
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory) -> Path:
+    """A set of 23 + 7 images in 3 + 1 shards."""
+    out = tmp_path_factory.mktemp("packed") / "tiny"
+    pack(tiny_source(), out, num_shards=3, val_size=5)
+    return out
+
+
+@pytest.fixture
+def served(packed, tmp_path, monkeypatch) -> Iterator[LocalServer]:
+    monkeypatch.setattr(transfer, "FIRST_PAUSE", 0.001)
+    folder = tmp_path / "served"
+    shutil.copytree(packed, folder)
+    server = LocalServer(folder)
+    yield server
+    server.stop()
+
+
+def same_files(folder: Path, packed: Path) -> bool:
+    return all((folder / path.name).read_bytes() == path.read_bytes() for path in packed.iterdir())
+
+
+def test_a_set_is_fetched_once_and_is_the_one_on_the_server(served, packed, tmp_path):
+    told: list[tuple[int, int]] = []
+    shards = open_shards(served.address + "/", cache_dir=tmp_path / "cache", progress=lambda *now: told.append(now))
+    assert same_files(shards.root, packed)
+    total = sum(path.stat().st_size for path in packed.iterdir() if path.name != "manifest.json")
+    assert told[0] == (0, total)
+    assert told[-1] == (total, total)
+    served.requests.clear()
+    again = open_shards(served.address, cache_dir=tmp_path / "cache")
+    assert again.root == shards.root
+    assert {name for name, _ in served.requests} == {"manifest.json"}
+
+
+@pytest.mark.parametrize("ranges", [True, False], ids=["ranges", "no ranges"])
+@pytest.mark.parametrize("length", [True, False], ids=["length", "no length"])
+def test_a_cut_transfer_goes_on(served, packed, tmp_path, ranges, length):
+    served.ranges, served.length = ranges, length
+    served.cut_once = {"train-000000.tar": 5_000, "test-000000.tar": 0, "manifest.json": 100 if length else 0}
+    if not length:
+        # Without a length, a manifest cut short looks like all of it, and a file cut at its start like an empty one.
+        served.cut_once.pop("manifest.json")
+        served.cut_once["test-000000.tar"] = 1_000
+    folder = fetch(served.address, tmp_path / "cache")
+    assert same_files(folder, packed)
+    assert ("train-000000.tar", "bytes=5000-") in served.requests
+    assert not list(folder.glob("*.partial"))
+
+
+def test_a_later_launch_goes_on_where_an_earlier_one_was_killed(served, packed, tmp_path):
+    folder = fetch(served.address, tmp_path / "cache")
+    whole = (folder / "train-000001.tar").read_bytes()
+    (folder / "train-000001.tar").unlink()
+    (folder / "train-000001.tar.partial").write_bytes(whole[:7_000])
+    served.requests.clear()
+    fetch(served.address, tmp_path / "cache")
+    assert ("train-000001.tar", "bytes=7000-") in served.requests
+    assert same_files(folder, packed)
+
+
+def test_a_wrong_earlier_part_is_fetched_anew(served, packed, tmp_path):
+    folder = fetch(served.address, tmp_path / "cache")
+    whole = (folder / "train-000001.tar").read_bytes()
+    (folder / "train-000001.tar").unlink()
+    (folder / "train-000001.tar.partial").write_bytes(bytes(len(whole)))
+    fetch(served.address, tmp_path / "cache")
+    assert same_files(folder, packed)
+
+
+def test_a_damaged_file_in_the_cache_is_fetched_anew(served, packed, tmp_path):
+    folder = fetch(served.address, tmp_path / "cache")
+    flip_byte(folder / "train-000002.tar", 3_000)
+    served.requests.clear()
+    fetch(served.address, tmp_path / "cache")
+    assert same_files(folder, packed)
+    assert {name for name, _ in served.requests} == {"manifest.json", "train-000002.tar"}
+
+
+def test_without_its_server_a_fetched_set_still_opens(served, packed, tmp_path):
+    folder = fetch(served.address, tmp_path / "cache")
+    served.stop()
+    assert fetch(served.address, tmp_path / "cache") == folder
+
+
+def test_a_changed_set_replaces_the_fetched_one(served, tmp_path):
+    fetch(served.address, tmp_path / "cache")
+    shutil.rmtree(served.folder)
+    pack(tiny_source(train=31), served.folder, num_shards=3, val_size=5)
+    folder = fetch(served.address, tmp_path / "cache")
+    assert same_files(folder, served.folder)
+
+
+def test_busy_servers_are_asked_again(served, packed, tmp_path):
+    served.statuses = {"manifest.json": [503, 429], "train-000000.tar": [500, 502]}
+    assert same_files(fetch(served.address, tmp_path / "cache"), packed)
+
+
+def refusal(address: str, cache_dir: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        fetch(address, cache_dir)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("misbehave", "said"),
+    [
+        (lambda s, data: s.lies.update({"train-000001.tar": data[:-1] + b"x"}), "sha256 is not the manifest's"),
+        (lambda s, data: s.lies.update({"train-000001.tar": data[:-512]}), "it ends after"),
+        (lambda s, data: s.lies.update({"train-000001.tar": data + bytes(5_000_000)}), "longer than the manifest's"),
+        (lambda s, data: s.lies.update({"train-000001.tar": b""}), "it ends after 0"),
+        (lambda s, data: (s.folder / "train-000001.tar").unlink(), "no such file"),
+        (lambda s, data: s.statuses.update({"train-000001.tar": [403]}), "refuses it (403"),
+        (lambda s, data: s.statuses.update({"train-000001.tar": [500] * 9}), "connection failed 5 times in a row (500"),
+    ],
+)
+def test_a_lying_or_failing_server_is_named_with_the_file(served, packed, tmp_path, misbehave: Callable, said: str):
+    misbehave(served, (packed / "train-000001.tar").read_bytes())
+    message = refusal(served.address, tmp_path / "cache")
+    assert message.startswith(f"{served.address}/train-000001.tar: ")
+    assert said in message
+    # Nothing that looks whole: neither the file nor a manifest that a person could take for a set.
+    (folder,) = (tmp_path / "cache" / "fetched").iterdir()
+    assert not (folder / "train-000001.tar").exists()
+    assert not (folder / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("manifest", [b"<html>Welcome to the hotel</html>", b"{}", b""])
+def test_what_is_no_manifest_is_refused(served, tmp_path, manifest):
+    served.lies = {"manifest.json": manifest}
+    assert f"{served.address}/manifest.json" in refusal(served.address, tmp_path / "cache")
+
+
+def test_a_manifest_whose_names_climb_out_is_refused(served, tmp_path):
+    def climb(value: dict) -> None:
+        value["splits"]["train"]["shards"][0]["name"] = "../../../escaped.tar"
+
+    edit_manifest(served.folder, climb)
+    refusal(served.address, tmp_path / "cache")
+    assert not list(tmp_path.rglob("escaped.tar"))
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("pipe:cat /etc/passwd", "https://, http://, s3://"),
+        ("ftp://example.org/set", "https://, http://, s3://"),
+        ("file:///etc", "https://, http://, s3://"),
+        ("memory://set", "https://, http://, s3://"),
+        ("https:", "https://, http://, s3://"),
+        ("https://user:secret@example.org/set", "without password"),
+        ("https://example.org/set?token=secret", "without password, ? and #"),
+        ("http://127.0.0.1:1/set", "cannot be reached"),
+    ],
+)
+def test_other_addresses_are_refused_in_one_line(address, said, tmp_path, monkeypatch):
+    monkeypatch.setattr(transfer, "FIRST_PAUSE", 0.001)
+    assert is_address(address)
+    message = refusal(address, tmp_path / "cache")
+    assert said in message
+    assert "secret" not in message
+
+
+def test_folders_are_no_addresses(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("odd:name").mkdir()
+    assert not any(map(is_address, ["shards/sample", "/data/set", "odd:name", "."]))
+
+
+def test_processes_that_come_together_fetch_once(served, packed, tmp_path):
+    with ThreadPoolExecutor(3) as pool:
+        folders = set(pool.map(lambda _: fetch(served.address, tmp_path / "cache"), range(3)))
+    assert len(folders) == 1
+    assert same_files(folders.pop(), packed)
+    names = [name for name, _ in served.requests if name != "manifest.json"]
+    assert len(names) == len(set(names))
+
+
+def test_a_set_on_s3_is_fetched(packed, tmp_path, monkeypatch):
+    pytest.importorskip("s3fs", reason="s3fs is not installed (pip install 'mnistm-dist[s3]')")
+    pytest.importorskip("moto.server", reason="moto's server is not installed (pip install 'moto[server]')")
+    import boto3
+    import botocore.exceptions
+
+    for name, value in (("ACCESS_KEY_ID", "key"), ("SECRET_ACCESS_KEY", "secret"), ("DEFAULT_REGION", "us-east-1")):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    server, endpoint = start_moto()
+    try:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        client = boto3.client("s3")
+        for _ in range(100):
+            try:
+                client.create_bucket(Bucket="sets")
+                break
+            except botocore.exceptions.EndpointConnectionError:
+                time.sleep(0.1)
+        for path in packed.iterdir():
+            client.upload_file(str(path), "sets", f"a/tiny/{path.name}")
+        folder = fetch("s3://sets/a/tiny", tmp_path / "cache")
+        assert same_files(folder, packed)
+        changed = (packed / "train-000000.tar").read_bytes()[:-1] + b"x"
+        client.put_object(Bucket="sets", Key="a/tiny/train-000000.tar", Body=changed)
+        assert "sha256 is not the manifest's" in refusal("s3://sets/a/tiny", tmp_path / "other")
+        assert "no such file" in refusal("s3://sets/nothing", tmp_path / "other")
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def start_moto() -> tuple[subprocess.Popen, str]:
+    """Moto's S3 server as a process of its own, on a free port, and its address."""
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return process, f"http://127.0.0.1:{port}"

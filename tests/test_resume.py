@@ -1,0 +1,284 @@
+"""A run killed at any instant goes on where it was, and ends as if nothing had happened."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import launcher, refused, worked
+from safetensors.torch import load_file
+
+from mnistm_dist.training.model import create_model
+from mnistm_dist.training.run_folder import read_log, read_state
+
+FLAGS = (
+    *("--recipe", "fast", "--batch-size", "32", "--micro-batch", "16", "--image-size", "28", "--epochs", "4"),
+    *("--checkpoint-every", "3", "--log-every", "4", "--threads", "1", "--track", "none"),
+)
+STEPS = 40
+
+
+def final_model(run: Path) -> bytes:
+    return (run / "checkpoints" / f"step-{STEPS:08d}" / "model.safetensors").read_bytes()
+
+
+def learning(run: Path) -> list[tuple]:
+    """What the log says of the learning: no times, no speeds."""
+    names = ("step", "epoch", "train/loss", "train/learning_rate", "val/loss", "val/accuracy")
+    return [
+        tuple(row.get(n) for n in names)
+        for row in read_log(run / "log.jsonl")
+        if row["kind"] in ("train", "evaluation")
+    ]
+
+
+def started(environment: dict[str, str], cwd: Path, world_size: int, *flags: object) -> subprocess.Popen[str]:
+    """A run in a process group of its own."""
+    command = [sys.executable, *launcher(world_size), "-m", "mnistm_dist.train", *map(str, flags)]
+    return subprocess.Popen(
+        command,
+        cwd=cwd,
+        env=environment,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
+    """Returns once the log tells of a step, or the process has ended."""
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if any(row["step"] >= step for row in read_log(run / "log.jsonl")):
+            return
+        time.sleep(0.02)
+    assert process.poll() is None, process.stdout.read()
+    pytest.fail(f"step {step} did not come in two minutes")
+
+
+def killed(process: subprocess.Popen[str]) -> None:
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+@pytest.fixture(scope="module")
+def reference(small_set, cache_dir, tmp_path_factory) -> Path:
+    """The run that was never killed, at one process; at two its parameters are the same (test_train.py)."""
+    from mnistm_dist.train import main
+
+    os.environ["MNISTM_DIST_CACHE"] = str(cache_dir)
+    run = tmp_path_factory.mktemp("runs") / "reference"
+    assert main(["--shards", str(small_set), "--run-dir", str(run), *FLAGS]) == 0
+    return run
+
+
+def kill_and_resume(environment, tmp_path, small_set, world_size: int, kills: int, seed: int) -> Path:
+    """A run whose process group is killed ``kills`` times, at random moments or during a save, and then let finish."""
+    generator, run = random.Random(seed), tmp_path / f"killed-{world_size}-{seed}"
+    flags = ("--shards", small_set, "--run-dir", run, "--resume", "auto", *FLAGS)
+    done = 0
+    for kill in range(kills):
+        process = started(environment, tmp_path, world_size, *flags)
+        wait_for_step(process, run, done + 2)
+        if kill % 2:
+            # In the middle of a save: its folder is there under its temporary name.
+            deadline = time.monotonic() + 10
+            while not list((run / "checkpoints").glob(".step-*")) and time.monotonic() < deadline:
+                pass
+        else:
+            time.sleep(generator.random() * 0.3)
+        killed(process)
+        steps = [int(path.name[5:]) for path in (run / "checkpoints").glob("step-*")]
+        done = max(steps, default=0)
+        assert read_state(run)["state"] == "running"
+    process = started(environment, tmp_path, world_size, *flags)
+    out, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, out[-3000:]
+    return run
+
+
+def test_a_run_killed_three_times_ends_byte_for_byte_as_if_nothing_had_happened(
+    environment, tmp_path, small_set, reference
+):
+    run = kill_and_resume(environment, tmp_path, small_set, 1, kills=3, seed=0)
+    assert final_model(run) == final_model(reference)
+    assert learning(run) == learning(reference)
+    assert (run / "predictions_test.csv").read_bytes() == (reference / "predictions_test.csv").read_bytes()
+
+
+def test_two_processes_killed_once_end_byte_for_byte_as_if_nothing_had_happened(environment, tmp_path, small_set):
+    whole = kill_and_resume(environment, tmp_path, small_set, 2, kills=0, seed=1)
+    run = kill_and_resume(environment, tmp_path, small_set, 2, kills=1, seed=2)
+    assert final_model(run) == final_model(whole)
+    assert learning(run) == learning(whole)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_twenty_kills_change_nothing(environment, tmp_path, small_set, world_size):
+    whole = kill_and_resume(environment, tmp_path, small_set, world_size, kills=0, seed=0)
+    for seed in range(1, 6):
+        run = kill_and_resume(environment, tmp_path, small_set, world_size, kills=4, seed=seed)
+        assert final_model(run) == final_model(whole), seed
+        assert learning(run) == learning(whole), seed
+
+
+@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
+def test_a_run_goes_on_at_another_number_of_processes(environment, tmp_path, small_set, reference, first, then):
+    run = tmp_path / "run"
+    flags = ("--shards", small_set, "--run-dir", run, "--resume", "auto", *FLAGS)
+    process = started(environment, tmp_path, first, *flags)
+    wait_for_step(process, run, 12)
+    killed(process)
+    process = started(environment, tmp_path, then, *flags)
+    out, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, out[-3000:]
+    assert [row["world_size"] for row in read_log(run / "log.jsonl") if row["kind"] in ("start", "resume")] == [
+        first,
+        then,
+    ]
+    trained = [row[:4] for row in learning(run) if row[4] is None]
+    assert trained == [row[:4] for row in learning(reference) if row[4] is None]
+    ours = load_file(run / "checkpoints" / f"step-{STEPS:08d}" / "model.safetensors")
+    theirs = load_file(reference / "checkpoints" / f"step-{STEPS:08d}" / "model.safetensors")
+    assert all(torch.equal(ours[name], theirs[name]) for name, _ in create_model(10, 0).named_parameters())
+
+
+def alive(run: Path) -> list[int]:
+    """Trainers of a run that live."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = path.read_bytes().replace(b"\0", b" ").decode()
+        except OSError:
+            continue
+        if "mnistm_dist.train" in command and str(run) in command:
+            found.append(int(path.parent.name))
+    return found
+
+
+def wait_until_gone(run: Path, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while alive(run) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not alive(run)
+
+
+def interrupted(environment, tmp_path, small_set, world_size: int, number: signal.Signals, **more: str) -> Path:
+    """A run whose launcher gets a signal, waited for until nothing of it is left."""
+    run = tmp_path / "run"
+    flags = ("--shards", small_set, "--run-dir", run, *FLAGS)
+    process = started({**environment, **more}, tmp_path, world_size, *flags)
+    wait_for_step(process, run, 8)
+    asked = time.monotonic()
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    wait_until_gone(run, 15 - (time.monotonic() - asked))
+    assert process.returncode == (75 if world_size == 1 else 1), out[-3000:]
+    state = read_state(run)
+    assert (state["state"], state["reason"]) == ("preempted", number.name)
+    return run
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_saves_and_leaves_with_75_and_the_run_goes_on(
+    environment, door, tmp_path, small_set, reference, number
+):
+    run = interrupted(environment, tmp_path, small_set, 1, number)
+    worked(door("train", "--resume", run))
+    assert final_model(run) == final_model(reference)
+    assert learning(run) == learning(reference)
+
+
+def test_sigterm_to_the_launcher_of_two_saves_and_leaves_nothing_behind(environment, tmp_path, small_set):
+    run = interrupted(environment, tmp_path, small_set, 2, signal.SIGTERM)
+    saved = max((run / "checkpoints").glob("step-*"))
+    assert read_state(run)["step"] == int(saved.name[5:])
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3000)
+def test_sigterm_to_the_launcher_ten_times(environment, tmp_path, small_set):
+    for attempt in range(10):
+        (tmp_path / str(attempt)).mkdir()
+        interrupted(environment, tmp_path / str(attempt), small_set, 2, signal.SIGTERM)
+
+
+def test_a_launcher_of_one_that_dies_takes_its_trainer_with_it_after_a_save(environment, tmp_path, small_set):
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "-m", "mnistm_dist.train"]
+    process = subprocess.Popen(
+        [*command, "--shards", small_set, "--run-dir", run, *FLAGS],
+        cwd=tmp_path,
+        env={**environment, "ACCELERATE_USE_CPU": "true"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    wait_for_step(process, run, 8)
+    process.kill()
+    process.wait()
+    wait_until_gone(run, 15)
+    assert read_state(run)["state"] == "preempted"
+
+
+def test_a_rank_that_is_killed_ends_the_run_on_all(environment, tmp_path, small_set):
+    run = tmp_path / "run"
+    process = started(environment, tmp_path, 2, "--shards", small_set, "--run-dir", run, *FLAGS)
+    wait_for_step(process, run, 8)
+    victim = next(pid for pid in alive(run) if b"RANK=1\0" in b"\0" + Path(f"/proc/{pid}/environ").read_bytes())
+    os.kill(victim, signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode == 1
+    wait_until_gone(run, 35)
+    assert read_state(run)["state"] in ("failed", "preempted")
+
+
+def test_a_finished_run_says_so(door, reference):
+    done = door("train", "--resume", reference)
+    assert "is finished" in worked(done) + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--seed", "3"], "seed was 0, now 3"),
+        (["--batch-size", "64"], "batch_size was 32, now 64"),
+        (["--recipe", "baseline"], "optimizer was adamw, now adam"),
+    ],
+)
+def test_a_resume_of_another_run_is_refused_with_the_difference(door, tmp_path, reference, flags, named):
+    import shutil
+
+    shutil.copytree(reference, tmp_path / "run")
+    (tmp_path / "run" / "state.json").write_text('{"state": "preempted", "step": 40, "reason": "SIGTERM"}')
+    assert named in refused(door("train", "--resume", "run", *flags))
+
+
+def test_a_resume_on_other_shards_is_refused(door, tmp_path, reference):
+    import shutil
+
+    from conftest import part_of_the_sample
+
+    from mnistm_dist.data.packing import pack
+
+    pack(part_of_the_sample({"train": 320, "val": 31}), tmp_path / "other")
+    shutil.copytree(reference, tmp_path / "run")
+    (tmp_path / "run" / "state.json").write_text('{"state": "preempted", "step": 40, "reason": "SIGTERM"}')
+    assert "another set" in refused(door("train", "--resume", "run", "--shards", "other"))
+
+
+def test_the_second_run_in_a_folder_is_refused_while_the_first_lives(environment, door, tmp_path, small_set):
+    run = tmp_path / "run"
+    process = started(environment, tmp_path, 1, "--shards", small_set, "--run-dir", run, *FLAGS)
+    wait_for_step(process, run, 4)
+    assert "held by a live run" in refused(
+        door("train", "--shards", small_set, "--run-dir", run, "--resume", "auto", *FLAGS)
+    )
+    killed(process)

@@ -1,0 +1,157 @@
+"""A set appears whole or not at all, whatever dies, fills up or comes in between."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from packed_sets import (
+    names_in,
+    tiny_source,
+    write_official,
+)
+
+from mnistm_dist.data.packing import pack
+from mnistm_dist.data.samples import Sample
+from mnistm_dist.data.shards import ShardSet
+from mnistm_dist.data.writing.staging import staged_folder
+from mnistm_dist.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def make_folder(path: Path) -> None:
+    path.mkdir()
+
+
+def make_full_folder(path: Path) -> None:
+    path.mkdir()
+    (path / "precious").write_text("keep me")
+
+
+def make_file(path: Path) -> None:
+    path.write_text("keep me")
+
+
+def make_dangling_link(path: Path) -> None:
+    path.symlink_to("nowhere")
+
+
+@pytest.mark.parametrize("make", [make_folder, make_full_folder, make_file, make_dangling_link])
+def test_what_exists_is_never_replaced(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    make(tmp_path / "set")
+    with pytest.raises(UserError, match="exists already"):
+        pack(tiny_source(), tmp_path / "set")
+    assert names_in(tmp_path) == ["set"]
+    if make is make_full_folder:
+        assert (tmp_path / "set" / "precious").read_text() == "keep me"
+
+
+def test_what_appears_meanwhile_is_not_replaced_either(tmp_path: Path) -> None:
+    def spoil(sample: Sample) -> Sample:
+        if (sample.split, sample.index) == ("train", 0):
+            make_full_folder(tmp_path / "set")
+        return sample
+
+    with pytest.raises(UserError, match="set: cannot be written"):
+        pack(tiny_source(spoil=spoil), tmp_path / "set")
+    assert (tmp_path / "set" / "precious").read_text() == "keep me"
+    assert names_in(tmp_path) == ["set"]
+
+
+def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    for out in (tmp_path / "file" / "set", tmp_path / ("n" * 300), tmp_path / "none" / ".."):
+        with pytest.raises(UserError):
+            pack(tiny_source(), out)
+    assert names_in(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("kilobytes", [8, 40, 64, 100])
+def test_a_full_disk_is_told_in_one_line_and_leaves_nothing(tmp_path: Path, kilobytes: int) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if (
+        os.getuid() != 0
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", disk], capture_output=True, check=False
+        ).returncode
+    ):
+        pytest.skip("a small disk can be mounted by root only")
+    try:
+        with pytest.raises(UserError, match=r"No space left on device.*free some space"):
+            pack(tiny_source(), disk / "set")
+        assert names_in(disk) == []
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def _try_to_pack(out: Path) -> str:
+    try:
+        pack(tiny_source(), out)
+    except UserError as error:
+        return str(error)
+    return "packed"
+
+
+def test_of_many_packs_at_once_one_wins_and_the_others_are_told(tmp_path: Path) -> None:
+    with multiprocessing.get_context("spawn").Pool(4) as pool:
+        outcomes = pool.map(_try_to_pack, [tmp_path / "set"] * 8, chunksize=1)
+    assert outcomes.count("packed") == 1
+    others = [outcome for outcome in outcomes if outcome != "packed"]
+    assert all("exists already" in outcome or "is being written" in outcome for outcome in others)
+    assert names_in(tmp_path) == ["set"]
+    ShardSet.open(tmp_path / "set").check(["train", "val", "test"], record=None)
+
+
+def test_a_second_pack_is_told_who_writes(tmp_path: Path) -> None:
+    with staged_folder(tmp_path / "set") as folder:
+        (folder / "something").write_text("of the first one")
+        with pytest.raises(UserError, match=rf"is being written by process {os.getpid()} on"):
+            pack(tiny_source(), tmp_path / "set")
+    assert names_in(tmp_path / "set") == ["something"]
+
+
+SLOW_PACK = """
+import sys, time
+from pathlib import Path
+from mnistm_dist.data.packing import pack
+from mnistm_dist.data.sources import open_source
+
+def progress(done, total):
+    if done > total * 2 // 3:  # while the shards are written
+        print("here", flush=True)
+        time.sleep(60)
+
+pack(open_source(sys.argv[1]), Path(sys.argv[2]), progress=progress)
+"""
+
+
+def test_a_killed_pack_leaves_nothing_that_looks_whole_and_the_next_one_cleans_up(tmp_path: Path) -> None:
+    official = write_official(tmp_path / "in", 400, 20)
+    command = [sys.executable, "-c", SLOW_PACK, official, tmp_path / "out" / "set"]
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.kill()
+    process.wait()
+    assert names_in(tmp_path / "out") == [".set.packing", ".set.packing.lock"]
+    with pytest.raises(UserError):
+        ShardSet.open(tmp_path / "out" / ".set.packing")
+    pack(tiny_source(), tmp_path / "out" / "set")
+    assert names_in(tmp_path / "out") == ["set"]
+
+
+def test_an_interrupted_pack_leaves_nothing(tmp_path: Path) -> None:
+    def interrupt(done: int, total: int) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pack(tiny_source(), tmp_path / "new" / "set", progress=interrupt)
+    assert names_in(tmp_path) == []

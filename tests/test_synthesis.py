@@ -1,0 +1,243 @@
+"""MNIST over photos is MNIST-M: by the formula, by the seed alone, with the counts of the source report."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import resource
+import subprocess
+import sys
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from layouts import noise, write_mnist
+from PIL import Image
+
+from mnistm_dist.data.idx import read_digits
+from mnistm_dist.data.order import uniform
+from mnistm_dist.data.sources import Source, open_source
+from mnistm_dist.data.synthesis import blend, read_photos
+from mnistm_dist.errors import UserError
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+PARTS = noise({"train": 60, "test": 12})
+
+
+def pixels_sha256(source: Source) -> str:
+    digest = hashlib.sha256()
+    for sample in source.samples():
+        assert sample.pixels is not None
+        digest.update(sample.pixels.tobytes())
+    return digest.hexdigest()
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    """Three photos of noise, one of them no larger than a digit."""
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(2)
+    for name, size in (("b.png", (40, 50)), ("a.png", (28, 28)), ("c.PNG", (31, 90))):
+        Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mnist(tmp_path_factory) -> Path:
+    return write_mnist(tmp_path_factory.mktemp("mnist"), PARTS)
+
+
+def test_the_sample_is_the_same_on_every_machine():
+    sample = open_source("sample")
+    assert (sample.layout, sample.lineage, sample.val_size()) == ("sample", "regenerated", None)
+    assert sample.counts == {"train": 8_000, "val": 2_000}
+    assert pixels_sha256(sample) == "2baac763fb06306e8670b2f3d9eddceefcdb39caa6edefaaafff328eb5bac48d"
+
+
+def test_another_seed_gives_other_pixels_and_the_same_labels():
+    one, two = (list(open_source("sample", seed=seed).samples()) for seed in (0, 1))
+    assert [sample.label for sample in one] == [sample.label for sample in two]
+    assert sum(np.array_equal(a.pixels, b.pixels) for a, b in zip(one, two, strict=True)) < 100
+
+
+def test_every_class_is_in_both_splits_of_the_sample_in_about_equal_numbers():
+    samples = list(open_source("sample").samples())
+    for split in ("train", "val"):
+        share = np.bincount([s.label for s in samples if s.split == split], minlength=10) / 1_000
+        assert (share / share.sum() > 0.08).all()
+
+
+def test_the_bundled_ingredients_are_small_and_each_has_its_origin_and_licence():
+    folder = Path(str(files("mnistm_dist") / "data" / "sample"))
+    names = {file.name for file in folder.iterdir()} - {"SOURCES.md"}
+    assert sum((folder / name).stat().st_size for name in names) < 4_000_000
+    text = (folder / "SOURCES.md").read_text()
+    assert all(f"`{name}`" in text for name in names)
+    assert len([name for name in names if name.endswith(".png")]) >= 7
+    for line in text.splitlines():
+        if line.startswith("| `"):
+            assert any(licence in line for licence in ("public domain", "CC0", "CC BY 2.0", "CC BY-SA 3.0")), line
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="MNIST is not in ../shared/data")
+def test_the_bundled_digits_are_the_first_10_000_of_mnist():
+    whole = read_digits(SHARED / "mnist", "train")
+    bundled = read_digits(files("mnistm_dist") / "data" / "sample", "train")
+    np.testing.assert_array_equal(bundled.images, whole.images[:10_000])
+    np.testing.assert_array_equal(bundled.labels, whole.labels[:10_000])
+
+
+def test_a_blend_is_patch_minus_digit_in_absolute_value_as_a_plain_loop_does_it(photos, mnist):
+    pool, digits = read_photos(photos, smallest=28), read_digits(mnist, "train").images
+    decoded = [np.asarray(Image.open(photos / name)).astype(int) for name in ("a.png", "b.png", "c.PNG")]
+    assert pool.names == ("a.png", "b.png", "c.PNG")
+    found = blend(digits, pool, seed=9, positions=np.arange(len(digits)))
+    draws = uniform(9, np.arange(len(digits)), 3).astype(float)
+    for digit, blended, (photo, top, left) in zip(digits, found, draws, strict=True):
+        chosen = decoded[int(photo * 3)]
+        y, x = int(top * (chosen.shape[0] - 27)), int(left * (chosen.shape[1] - 27))
+        binarised = np.where(digit > 0, 255, 0)[..., None]
+        np.testing.assert_array_equal(blended, np.abs(chosen[y : y + 28, x : x + 28] - binarised))
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 2**63 - 1), start=st.integers(0, 2**40), cut=st.integers(0, 30))
+def test_an_image_depends_on_seed_and_position_alone_not_on_its_chunk(photos, seed, start, cut):
+    pool, digits = read_photos(photos, smallest=28), PARTS["train"].images[:30, ..., 0]
+    positions = start + np.arange(30)
+    parts = [blend(digits[at], pool, seed=seed, positions=positions[at]) for at in (slice(cut), slice(cut, None))]
+    np.testing.assert_array_equal(blend(digits, pool, seed=seed, positions=positions), np.concatenate(parts))
+
+
+def test_patches_come_from_every_photo_and_reach_every_edge(photos):
+    pool = read_photos(photos, smallest=28)
+    found = blend(np.zeros((3_000, 28, 28), np.uint8), pool, seed=0, positions=np.arange(3_000))
+    for photo in (np.asarray(Image.open(photos / name)) for name in pool.names):
+        for corner in (photo[:28, :28], photo[:28, -28:], photo[-28:, :28], photo[-28:, -28:]):
+            assert (found == corner).all(axis=(1, 2, 3)).any()
+
+
+def test_grey_photos_are_turned_into_colour_and_small_or_broken_ones_named(tmp_path, mnist):
+    rng = np.random.default_rng(3)
+    Image.fromarray(rng.integers(0, 256, (60, 60), np.uint8)).save(tmp_path / "grey.png")
+    Image.fromarray(rng.integers(0, 256, (60, 60, 4), np.uint8)).save(tmp_path / "alpha.png")
+    Image.fromarray(rng.integers(0, 256, (27, 90, 3), np.uint8)).save(tmp_path / "low.jpg")
+    (tmp_path / "text.jpg").write_text("no photo")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "grey.png").read_bytes()[:900])
+    (tmp_path / "README.txt").write_text("passed over")
+    source = open_source("mnist+photos", mnist=str(mnist), photos=str(tmp_path))
+    assert source.description.endswith("over 2 photos")
+    notes = "\n".join(source.notes)
+    assert len(source.notes) == 3
+    assert "photo low.jpg left out: 90 x 27 pixels, smaller than a digit of 28" in notes
+    assert "photo cut.png left out: broken (" in notes
+    assert "photo text.jpg left out: broken (" in notes
+    assert sum(1 for _ in source.samples()) == 72
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ((), "no usable photo (no file named .bmp"),
+        (("a.jpg", "b.jpg"), "no usable photo (photo a.jpg left out: broken"),
+    ],
+)
+def test_a_folder_without_a_usable_photo_is_refused(tmp_path, mnist, names, said):
+    for name in names:
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(UserError) as caught:
+        open_source("mnist+photos", mnist=str(mnist), photos=str(tmp_path))
+    assert said in str(caught.value)
+    with pytest.raises(UserError, match="no such folder of photos"):
+        open_source("mnist+photos", mnist=str(mnist), photos=str(tmp_path / "none"))
+
+
+def test_a_photo_of_gigapixels_is_left_out_not_decoded(tmp_path, photos, mnist):
+    (tmp_path / "a.png").write_bytes((photos / "b.png").read_bytes())
+    bomb = bytearray((photos / "b.png").read_bytes())
+    bomb[16:24] = (40_000).to_bytes(4, "big") * 2
+    (tmp_path / "bomb.png").write_bytes(bomb)
+    notes = open_source("mnist+photos", mnist=str(mnist), photos=str(tmp_path)).notes
+    assert [note[:32] for note in notes] == ["photo bomb.png left out: broken "]
+
+
+def test_no_room_for_decoded_photos_is_said(tmp_path, photos):
+    def little_room() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4_096, 4_096))
+
+    program = (
+        "import sys; from pathlib import Path; from mnistm_dist.data.synthesis import read_photos; "
+        "from mnistm_dist.errors import run_door; "
+        "sys.exit(run_door(lambda a: read_photos(Path(a[0]), smallest=28) and 0))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, photos], preexec_fn=little_room, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert "no room for the decoded photos (File too large)" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_small_mnist_is_cut_where_the_report_cuts_the_whole_one(photos, mnist):
+    source = open_source("mnist+photos", mnist=str(mnist), photos=str(photos))
+    assert source.counts == {"train": 55, "val": 5 + 12}
+    samples = list(source.samples())
+    labels = np.concatenate([PARTS["train"].labels, PARTS["test"].labels])
+    assert [sample.label for sample in samples] == labels.tolist()
+    assert [(s.split, s.index) for s in samples[54:57]] == [("train", 54), ("val", 0), ("val", 1)]
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="MNIST and photos are not in ../shared/data")
+def test_the_whole_mnist_gives_55_000_and_15_000():
+    source = open_source("mnist+photos", mnist=str(SHARED / "mnist"), photos=str(SHARED / "photos"))
+    assert source.counts == {"train": 55_000, "val": 15_000}
+    assert (source.lineage, source.notes, source.val_size()) == ("regenerated", (), None)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_idx_files_are_found_packed_or_not_and_where_torchvision_puts_them(tmp_path, suffix, nested):
+    write_mnist(tmp_path / "MNIST" / "raw" if nested else tmp_path, PARTS, suffix=suffix)
+    np.testing.assert_array_equal(read_digits(tmp_path, "test").labels, PARTS["test"].labels)
+
+
+DAMAGE = {
+    "cut": (lambda data: data[:-1], "bytes where its header promises"),
+    "too long": (lambda data: data + b"x", "bytes where its header promises"),
+    "no IDX": (lambda data: b"x" * len(data), "no IDX file of bytes in"),
+    "empty": (lambda data: b"", "no IDX file"),
+    "gzip cut": (lambda data: gzip.compress(data)[:-9], "not a whole gzip file"),
+    "gzip changed": (
+        lambda data: gzip.compress(data)[:20] + b"xxxx" + gzip.compress(data)[24:],
+        "not a whole gzip file",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", ["images-idx3", "labels-idx1"])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_idx_file_is_refused_by_name(tmp_path, what, damage):
+    write_mnist(tmp_path, PARTS, suffix="")
+    spoil, said = DAMAGE[damage]
+    file = tmp_path / f"train-{what}-ubyte"
+    file.write_bytes(spoil(file.read_bytes()))
+    with pytest.raises(UserError) as caught:
+        read_digits(tmp_path, "train")
+    assert str(caught.value).startswith(f"{file}: ")
+    assert said in str(caught.value)
+
+
+def test_idx_files_that_are_missing_or_do_not_match_are_refused(tmp_path):
+    with pytest.raises(UserError, match="no train-images-idx3-ubyte"):
+        read_digits(tmp_path, "train")
+    write_mnist(tmp_path, PARTS)
+    (tmp_path / "t10k-images-idx3-ubyte.gz").rename(tmp_path / "train-images-idx3-ubyte.gz")
+    with pytest.raises(UserError, match="12 train images, but 60 labels"):
+        read_digits(tmp_path, "train")
+    labels = tmp_path / "train-labels-idx1-ubyte.gz"
+    labels.write_bytes(b"\0\0\x08\x01\0\0\0\x0c" + bytes(11) + b"\x0a")
+    with pytest.raises(UserError, match="label 10 at place 11"):
+        read_digits(tmp_path, "train")

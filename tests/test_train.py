@@ -1,0 +1,243 @@
+"""The main job: a plain loop's numbers, the same bits at one and at two processes, a whole run folder."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import TEST, TRAIN, VAL, refused, worked
+from safetensors.torch import load_file
+from torch.nn import functional
+
+from mnistm_dist.data.loader import open_resident
+from mnistm_dist.data.order import FullOrder
+from mnistm_dist.data.shards import ShardSet
+from mnistm_dist.training.model import create_model
+from mnistm_dist.training.run_folder import read_log
+
+QUICK = ("--track", "none", "--threads", "1")
+
+
+def losses(run) -> list[float]:
+    return [row["train/loss"] for row in read_log(run / "log.jsonl") if row["kind"] == "train"]
+
+
+def newest_model(run) -> dict[str, torch.Tensor]:
+    return load_file(max((run / "checkpoints").iterdir()) / "model.safetensors")
+
+
+def test_baselines_first_steps_are_those_of_a_plain_loop(door, small_set, cache_dir, tmp_path):
+    flags = ("--recipe", "baseline", "--batch-size", 32, "--max-steps", 3, "--log-every", 1, *QUICK)
+    worked(door("train", "--shards", small_set, "--run-dir", "run", *flags))
+
+    shards = ShardSet.open(small_set)
+    data = open_resident(shards, "train", cache_dir=cache_dir, device="cpu", workers=1)
+    split = shards.manifest.splits["train"]
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (split.mean, split.std))
+    model = create_model(10, seed=0).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, betas=(0.95, 0.999), weight_decay=5e-4)
+    ids = FullOrder(size=split.count, seed=0).ids(np.arange(96)).reshape(3, 32)
+    plain = []
+    torch.set_num_threads(1)
+    for step in range(3):
+        images = data.images[ids[step]].permute(0, 3, 1, 2).float() / 255
+        images = functional.interpolate(images, (64, 64), mode="bilinear", align_corners=False)
+        images = (images - mean) / std
+        loss = functional.cross_entropy(model(images), data.labels[ids[step]])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        plain.append(loss.item())
+    assert losses(tmp_path / "run") == pytest.approx(plain, abs=1e-5)
+
+
+def test_two_processes_are_bit_for_bit_one_with_two_micro_batches(door, small_set, tmp_path):
+    """Parameters and losses after 15 steps; BatchNorm's running statistics are over rank 0's half of the images."""
+    flags = (
+        "--recipe",
+        "fast",
+        "--batch-size",
+        32,
+        "--micro-batch",
+        16,
+        "--image-size",
+        28,
+        "--max-steps",
+        15,
+        "--log-every",
+        1,
+    )
+    for world_size in (1, 2):
+        out = worked(
+            door("train", "--shards", small_set, "--run-dir", f"w{world_size}", *flags, *QUICK, world_size=world_size)
+        )
+        assert json.loads((tmp_path / f"w{world_size}" / "summary.json").read_text())["world_size"] == world_size
+        assert f"32 = {world_size} x {2 // world_size} x 16" in out
+    one, two = newest_model(tmp_path / "w1"), newest_model(tmp_path / "w2")
+    parameters = [name for name, _ in create_model(10, 0).named_parameters()]
+    assert all(torch.equal(one[name], two[name]) for name in parameters)
+    assert len(losses(tmp_path / "w1")) == 15
+    assert losses(tmp_path / "w1") == losses(tmp_path / "w2")
+
+
+def test_a_run_leaves_a_whole_folder(door, small_set, tmp_path):
+    out = worked(
+        door(
+            "train",
+            "--shards",
+            small_set,
+            "--run-dir",
+            "run",
+            "--batch-size",
+            32,
+            "--image-size",
+            "28,32",
+            "--epochs",
+            2,
+            *QUICK,
+        )
+    )
+    run = tmp_path / "run"
+    names = {path.name for path in run.iterdir()}
+    assert names >= {
+        *(
+            "config.yaml",
+            "environment.json",
+            "state.json",
+            "log.jsonl",
+            "summary.json",
+            "report.html",
+            "learning_curve.png",
+        ),
+        *(
+            f"{kind}_{split}.{ending}"
+            for split in ("val", "test")
+            for kind, ending in (("confusion_matrix", "png"), ("mistakes", "png"), ("predictions", "csv"))
+        ),
+    }
+    assert ".lock" not in names
+    assert json.loads((run / "state.json").read_text()) == {"state": "finished", "step": 20, "reason": None}
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["steps"], summary["epochs"], summary["parameters"], summary["recipe"]) == (20, 2, 692_106, "fast")
+    for split, size in (("val", VAL), ("test", TEST)):
+        scores = summary[split]
+        matrix = np.array(scores["confusion_matrix"])
+        assert scores["total"] == matrix.sum() == size
+        assert scores["correct"] == np.trace(matrix)
+        assert scores["accuracy"] == scores["correct"] / size
+    rows = read_log(run / "log.jsonl")
+    assert [row["step"] for row in rows if row["kind"] == "evaluation"] == [10, 20]
+    assert [row["image_size"] for row in rows if row["kind"] == "evaluation"] == [28, 32]
+    best = max(
+        (row for row in rows if row["kind"] == "evaluation"), key=lambda row: (row["val/accuracy"], -row["step"])
+    )
+    assert summary["checkpoint"]["step"] == best["step"]
+    assert summary["val"]["accuracy"] == best["val/accuracy"]
+    for part in ("world size", "precision", "threads", "692,106", f"{TRAIN:,} train", "20 of 2 epochs"):
+        assert part in out, part
+
+
+def test_the_last_step_counts_where_there_is_only_val(door, small_set, tmp_path, monkeypatch):
+    from conftest import part_of_the_sample
+
+    from mnistm_dist.data.packing import pack
+
+    pack(part_of_the_sample({"train": 64, "val": 31}), tmp_path / "set")
+    worked(
+        door(
+            "train",
+            "--shards",
+            "set",
+            "--run-dir",
+            "run",
+            "--batch-size",
+            32,
+            "--image-size",
+            28,
+            "--epochs",
+            3,
+            *QUICK,
+        )
+    )
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["checkpoint"]["step"], summary["checkpoint"]["chosen"]) == (6, "last")
+    assert "test" not in summary
+
+
+def test_the_debug_recipe_takes_seconds_and_checks_itself(door, small_set, tmp_path):
+    out = worked(door("train", "--recipe", "debug", "--shards", small_set, "--run-dir", "run", "--threads", 1))
+    assert "learnt by heart" in out
+    assert abs(losses(tmp_path / "run")[0] - math.log(10)) < 0.7
+
+
+def test_max_steps_cuts_the_run_and_not_its_schedule(door, small_set, tmp_path):
+    flags = ("--shards", small_set, "--batch-size", 32, "--image-size", 28, "--epochs", 2, "--log-every", 1, *QUICK)
+    worked(door("train", "--run-dir", "whole", *flags))
+    worked(door("train", "--run-dir", "cut", "--max-steps", 7, *flags))
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")[:7]
+    summary = json.loads((tmp_path / "cut" / "summary.json").read_text())
+    assert (summary["steps"], summary["val"]["total"], summary["test"]["total"]) == (7, VAL, TEST)
+
+
+def test_without_shards_the_bundled_sample_is_packed_first(door, tmp_path):
+    flags = ("--recipe", "debug", "--max-steps", 2, "--run-dir")
+    worked(door("train", *flags, "first"))
+    manifest = (tmp_path / "shards" / "sample" / "manifest.json").read_bytes()
+    worked(door("train", *flags, "second"))
+    assert (tmp_path / "shards" / "sample" / "manifest.json").read_bytes() == manifest
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--shards", "nowhere"], "nowhere"),
+        (["--shards", "shards/sample"], "shards/sample"),
+        (["--batch-size", 33, "--micro-batch", 16], "33"),
+        (["--batch-size", 32, "--micro-batch", 12], "12"),
+        (["--batch-size", 1], "micro_batch"),
+        (["--recipe", "slow"], "slow"),
+        (["--epochs", "x"], "--epochs"),
+        (["--precision", "bf16"], "emulated"),
+        (["--expect-world-size", 2], "world size: found 1"),
+        (["--signals", "SIGKILL"], "SIGKILL"),
+        (["--resume", "auto"], "--run-dir"),
+        (["--resume", "nowhere"], "nowhere"),
+        (["--cache-dir", "/proc/none"], "/proc/none"),
+        (["--run-dir", "/proc/none"], "/proc/none"),
+        (["--order", "full", "--data", "streaming"], "windowed"),
+    ],
+)
+def test_a_mistake_is_one_line_and_makes_no_run_folder(door, small_set, tmp_path, flags, named):
+    if "--shards" not in flags:
+        flags = ["--shards", small_set, *flags]
+    assert named in refused(door("train", *flags))
+    assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / "shards").exists()
+
+
+def test_a_folder_that_holds_a_run_is_refused_and_left_as_it_was(door, small_set, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("mine")
+    assert "holds files already" in refused(door("train", "--shards", small_set, "--run-dir", "run"))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize("how", ["cut", "changed", "missing"])
+def test_a_damaged_shard_is_refused_by_name_though_the_cache_is_warm(door, small_set, tmp_path, how):
+    import shutil
+
+    shutil.copytree(small_set, tmp_path / "set")
+    flags = ("--shards", "set", "--recipe", "debug", "--max-steps", 1)
+    worked(door("train", *flags, "--run-dir", "first"))
+    shard = tmp_path / "set" / "train-000003.tar"
+    data = shard.read_bytes()
+    match how:
+        case "cut":
+            shard.write_bytes(data[: len(data) // 1024 * 512])
+        case "changed":
+            shard.write_bytes(data[:700] + bytes([data[700] ^ 1]) + data[701:])
+        case "missing":
+            shard.unlink()
+    assert "train-000003.tar" in refused(door("train", *flags, "--run-dir", "second"))
+    assert not (tmp_path / "second").exists()

@@ -1,0 +1,103 @@
+"""What the model sees: resized, normalised, augmented by (seed, position)."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from mnistm_dist.config import AugmentConfig
+from mnistm_dist.data.transforms import Augment, Preprocess, cut_out, permute_channels, resize
+
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
+ALL = AugmentConfig(shift=3, rotate=15, scale=0.1, invert=0.5, permute_channels=0.5, cutout=6)
+
+
+def images(count: int, size: int = 32) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8))
+
+
+def test_preprocessing_is_resize_and_normalise():
+    batch = images(4)
+    wide = functional.interpolate(
+        batch.permute(0, 3, 1, 2).float() / 255, (64, 64), mode="bilinear", align_corners=False
+    )
+    expected = (wide - torch.tensor(MEAN).view(1, 3, 1, 1)) / torch.tensor(STD).view(1, 3, 1, 1)
+    assert torch.allclose(Preprocess(MEAN, STD)(batch, 64), expected, atol=1e-5)
+
+
+def test_preprocessing_gives_channels_last():
+    assert Preprocess(MEAN, STD)(images(4), 32).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_shrinking_is_antialiased():
+    stripes = torch.zeros(1, 1, 32, 32)
+    stripes[..., ::2] = 1
+    assert (resize(stripes, 16) - 0.5)[..., 1:-1].abs().max() < 0.05
+
+
+def test_without_augmentation_training_sees_what_evaluation_sees():
+    preprocess = Preprocess(MEAN, STD)
+    augment = Augment(AugmentConfig(), preprocess, seed=0)
+    assert torch.equal(augment(images(4), np.arange(4), 48), preprocess(images(4), 48))
+
+
+def test_moving_by_nothing_is_resizing():
+    preprocess = Preprocess(MEAN, STD)
+    still = Augment(AugmentConfig(shift=1e-9), preprocess, seed=0)
+    assert torch.allclose(still(images(4), np.arange(4), 64), preprocess(images(4), 64), atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [28, 64])
+def test_an_image_is_augmented_by_its_position_alone(size):
+    """The same in any micro-batch, on any rank: a batch of 8 equals two of 4, and the order within does not matter."""
+    augment, batch, positions = Augment(ALL, Preprocess(MEAN, STD), seed=5), images(8), np.arange(100, 108)
+    whole = augment(batch, positions, size)
+    halves = torch.cat([augment(batch[:4], positions[:4], size), augment(batch[4:], positions[4:], size)])
+    backwards = augment(batch.flip(0), positions[::-1].copy(), size).flip(0)
+    assert torch.equal(whole, halves)
+    assert torch.equal(whole, backwards)
+
+
+def test_another_position_or_seed_is_augmented_otherwise():
+    preprocess, batch = Preprocess(MEAN, STD), images(1)
+    first = Augment(ALL, preprocess, seed=5)(batch, np.array([0]), 32)
+    assert not torch.equal(first, Augment(ALL, preprocess, seed=5)(batch, np.array([1]), 32))
+    assert not torch.equal(first, Augment(ALL, preprocess, seed=6)(batch, np.array([0]), 32))
+
+
+def test_inversion_is_255_minus_the_image():
+    preprocess = Preprocess(MEAN, STD)
+    inverted = Augment(AugmentConfig(invert=1), preprocess, seed=0)(images(4), np.arange(4), 32)
+    assert torch.equal(inverted, preprocess(255 - images(4), 32))
+
+
+def test_half_of_the_images_are_inverted_if_asked():
+    preprocess, batch = Preprocess(MEAN, STD), images(1).expand(2000, -1, -1, -1).contiguous()
+    seen = Augment(AugmentConfig(invert=0.5), preprocess, seed=0)(batch, np.arange(2000), 32)
+    share = (seen != preprocess(batch, 32)).flatten(1).any(1).double().mean()
+    assert 0.46 < share < 0.54
+
+
+def test_a_shift_moves_the_image_by_at_most_its_pixels():
+    dot = torch.zeros(200, 33, 33, 3, dtype=torch.uint8)
+    dot[:, 16, 16] = 255
+    seen = Augment(AugmentConfig(shift=3), Preprocess((0, 0, 0), (1, 1, 1)), seed=0)(dot, np.arange(200), 33)[:, 0]
+    places = seen.flatten(1).argmax(1)
+    rows, columns = places // 33 - 16, places % 33 - 16
+    assert rows.abs().max() == 3
+    assert columns.abs().max() == 3
+    assert len(set(zip(rows.tolist(), columns.tolist(), strict=True))) > 40
+
+
+def test_channels_are_permuted_in_all_six_orders():
+    batch = torch.tensor([1, 2, 3], dtype=torch.uint8).expand(600, 2, 2, 3).contiguous()
+    draws = torch.linspace(0, 0.999, 600)
+    seen = permute_channels(batch, torch.ones(600, dtype=torch.bool), draws)[:, 0, 0]
+    assert len({tuple(row) for row in seen.tolist()}) == 6
+    assert torch.equal(permute_channels(batch, torch.zeros(600, dtype=torch.bool), draws), batch)
+
+
+def test_cutout_sets_a_square_to_the_mean():
+    seen = cut_out(torch.ones(1, 3, 32, 32), torch.tensor([[0.5, 0.25]]), 8 / 32, 8 / 32)
+    assert (seen == 0).sum() == 3 * 8 * 8
+    assert (seen[:, :, 4:12, 12:20] == 0).all()

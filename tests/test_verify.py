@@ -1,0 +1,245 @@
+"""Verifying: every file judged, every image compared, damage named, nothing written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from packed_sets import edit_manifest, flip_byte, png_with, tiny_source
+
+from mnistm_dist.data.inspection import inspect
+from mnistm_dist.data.packing import pack
+from mnistm_dist.data.shards import ShardSet
+from mnistm_dist.errors import UserError
+from mnistm_dist.verify import main
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("packed") / "set"
+    pack(tiny_source(), out, num_shards=3)
+    return out
+
+
+@pytest.fixture
+def folder(packed: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(packed, tmp_path / "set"))
+
+
+def statuses(folder: Path) -> dict[str, str]:
+    """What each file is found to be."""
+    return {finding.name: finding.status for finding in inspect(ShardSet.open(folder))}
+
+
+def test_a_whole_set_is_whole_file_by_file(folder: Path) -> None:
+    found = statuses(folder)
+    assert set(found) == {path.name for path in folder.iterdir()}
+    assert set(found.values()) == {"whole"}
+
+
+def cut_it(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def change_it(path: Path) -> None:
+    flip_byte(path, path.stat().st_size // 2)
+
+
+@pytest.mark.parametrize("name", ["train-000001.tar", "val.index.npy"])
+@pytest.mark.parametrize(
+    ("damage", "status"),
+    [(cut_it, "cut"), (change_it, "changed"), (Path.unlink, "missing")],
+    ids=["cut", "changed", "gone"],
+)
+def test_exactly_the_damaged_file_is_named(
+    folder: Path, name: str, damage: Callable[[Path], None], status: str
+) -> None:
+    damage(folder / name)
+    assert {found: said for found, said in statuses(folder).items() if said != "whole"} == {name: status}
+
+
+def test_all_damage_is_told_at_once(folder: Path) -> None:
+    cut_it(folder / "train-000000.tar")
+    change_it(folder / "train-000001.tar")
+    (folder / "train-000002.tar").rename(folder / "train-000003.tar")
+    (folder / "notes.txt").write_text("mine")
+    found = {name: status for name, status in statuses(folder).items() if status != "whole"}
+    assert found == {
+        "train-000000.tar": "cut",
+        "train-000001.tar": "changed",
+        "train-000002.tar": "missing",
+        "train-000003.tar": "extra",
+        "notes.txt": "foreign",
+    }
+
+
+def test_a_note_beside_the_shards_does_no_harm_but_another_tar_does(folder: Path) -> None:
+    (folder / "README.txt").write_text("where I got it")
+    assert not any(finding.damaged for finding in inspect(ShardSet.open(folder)))
+    shutil.copy(folder / "train-000000.tar", folder / "train-000009.tar")
+    assert any(finding.damaged for finding in inspect(ShardSet.open(folder)))
+
+
+def sign_files(folder: Path) -> None:
+    """Makes the manifest vouch for the files as they now are, as an attacker would."""
+    import hashlib
+
+    def vouch(value: dict[str, Any]) -> None:
+        for split in value["splits"].values():
+            for entry in (split["index"], *split["shards"]):
+                data = (folder / entry["name"]).read_bytes()
+                entry.update(size=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+    edit_manifest(folder, vouch)
+
+
+def swap_labels(folder: Path) -> None:
+    index = np.load(folder / "train.index.npy", mmap_mode="r+")
+    index["label"][0] = (index["label"][0] + 1) % 10
+    index.flush()
+
+
+def rename_member(folder: Path) -> None:
+    path = folder / "train-000000.tar"
+    data = bytearray(path.read_bytes())
+    data[7:8] = b"9"
+    header = data[:148] + b" " * 8 + data[156:512]
+    data[148:156] = b"%06o\0 " % sum(header)
+    path.write_bytes(data)
+
+
+def drop_last_sample(folder: Path) -> None:
+    path = folder / "train-000000.tar"
+    rows = np.load(folder / "train.index.npy")
+    last = int(rows["offset"][: len(rows) // 3].max()) - 512
+    path.write_bytes(path.read_bytes()[:last] + bytes(1024))
+
+
+def append_a_member(folder: Path) -> None:
+    path = folder / "train-000000.tar"
+    data = path.read_bytes()
+    path.write_bytes(data[:-1024] + data[: int(512 + -(-rows_size(folder) // 512) * 512)] + bytes(1024))
+
+
+def rows_size(folder: Path) -> int:
+    return int(np.load(folder / "train.index.npy")["size"][0])
+
+
+def hide_bytes_after_the_end(folder: Path) -> None:
+    with (folder / "train-000000.tar").open("ab") as file:
+        file.write(b"more" * 128)
+
+
+def no_tar(folder: Path) -> None:
+    (folder / "train-000000.tar").write_bytes(b"not a tar" * 1000)
+
+
+def repeat_a_key(folder: Path) -> None:
+    index = np.load(folder / "val.index.npy", mmap_mode="r+")
+    index["key"][0] = index["key"][1]
+    index.flush()
+
+
+FORGERIES = {
+    "label": (swap_labels, "train-000000.tar", "is not the label"),
+    "renamed member": (rename_member, "train-000000.tar", "where the index has"),
+    "dropped sample": (drop_last_sample, "train-000000.tar", "the end where the index has"),
+    "one member more": (append_a_member, "train-000000.tar", "one member more"),
+    "bytes after the end": (hide_bytes_after_the_end, "train-000000.tar", "does not end"),
+    "no tar": (no_tar, "train-000000.tar", "not readable as a tar"),
+    "key twice": (repeat_a_key, "val-000000.tar", "where the index has"),
+}
+
+
+@pytest.mark.parametrize(("forge", "name", "named"), FORGERIES.values(), ids=FORGERIES)
+def test_a_forgery_that_the_manifest_vouches_for_is_seen(
+    folder: Path, forge: Callable[[Path], None], name: str, named: str
+) -> None:
+    forge(folder)
+    sign_files(folder)
+    found = {finding.name: finding for finding in inspect(ShardSet.open(folder)) if finding.damaged}
+    assert list(found) == [name]
+    assert found[name].status == "changed"
+    assert named in found[name].detail
+
+
+def swap_counts(value: dict[str, Any]) -> None:
+    counts = value["splits"]["train"]["class_counts"]
+    counts[0], counts[1] = counts[0] + 1, counts[1] - 1
+
+
+LIES = {
+    "pixels of the set": (lambda value: value["pixels_sha256"].update(test="0" * 64), "the pixels of test"),
+    "pixels of a split": (lambda value: value["splits"]["val"].update(pixels_sha256="0" * 64), "the pixels of val"),
+    "mean": (lambda value: value["splits"]["train"].update(mean=[0.5, 0.5, 0.5]), "the mean of train"),
+    "std": (lambda value: value["splits"]["train"].update(std=[0.5, 0.5, 0.5]), "the std of train"),
+    "class counts": (swap_counts, "the class counts of train"),
+    "image size": (lambda value: value.update(image_size=[28, 28]), "32 x 32 pixels"),
+}
+
+
+@pytest.mark.parametrize(("lie", "named"), LIES.values(), ids=LIES)
+def test_a_manifest_that_says_what_the_images_do_not_is_seen(folder: Path, lie: Any, named: str) -> None:
+    edit_manifest(folder, lie)
+    found = [finding for finding in inspect(ShardSet.open(folder)) if finding.damaged]
+    assert [finding.name for finding in found] == ["manifest.json"]
+    assert named in found[0].detail
+
+
+def test_an_image_that_is_none_is_named(tmp_path: Path) -> None:
+    pack(tiny_source(size=(4, 4)), tmp_path / "set", num_shards=1)
+    path = tmp_path / "set" / "val-000000.tar"
+    data, bad = bytearray(path.read_bytes()), png_with(4, 4, 8, 0)
+    size = int(np.load(tmp_path / "set" / "val.index.npy")["size"][0])
+    data[512 : 512 + size] = bad.ljust(size, b"\0")[:size]
+    path.write_bytes(data)
+    sign_files(tmp_path / "set")
+    found = [finding for finding in inspect(ShardSet.open(tmp_path / "set")) if finding.damaged]
+    assert [finding.name for finding in found] == ["manifest.json"]
+    assert ".png of val: a PNG of 8 bits, grey" in found[0].detail
+
+
+def test_progress_counts_images_to_the_end(folder: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    inspect(ShardSet.open(folder), lambda done, total: seen.append((done, total)))
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert seen[-1] == (30, 30)
+
+
+def test_the_door_tells_whole_from_damaged(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(path.name for path in folder.iterdir())
+    assert main([str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert "whole    train-000002.tar" in said
+    assert "is whole: 21 train, 2 val, 7 test" in said
+    change_it(folder / "test-000000.tar")
+    with pytest.raises(UserError, match=r"1 of 8 files are damaged, the first is test-000000\.tar \(changed"):
+        main([str(folder)])
+    assert "changed  test-000000.tar" in capsys.readouterr().out
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "spoil", [Path.unlink, cut_it, change_it], ids=["no manifest", "cut manifest", "changed manifest"]
+)
+def test_the_door_ends_with_2_and_one_line(folder: Path, spoil: Callable[[Path], None]) -> None:
+    spoil(folder / "manifest.json")
+    done = subprocess.run(
+        [sys.executable, "-m", "mnistm_dist.verify", str(folder)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""

@@ -40,7 +40,7 @@ class DataConfig:
     streams: Auto | int = _number("auto", low=1)
     """Canonical streams of the windowed order: the world size divides it, it divides the batch. auto: the largest <=
     16."""
-    window: int = _number(4096, low=1)
+    window: int = _number(1024, low=1)
     """Images in a shuffle window of the windowed order, per stream."""
     data: Auto | Literal["resident", "streaming"] = "auto"
     """resident: decoded once per node, then mapped; streaming: shards read in order, in bounded memory (windowed order

@@ -7,6 +7,7 @@ rank 0's clock, decides for all. Saving, logging and evaluating change nothing i
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,12 +15,13 @@ import torch
 
 from mnistm_dist import config as configuration
 from mnistm_dist.config import Config
-from mnistm_dist.data.loader import Reader, create_order, evaluation_batches, train_batches
-from mnistm_dist.data.order import accumulation, epoch_ends, epochs_done, step_positions, steps_for
+from mnistm_dist.data.loader import Batch, Reader, create_order, evaluation_batches, train_batches
+from mnistm_dist.data.order import epoch_ends, epochs_done, part_of_run, step_positions, steps_for
 from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.data.transforms import Augment, Preprocess
 from mnistm_dist.errors import UserError
-from mnistm_dist.reporting.console import Console
+from mnistm_dist.facts import header_rows
+from mnistm_dist.reporting.console import Console, TrainingBar
 from mnistm_dist.reporting.metrics import measure
 from mnistm_dist.reporting.tracking import open_tracker
 from mnistm_dist.training import checkpoint as checkpoints
@@ -28,8 +30,9 @@ from mnistm_dist.training.checks import check_model_learns
 from mnistm_dist.training.distributed import Agreement, World, prepare
 from mnistm_dist.training.environment import describe_environment
 from mnistm_dist.training.evaluation import BATCH_SIZE, predict_split
-from mnistm_dist.training.model import architecture, count_parameters, create_model
+from mnistm_dist.training.model import architecture, create_model
 from mnistm_dist.training.optim import WeightAverage, create_optimizer, learning_rate
+from mnistm_dist.training.pace import Pace
 from mnistm_dist.training.profiling import traced
 from mnistm_dist.training.run_folder import RunFolder
 from mnistm_dist.training.signals import StopRequest
@@ -96,6 +99,8 @@ class Trainer:
         self.average = WeightAverage(self.model, config.optim.average) if config.optim.average else None
         self.past = Past()
         self.steps_done = 0
+        self.window, self.train_loss = LossWindow(world), float("nan")
+        self.pace = Pace(0)
 
     @property
     def evaluated(self) -> torch.nn.Module:
@@ -109,13 +114,15 @@ class Trainer:
     def image_size(self, epoch: int) -> int:
         """The training size of an epoch, pixels: the run's sizes in equal parts."""
         sizes = self.config.schedule.image_size
-        return sizes[min(epoch, self.config.schedule.epochs - 1) * len(sizes) // self.config.schedule.epochs]
+        return sizes[part_of_run(epoch, epochs=self.config.schedule.epochs, parts=len(sizes))]
 
     def begin(self, checkpoint: Checkpoint | None) -> None:
         """Takes up the checkpoint, if any, and writes what a run folder holds from the start. All ranks take part."""
         if checkpoint is not None:
             self.world.together(lambda: self.restore(checkpoint))
         self.folder.cut_log(self.steps_done)
+        if self.world.is_main:
+            checkpoints.discard_after(self.folder.path, self.steps_done)
         self.folder.write("config.yaml", configuration.dump(self.config))
         self.folder.write_json("environment.json", describe_environment(self.world))
         self.folder.write_json("architecture.json", architecture(self.model, max(self.config.schedule.image_size)))
@@ -130,37 +137,9 @@ class Trainer:
             group=self.folder.path.name,
             say=self.console.line,
         )
-        self.console.header("mnistm_dist", self.header())
+        self.console.header("mnistm_dist", header_rows(self))
         if self.config.run.checks and checkpoint is None:
             self.check()
-
-    def header(self) -> dict[str, str]:
-        """What a run says of itself before it begins."""
-        config, manifest = self.config, self.manifest
-        k = accumulation(
-            batch_size=config.schedule.batch_size,
-            world_size=self.world.size,
-            micro_batch=int(config.schedule.micro_batch),
-        )
-        counts = ", ".join(f"{split.count:,} {name}" for name, split in manifest.splits.items())
-        steps = f"{self.total_steps:,} of {config.schedule.epochs} epochs"
-        if self.last_step < self.total_steps:
-            steps = f"{self.last_step:,} of {steps}"
-        if self.steps_done:
-            steps += f", going on after {self.steps_done:,}"
-        return {
-            "run": str(self.folder.path),
-            "recipe": config.recipe,
-            "world size": f"{self.world.size} ({self.world.device.type})",
-            "precision": f"{config.machine.precision}, {config.machine.memory_format}",
-            "threads": f"{config.machine.threads} per process",
-            "model": f"pruned ResNet18, {count_parameters(self.model):,} parameters",
-            "shards": f"{self.shards.root} ({manifest.lineage}: {counts})",
-            "reading": f"{config.data.data}, order {config.data.order}",
-            "batch": f"{config.schedule.batch_size} = {self.world.size} x {k} x {config.schedule.micro_batch}",
-            "image size": ", ".join(f"{size} px" for size in dict.fromkeys(config.schedule.image_size)),
-            "steps": steps,
-        }
 
     def check(self) -> None:
         """The debug recipe's checks of the first loss and of learning by heart."""
@@ -185,6 +164,7 @@ class Trainer:
             self.world.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
         self.past = Past(**checkpoint.state["past"])
         self.steps_done = checkpoint.step
+        self.window, self.pace = LossWindow(self.world, self.past.pending), Pace(checkpoint.step)
         before = checkpoint.state["micro_batch"]
         if before != self.config.schedule.micro_batch:
             self.console.warn(
@@ -199,90 +179,103 @@ class Trainer:
 
     def train(self) -> None:
         """Every step that is left. All ranks take part. Raises `Preempted` after a signal, on all ranks alike."""
-        config, schedule = self.config, self.config.schedule
-        window = LossWindow(self.world, self.past.pending)
+        run = self.config.run
         agreement, saved_at = Agreement(self.world.control), time.monotonic()
-        self.wrapped.train()
-        batches = train_batches(
-            self.readers["train"],
-            self.order,
-            start_step=self.steps_done,
-            stop_step=self.last_step,
-            batch_size=schedule.batch_size,
-            micro_batch=int(schedule.micro_batch),
-            world_size=self.world.size,
-            rank=self.world.rank,
-        )
-        row_images, row_clock, last_loss = 0, time.perf_counter(), float("nan")
-        clock = row_clock
         profile_folder = self.folder.path / "profile" if self.world.is_main else None
-        tracing = traced(profile_folder, steps=config.run.profile, first_step=self.steps_done)
+        tracing = traced(profile_folder, steps=run.profile, first_step=self.steps_done)
+        self.wrapped.train()
         with self.console.training(self.last_step, self.steps_done) as bar, tracing as step_traced:
-            for step, micro_batches in enumerate(batches, start=self.steps_done):
-                epoch = self.epoch(step)
-                image_size = self.image_size(epoch)
-                rate = learning_rate(
-                    config.optim, step=step, total_steps=self.total_steps, batch_size=schedule.batch_size, epoch=epoch
-                )
-                for group in self.optimizer.param_groups:
-                    group["lr"] = rate
-                losses = train_step(
-                    self.world,
-                    self.wrapped,
-                    self.optimizer,
-                    self.augment,
-                    micro_batches,
-                    image_size=image_size,
-                    label_smoothing=config.optim.label_smoothing,
-                    clip_norm=config.optim.clip_norm,
-                )
-                if self.average:
-                    self.average.update(self.model, step)
-                window.add(step, losses)
-                self.steps_done = self.folder.steps_done = step + 1
-                row_images += schedule.batch_size
-                ends_epoch = epoch_ends(step, size=self.size, batch_size=schedule.batch_size)
+            self.pace.go()
+            for step, micro_batches in enumerate(self.batches(), start=self.steps_done):
+                self.train_on(step, micro_batches)
+                ends_epoch = epoch_ends(step, size=self.size, batch_size=self.config.schedule.batch_size)
                 ends_run = self.steps_done == self.last_step
-
-                if self.steps_done % config.run.log_every == 0 or ends_epoch or ends_run:
-                    last_loss = self.read_losses(window)
-                    now = time.perf_counter()
-                    row = {
-                        "train/loss": last_loss,
-                        "train/learning_rate": rate,
-                        "train/images_per_second": row_images / (now - row_clock),
-                        "train/gradient_norm": gradient_norm(self.model),
-                        "train/image_size": image_size,
-                    }
-                    self.folder.log({"kind": "train", "step": self.steps_done, "epoch": epoch, **row})
-                    self.tracker.log(row, step=self.steps_done)
-                    bar.update(
-                        self.steps_done,
-                        epoch=epoch,
-                        loss=last_loss,
-                        lr=rate,
-                        images_per_second=row["train/images_per_second"],
-                        image_size=image_size,
-                    )
-                    row_images, row_clock = 0, now
-
+                if self.steps_done % run.log_every == 0 or ends_epoch or ends_run:
+                    self.write_row(step, bar)
                 step_traced()
-                self.past.train_seconds += time.perf_counter() - clock
-                outside = time.perf_counter()
-                evaluates = ends_run or (ends_epoch and self.epochs_done % config.run.evaluate_every == 0)
+                self.past.train_seconds += self.pace.stop()
+                evaluates = ends_run or (ends_epoch and self.epochs_done % run.evaluate_every == 0)
                 if evaluates:
-                    self.evaluate(epoch, image_size, last_loss)
+                    self.evaluate(step)
                 wish = agreement.step(self.wish(saved_at))
-                due = config.run.checkpoint_every and self.steps_done % config.run.checkpoint_every == 0
+                due = run.checkpoint_every and self.steps_done % run.checkpoint_every == 0
                 if evaluates or ends_epoch or due or wish != GO_ON:
-                    self.save(window)
+                    self.save()
                     saved_at = time.monotonic()
                 if wish == LEAVE and not ends_run:
                     reason = next(filter(None, self.world.gather_objects(self.stop.reason)), "a signal")
                     self.folder.log({"kind": "preempted", "step": self.steps_done, "world_size": self.world.size})
                     raise Preempted(reason)
-                clock = time.perf_counter()
-                row_clock += clock - outside
+                self.pace.go()
+
+    def batches(self) -> Iterator[list[Batch]]:
+        """This rank's micro-batches of every step that is left."""
+        return train_batches(
+            self.readers["train"],
+            self.order,
+            start_step=self.steps_done,
+            stop_step=self.last_step,
+            batch_size=self.config.schedule.batch_size,
+            micro_batch=int(self.config.schedule.micro_batch),
+            world_size=self.world.size,
+            rank=self.world.rank,
+        )
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of a step."""
+        return learning_rate(
+            self.config.optim,
+            step=step,
+            total_steps=self.total_steps,
+            batch_size=self.config.schedule.batch_size,
+            epoch=self.epoch(step),
+        )
+
+    def train_on(self, step: int, micro_batches: list[Batch]) -> None:
+        """One step. All ranks take part."""
+        rate = self.learning_rate(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        losses = train_step(
+            self.world,
+            self.wrapped,
+            self.optimizer,
+            self.augment,
+            micro_batches,
+            image_size=self.image_size(self.epoch(step)),
+            label_smoothing=self.config.optim.label_smoothing,
+            clip_norm=self.config.optim.clip_norm,
+        )
+        if self.average:
+            self.average.update(self.model, step)
+        self.window.add(step, losses)
+        self.steps_done = self.folder.steps_done = step + 1
+
+    def write_row(self, step: int, bar: TrainingBar) -> None:
+        """A row of the log, of the steps since the last one. All ranks take part, since the losses are all ranks'."""
+        # It waits for the device, so that the seconds are those of the steps.
+        self.fetch_losses()
+        steps, seconds = self.pace.lap(step)
+        epoch, rate = self.epoch(step), self.learning_rate(step)
+        speed, image_size = steps * self.config.schedule.batch_size / seconds, self.image_size(epoch)
+        self.train_loss = self.window.take()
+        row = {
+            "train/loss": self.train_loss,
+            "train/learning_rate": rate,
+            "train/images_per_second": speed,
+            "train/gradient_norm": gradient_norm(self.model),
+            "train/image_size": image_size,
+        }
+        self.folder.log({"kind": "train", "step": self.steps_done, "epoch": epoch, **row})
+        self.tracker.log(row, step=self.steps_done)
+        bar.update(
+            self.steps_done,
+            epoch=epoch,
+            loss=self.train_loss,
+            lr=rate,
+            images_per_second=speed,
+            image_size=image_size,
+        )
 
     @property
     def epochs_done(self) -> int:
@@ -296,11 +289,10 @@ class Trainer:
         minutes = self.config.run.checkpoint_minutes
         return SAVE if self.world.is_main and minutes and time.monotonic() - saved_at > 60 * minutes else GO_ON
 
-    def read_losses(self, window: LossWindow) -> float:
-        """The mean loss since the last row. All ranks take part; a loss that is no number ends the run on all of
-        them."""
+    def fetch_losses(self) -> None:
+        """Reads the losses that wait on the device. All ranks take part; one that is no number ends the run on all."""
         try:
-            return window.take()
+            self.window.fetch()
         except NonFiniteLoss as error:
             raise self.explain(error) from error
 
@@ -315,11 +307,13 @@ class Trainer:
             f"last good checkpoint: {good.path if good else 'none'}; try a smaller --learning-rate or --precision fp32"
         )
 
-    def evaluate(self, epoch: int, image_size: int, train_loss: float) -> None:
-        """Scores val at the size of the epoch; rank 0 notes whether it is the best. All ranks take part."""
+    def evaluate(self, step: int) -> None:
+        """Scores val at the size of the step's epoch; rank 0 notes whether it is the best. All ranks take part."""
         split = self.manifest.splits.get("val")
         if split is None:
             return
+        epoch = self.epoch(step)
+        image_size = self.image_size(epoch)
         with self.console.progress("evaluating val", split.count) as bar:
             predictions = predict_split(
                 self.world,
@@ -356,22 +350,19 @@ class Trainer:
                 "step": self.steps_done,
                 "split": "val",
                 **row,
-                "train/loss": train_loss,
+                "train/loss": self.train_loss,
                 "image_size": image_size,
                 "full_image_size": max(self.config.schedule.image_size),
                 "best": best,
             }
         )
 
-    def save(self, window: LossWindow) -> None:
+    def save(self) -> None:
         """Writes a checkpoint, then prunes old ones. All ranks take part; rank 0 writes."""
-        try:
-            # A state that was stepped with a loss that is no number is never saved.
-            window.fetch()
-        except NonFiniteLoss as error:
-            raise self.explain(error) from error
-        self.past.pending = window.read
-        self.world.together(self._write if self.world.is_main else lambda: None)
+        # A state that was stepped with a loss that is no number is never saved.
+        self.fetch_losses()
+        self.past.pending = list(self.window.read)
+        self.world.on_main(self._write)
 
     def _write(self) -> None:
         scaler = self.world.accelerator.scaler
@@ -395,30 +386,3 @@ class Trainer:
         )
         best = f"step-{self.past.best['step']:08d}" if self.past.best else None
         checkpoints.prune(self.folder.path, keep=self.config.run.keep, best=best)
-
-    def summary(self) -> dict[str, Any]:
-        """What ``summary.json`` says of the training; the splits' numbers come beside it."""
-        config, images = self.config, self.steps_done * self.config.schedule.batch_size
-        counts = {name: split.count for name, split in self.manifest.splits.items()}
-        return {
-            "recipe": config.recipe,
-            "world_size": self.world.size,
-            "micro_batch": config.schedule.micro_batch,
-            "batch_size": config.schedule.batch_size,
-            "precision": config.machine.precision,
-            "threads": config.machine.threads,
-            "device": self.world.device.type,
-            "seed": config.schedule.seed,
-            "steps": self.steps_done,
-            "epochs": round(images / self.size, 4),
-            "train_seconds": round(self.past.train_seconds, 3),
-            "images_per_second": round(images / self.past.train_seconds, 2) if self.past.train_seconds else None,
-            "parameters": count_parameters(self.model),
-            "data": {
-                "path": str(self.shards.root),
-                "lineage": self.manifest.lineage,
-                "identity": self.manifest.identity,
-                "counts": counts,
-                "pixels_sha256": self.manifest.pixels_sha256,
-            },
-        }

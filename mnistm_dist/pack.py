@@ -1,9 +1,11 @@
 """Packs MNIST-M, in whatever form it is on disk, into shards to train on.
 
-python -m mnistm_dist.pack sample --out shards/sample
-python -m mnistm_dist.pack mnist_m.tar.gz --out shards/official
-python -m mnistm_dist.pack mnist+photos --mnist DIR --photos DIR --out shards/regenerated
-python -m mnistm_dist.pack --download official --out shards/official
+    python -m mnistm_dist.pack sample --out shards/sample
+    python -m mnistm_dist.pack mnist_m.tar.gz --out shards/official
+    python -m mnistm_dist.pack mnist+photos --mnist DIR --photos DIR --out shards/regenerated
+    python -m mnistm_dist.pack --download official --out shards/official
+
+PNGs are kept as they are; the new folder appears whole or not at all. shards/README.md describes what is in it.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str]) -> int:
+    """Runs the door; returns the exit code. Raises `UserError`."""
     parser = ArgumentParser(prog="python -m mnistm_dist.pack", description=__doc__)
     parser.add_argument(
         "source", metavar="SOURCE", nargs="?", help="sample, mnist+photos, or a path in any layout that is known"
@@ -50,8 +53,10 @@ def main(argv: list[str]) -> int:
     from mnistm_dist.data.download import download
     from mnistm_dist.data.packing import pack
     from mnistm_dist.data.sources import open_source
+    from mnistm_dist.data.writing.staging import refuse_existing
     from mnistm_dist.reporting.console import Console
 
+    refuse_existing(args.out)  # before anything long begins
     started = time.monotonic()
     console = Console()
     cache_dir = args.cache_dir or default_cache_dir()

@@ -89,6 +89,7 @@ def finish(trainer: Trainer) -> None:
     """The final evaluation of the chosen checkpoint on val and test, the figures, the summary, the report. All ranks
     take part."""
     from mnistm_dist.evaluate import choose_checkpoint, evaluate_checkpoint, tell_result, write_summary
+    from mnistm_dist.facts import summary_fields
     from mnistm_dist.reporting.curves import learning_curve
     from mnistm_dist.reporting.drawing import save
     from mnistm_dist.reporting.page import write_report
@@ -100,7 +101,7 @@ def finish(trainer: Trainer) -> None:
     results = evaluate_checkpoint(folder.path, checkpoint, trainer.config, world, console, trainer.shards, readers)
     if not world.is_main:
         return
-    summary = {**trainer.summary(), "checkpoint": how, **results}
+    summary = {**summary_fields(trainer), "checkpoint": how, **results}
     write_summary(folder.path, summary)
     save(learning_curve(folder.rows, f"Learning curve, {folder.path.name}"), folder.path / "learning_curve.png")
     write_report([folder.path], folder.path / "report.html")

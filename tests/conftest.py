@@ -63,9 +63,11 @@ def start(environment, tmp_path) -> Iterator[Start]:
     """Starts ``python -m mnistm_dist.NAME ARGUMENTS`` in an empty folder, with ``world_size`` processes; ends it at last."""
     running: list[Started] = []
 
-    def begin(name: str, *arguments: object, world_size: int = 1, **more: str) -> Started:
+    def begin(name: str, *arguments: object, world_size: int = 1, before: str | None = None, **more: str) -> Started:
         files = [tmp_path / f".{len(running)}.{stream}" for stream in ("stdout", "stderr")]
-        command = Command(name, tuple(map(str, arguments)), world_size, tmp_path, {**environment, **more}, *files)
+        command = Command(
+            name, tuple(map(str, arguments)), world_size, tmp_path, {**environment, **more}, *files, before=before
+        )
         running.append(Started(command))
         return running[-1]
 

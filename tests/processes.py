@@ -36,6 +36,8 @@ class Command:
     environment: dict[str, str]
     stdout: Path
     stderr: Path
+    before: str | None = None
+    """``module:function`` to call in each rank before the door, where a test wants to look inside."""
 
 
 class Started:
@@ -92,6 +94,9 @@ def _child(command: Command) -> None:
     if command.world_size > 1:
         rank = _become_a_rank(command.world_size)
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+    if command.before is not None:
+        module, _, function = command.before.partition(":")
+        getattr(importlib.import_module(module), function)()
     code = 1
     try:
         code = run_door(importlib.import_module(f"mnistm_dist.{command.door}").main)

@@ -23,7 +23,8 @@ from mnistm_dist.data.resident import Resident, open_resident
 from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.errors import UserError
 
-SPAWN = multiprocessing.get_context("spawn")
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["mnistm_dist.data.resident"])  # torch is imported once for all processes
 
 
 def decode(folder: Path, cache_dir: Path, told: list[tuple[int, int]] | None = None) -> Resident:
@@ -115,7 +116,7 @@ def killed_while_decoding(folder: Path, cache_dir: Path) -> None:
 
 
 def test_a_killed_decode_leaves_nothing_that_looks_whole_and_the_next_one_goes_through(small_set, tmp_path):
-    process = SPAWN.Process(target=killed_while_decoding, args=(small_set, tmp_path))
+    process = FORKS.Process(target=killed_while_decoding, args=(small_set, tmp_path))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
@@ -138,8 +139,8 @@ def count_decoded(folder: Path, cache_dir: Path, ready, answers) -> None:
 
 
 def test_processes_that_come_together_decode_once(small_set, tmp_path):
-    ready, answers = SPAWN.Barrier(2), SPAWN.Queue()
-    processes = [SPAWN.Process(target=count_decoded, args=(small_set, tmp_path, ready, answers)) for _ in range(2)]
+    ready, answers = FORKS.Barrier(2), FORKS.Queue()
+    processes = [FORKS.Process(target=count_decoded, args=(small_set, tmp_path, ready, answers)) for _ in range(2)]
     for process in processes:
         process.start()
     found = [answers.get(timeout=120) for _ in processes]

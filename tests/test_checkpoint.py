@@ -117,6 +117,14 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert kept == ["step-00000001", "step-00000003", "step-00000004"]
 
 
+def test_going_back_to_a_step_removes_what_came_after_it(tmp_path):
+    run = started("sgd")
+    for number in (1, 2, 30):
+        save(tmp_path, run, number)
+    checkpoints.discard_after(tmp_path, 2)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000001", "step-00000002"]
+
+
 def test_the_weights_of_another_model_are_refused(tmp_path):
     path = save(tmp_path, started("sgd"), 1)
     with pytest.raises(UserError, match="another model"):

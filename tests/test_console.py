@@ -188,8 +188,31 @@ def test_a_reader_that_has_gone_does_not_end_the_run() -> None:
     process.stdout.readline()
     process.stdout.close()
     assert process.stderr is not None
-    assert "trained to the end" in process.stderr.read()
-    process.wait()
+    assert process.stderr.read() == "trained to the end\n"
+    assert process.wait() == 0
+
+
+def test_a_terminal_that_is_closed_does_not_end_the_run(tmp_path: Path) -> None:
+    # As a login shell's end does to what was disowned: no SIGHUP, but every write fails.
+    script = (
+        f"import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n{STORY}\nopen({str(tmp_path / 'end')!r}, 'w')"
+    )
+    master, slave = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdin=slave,
+        stdout=slave,
+        stderr=subprocess.PIPE,
+        env=environment(TERM="xterm"),
+        start_new_session=True,
+    ) as process:
+        os.close(slave)
+        os.read(master, 100)
+        os.close(master)
+        assert process.stderr is not None
+        errors = process.stderr.read().decode()
+    assert process.returncode == 0, errors
+    assert (tmp_path / "end").exists()
 
 
 def test_names_that_the_streams_encoding_lacks_are_written_all_the_same() -> None:

@@ -223,7 +223,7 @@ def test_the_official_archive_comes_whole_over_a_connection_that_breaks(server, 
 
 @pytest.fixture
 def mnist_mirror(server, monkeypatch) -> LocalServer:
-    """A mirror of MNIST on this machine; torchvision is told its checksums, since our files are MNIST compressed anew."""
+    """A mirror of MNIST here; torchvision is told its checksums, since our files are MNIST compressed anew."""
     from torchvision.datasets import MNIST
 
     if not SHARED.exists():

@@ -10,10 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packed_sets import (
-    edit_manifest,
-    tiny_source,
-)
+from packed_sets import edit_manifest, tiny_source
 
 from mnistm_dist.data.manifest import parse, render
 from mnistm_dist.data.packing import pack

@@ -15,11 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import Door, refused, worked
-from packed_sets import (
-    ARCHIVE,
-    names_in,
-    write_official,
-)
+from packed_sets import ARCHIVE, names_in, write_official
 
 from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.data.writing.lineage import OFFICIAL_PIXELS
@@ -41,23 +37,23 @@ def test_the_door_packs_and_sums_up(tmp_path: Path, door: Door) -> None:
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["none", "--out", "new"], "none"),
-        (["in", "--out", "in"], "in: exists already"),
-        (["in"], "--out"),
-        (["in", "--out", "new", "--num-shards", "many"], "many"),
-        (["in", "--out", "new", "--num-shards", "0"], "0 shards"),
-        (["in", "--out", "new", "--unknown"], "--unknown"),
-        (["in", "--out", "new", "--layout", "none"], "none"),
+        (["here/none", "--out", "here/new"], "here/none"),
+        (["here/in", "--out", "here/in"], "here/in: exists already"),
+        (["here/in"], "--out"),
+        (["--out", "here/new"], "SOURCE"),
+        (["here/in", "--out", "here/new", "--num-shards", "many"], "many"),
+        (["here/in", "--out", "here/new", "--num-shards", "0"], "0 shards"),
+        (["here/in", "--out", "here/new", "--unknown"], "--unknown"),
+        (["here/in", "--out", "here/new", "--layout", "none"], "none"),
     ],
 )
 def test_the_door_refuses_in_one_line_and_writes_nothing(
     tmp_path: Path, door: Door, arguments: list[str], named: str
 ) -> None:
-    write_official(tmp_path / "in")
-    before = names_in(tmp_path / "in")
+    write_official(tmp_path / "here" / "in")
+    before = sorted((tmp_path / "here").rglob("*"))
     assert named in refused(door("pack", *arguments))
-    assert names_in(tmp_path) == ["in"]
-    assert names_in(tmp_path / "in") == before
+    assert sorted((tmp_path / "here").rglob("*")) == before
 
 
 @pytest.mark.parametrize("name", ["pack", "verify"])

@@ -11,13 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packed_sets import (
-    label_of,
-    names_in,
-    pixels_of,
-    png_with,
-    tiny_source,
-)
+from packed_sets import label_of, names_in, pixels_of, png_with, tiny_source
 
 from mnistm_dist.data.packing import pack
 from mnistm_dist.data.pixels import channel_histogram, moments_of
@@ -81,7 +75,16 @@ DOT = bytes.fromhex(  # 2 x 2 pixels, written out: what an encoder makes depends
 )
 
 
-GOLDEN = {"manifest.json": ""}
+GOLDEN = {
+    "manifest.json": "ad6375365d54",
+    "test-000000.tar": "d1acc5d0089b",
+    "test.index.npy": "5888e9676b3a",
+    "train-000000.tar": "d777b78fecb7",
+    "train-000001.tar": "0012105052b4",
+    "train.index.npy": "2280c7920dd4",
+    "val-000000.tar": "47e412afddbf",
+    "val.index.npy": "8b5a637d1455",
+}
 
 
 def test_the_bytes_of_a_set_are_these_on_every_machine(tmp_path: Path) -> None:

@@ -6,10 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packed_sets import (
-    pixels_of,
-    png_with,
-)
+from packed_sets import pixels_of, png_with
 
 from mnistm_dist.data.png import check_png, decode_png, encode_png
 from mnistm_dist.errors import UserError

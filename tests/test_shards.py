@@ -12,14 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packed_sets import (
-    DAMAGES,
-    damage_by_flip,
-    damage_by_flip_with_times_put_back,
-    label_of,
-    pixels_of,
-    tiny_source,
-)
+from packed_sets import DAMAGES, damage_by_flip, damage_by_flip_with_times_put_back, label_of, pixels_of, tiny_source
 
 from mnistm_dist.data.index import index_bytes, index_dtype, open_index
 from mnistm_dist.data.packing import pack

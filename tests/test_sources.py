@@ -72,6 +72,7 @@ def test_every_layout_is_told_by_looking_and_gives_the_same_images_and_labels_in
     mnist = str(write_mnist(tmp_path / "mnist", PARTS)) if layout == "pickle" else None
     for forced in (None, layout):
         source = open_source(str(path), layout=forced, mnist=mnist)
+        assert list(source.counts) == list(source.splits)
         assert (source.layout, source.lineage, source.val_size()) == (layout, None, None)
         assert_same(source, renamed={"test": "val"} if layout == "course" else None)
 

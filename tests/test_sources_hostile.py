@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import os
 import pickle
+import random
 import shutil
 import stat
 import struct
@@ -317,6 +319,25 @@ def test_a_file_of_arrays_cut_short_is_refused(tmp_path, layout, share):
     file = next(file for file in sorted(tmp_path.rglob("*")) if file.is_file() and "test" not in file.name)
     file.write_bytes(file.read_bytes()[: int(file.stat().st_size * share)])
     refusal(path, layout=layout)
+
+
+@pytest.mark.parametrize("layout", sorted(set(WRITERS) - {"official-folder", "image-folder", "course"}))
+def test_bytes_changed_anywhere_give_images_or_a_refusal_and_never_another_error(tmp_path, layout):
+    path = WRITERS[layout](tmp_path / "set", PARTS)
+    mnist = {"mnist": str(write_mnist(tmp_path / "mnist", PARTS))} if layout == "pickle" else {}
+    files = [file for file in tmp_path.rglob("*train*" if path.is_dir() else path.name) if file.is_file()]
+    chance = random.Random(layout)
+    for _ in range(20):
+        file = chance.choice(files)
+        whole = file.read_bytes()
+        data = bytearray(whole)
+        for _ in range(chance.choice((1, 4))):
+            near_the_start = min(len(data), 300)
+            data[chance.randrange(chance.choice((near_the_start, len(data))))] = chance.randrange(256)
+        file.write_bytes(data)
+        with contextlib.suppress(UserError):
+            assert sum(1 for _ in open_source(str(path), **mnist).samples()) > 0
+        file.write_bytes(whole)
 
 
 def test_parquet_with_other_columns_or_empty_cells_is_refused(tmp_path):

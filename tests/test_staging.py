@@ -10,11 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from packed_sets import (
-    names_in,
-    tiny_source,
-    write_official,
-)
+from packed_sets import names_in, tiny_source, write_official
 
 from mnistm_dist.data.packing import pack
 from mnistm_dist.data.samples import Sample

@@ -8,9 +8,7 @@ from pathlib import Path
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packed_sets import (
-    tiny_source,
-)
+from packed_sets import tiny_source
 
 from mnistm_dist.data.packing import pack
 from mnistm_dist.data.writing.tars import tar_header

@@ -13,13 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from run_folders import CLASSES, synthetic_labels, synthetic_probabilities
+from run_folders import CLASSES, synthetic_labels, synthetic_probabilities, write_run
 from wandb_files import history, offline_records, server
 
 from mnistm_dist.reporting import tracking, wandb_connection
 from mnistm_dist.reporting.metrics import measure
 from mnistm_dist.reporting.predictions import Mistake
-from mnistm_dist.reporting.tracking import NullTracker, Tracker, matrix_table, mistakes_table, open_tracker
+from mnistm_dist.reporting.tracked_results import log_results, matrix_table, mistakes_table
+from mnistm_dist.reporting.tracking import NullTracker, Tracker, open_tracker
 from mnistm_dist.reporting.wandb_connection import choose_mode, has_key, one_line
 
 KEY = "0123456789" * 4
@@ -97,6 +98,23 @@ def test_the_offline_file_holds_everything_that_was_logged(tmp_path: Path, one_p
     assert ended.exit_code == 75
     summary = {i.key: json.loads(i.value_json) for r in records if r.HasField("summary") for i in r.summary.update}
     assert summary["state"] == "preempted"
+
+
+def test_the_results_of_a_run_folder_are_logged_as_images_and_tables(tmp_path: Path, one_process: None) -> None:
+    run = write_run(tmp_path / "run", val_size=50, accuracy=0.5, epochs=1, steps_per_epoch=2)
+    Image.new("RGB", (8, 8)).save(run / "learning_curve.png")
+    tracker = open_tracker("wandb", run_dir=run, config={}, name="n", group=None, say=lambda text: None)
+    log_results(tracker, run, 2)
+    tracker.finish(0, "finished")
+    logged = {name for row in history(offline_records(run)) for name in row}
+    assert {f"{split}/{table}" for split in ("val", "test") for table in ("confusion_matrix", "mistakes")} <= logged
+    assert "figures/learning_curve" in logged
+    tables = {}
+    for path in run.glob("wandb/offline-run-*/files/media/table/val/*.json"):
+        tables[path.name.partition("_")[0]] = json.loads(path.read_text())
+    assert sum(row[2] for row in tables["confusion"]["data"]) == 50
+    assert tables["mistakes"]["columns"] == ["key", "true", "predicted", "probability", "true probability"]
+    log_results(NullTracker(), tmp_path / "no such folder", 2)
 
 
 @pytest.mark.parametrize(("exit_code", "state"), [(0, "finished"), (1, "failed")])

@@ -41,9 +41,8 @@ def test_baselines_first_steps_are_those_of_a_plain_loop(door, small_set, cache_
     plain = []
     torch.set_num_threads(1)
     for step in range(3):
-        images = data.images[ids[step]].permute(0, 3, 1, 2).float() / 255
+        images = (data.images[ids[step]].permute(0, 3, 1, 2).float() / 255 - mean) / std
         images = functional.interpolate(images, (64, 64), mode="bilinear", align_corners=False)
-        images = (images - mean) / std
         loss = functional.cross_entropy(model(images), data.labels[ids[step]])
         optimizer.zero_grad()
         loss.backward()
@@ -241,3 +240,23 @@ def test_a_damaged_shard_is_refused_by_name_though_the_cache_is_warm(door, small
             shard.unlink()
     assert "train-000003.tar" in refused(door("train", *flags, "--run-dir", "second"))
     assert not (tmp_path / "second").exists()
+
+
+@pytest.mark.parametrize(("order", "data"), [("full", "resident"), ("windowed", "resident"), ("windowed", "streaming")])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_training_consumes_what_plan_says(door, small_set, tmp_path, order, data, world_size):
+    """Recorded in the ranks; over the end of an epoch, which 320 images of a batch of 48 do not end with a step."""
+    flags = ("--order", order, "--data", data, "--streams", 4, "--window", 16, "--batch-size", 48, "--micro-batch", 12)
+    run = ("--max-steps", 9, "--image-size", 16, "--seed", 3, "--run-dir", "run")
+    recording = {"world_size": world_size, "before": "recorder:record_batches"}
+    worked(door("train", "--shards", small_set, *flags, *run, *QUICK, **recording))
+    shards = ShardSet.open(small_set)
+    consumed = [
+        [json.loads(line) for line in (tmp_path / f"consumed-{rank}.jsonl").read_text().splitlines()]
+        for rank in range(world_size)
+    ]
+    assert [step for step, _ in consumed[0]] == list(range(9))
+    for step in (0, 5, 6, 8):
+        arguments = ("--run", "run", "--step", step, "--world-size", world_size, "--json")
+        told = json.loads(worked(door("plan", *arguments)))
+        assert told["ranks"] == [shards.keys("train", steps[step][1]) for steps in consumed]

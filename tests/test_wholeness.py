@@ -10,11 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from packed_sets import (
-    DAMAGES,
-    flip_byte,
-    tiny_source,
-)
+from packed_sets import DAMAGES, flip_byte, tiny_source
 
 from mnistm_dist.data.packing import pack
 from mnistm_dist.data.shards import ShardSet

@@ -102,7 +102,7 @@ def _sum_pixels(spool: Spool, parts: dict[str, Part], progress: Progress) -> Pix
 def _in_key_order(spool: Spool, parts: dict[str, Part]) -> Iterator[Encoded]:
     for part in parts.values():
         for index in range(part.start, part.start + part.count):
-            png, origin = spool.png(part.source_split, index), spool.origin(part.source_split, index)
+            png, origin = spool.png_and_origin(part.source_split, index)
             yield Encoded(split=part.name, png=png, origin=origin)
 
 

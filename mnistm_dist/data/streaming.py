@@ -1,12 +1,10 @@
 """Streaming reading: the windowed order from shards on disk, in bounded memory.
 
-1. A window of a stream, still encoded, is read with one sequential read for each shard in it, by a reading
-thread: the first
-   windows at the start, each next one while its stream is in the second half of the present one.
+1. A window of a stream, still encoded, is read with one sequential read for each shard in it, by a reading thread: the
+   first windows at the start, each next one while its stream is in the second half of the present one.
 2. A step's images are decoded by ``workers`` threads, a few steps ahead, out of the windows.
-3. A window is dropped when its stream has left it. A process holds at most two windows of each of its streams,
-and the
-   decoded images of the steps ahead.
+3. A window is dropped when its stream has left it. A process holds two windows of each of its streams at most (three
+   for the moment in which steps ahead have crossed into the next), and the decoded images of the steps ahead.
 
 A start anywhere reads the windows in which its streams stand and nothing before them. What a step sees does not
 depend on the threads: they fill places that the order decides. There are no worker processes that a signal

@@ -126,22 +126,24 @@ def batch_grid(images: Sequence[np.ndarray], captions: Sequence[str], title: str
 
 
 def _tiles(images: Sequence[np.ndarray], captions: Sequence[str], title: str, nothing: str) -> Figure:
-    rows = max(math.ceil(len(images) / TILES_ACROSS), 1)
+    # All tiles stand in one plot, whose unit is the width of a tile: dozens of plots would take seconds to lay out.
     lines = max((caption.count("\n") + 1 for caption in captions), default=1)
-    side = COLUMN_INCHES / TILES_ACROSS
-    figure = new_figure(height=0.3 + rows * (side + 0.14 * lines), gap=0.02)
+    rows, gap, text = max(math.ceil(len(images) / TILES_ACROSS), 1), 0.06, 0.16 * lines + 0.06
+    width, height = TILES_ACROSS * (1 + gap) - gap, rows * (1 + text)
+    figure = new_figure(height=0.3 + height * COLUMN_INCHES / width, gap=0.02)
     figure.suptitle(title, x=0.01, ha="left", fontsize=9.5, fontweight="bold")
+    axes = figure.add_subplot()
+    bare(axes)
     if not images:
-        axes = figure.add_subplot()
-        bare(axes)
         axes.text(0.5, 0.5, nothing, ha="center", va="center", transform=axes.transAxes)
         return figure
-    for place in range(rows * TILES_ACROSS):
-        axes = figure.add_subplot(rows, TILES_ACROSS, place + 1)
-        bare(axes)
-        if place < len(images):
-            axes.imshow(images[place], interpolation="nearest")
-            axes.text(0.5, -0.04, captions[place], ha="center", va="top", fontsize=7.5, transform=axes.transAxes)
+    for place, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        left, top = place % TILES_ACROSS * (1 + gap), place // TILES_ACROSS * (1 + text)
+        axes.imshow(image, interpolation="nearest", extent=(left, left + 1, top + 1, top))
+        axes.text(left + 0.5, top + 1.05, caption, ha="center", va="top", fontsize=7.5)
+    axes.set_xlim(0, width)
+    axes.set_ylim(height, 0)
+    axes.set_aspect("equal")
     return figure
 
 

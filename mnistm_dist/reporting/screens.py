@@ -5,6 +5,7 @@ Both offer the same few methods (`Screen`); what stands in a row is decided in `
 
 from __future__ import annotations
 
+import errno
 import os
 import textwrap
 import time
@@ -63,6 +64,22 @@ def is_live(stream: TextIO) -> bool:
     return stream.isatty() and os.environ.get("TERM", "").lower() not in ("", "dumb", "unknown")
 
 
+@contextmanager
+def lasting(stream: TextIO) -> Iterator[None]:
+    """Lets a run go on whose terminal was closed, whose reader has gone or whose disk is full: output is lost, no more.
+
+    A stream that nobody will read again is led to the null device, or else its last flush would fail as the process
+    ends, and with it the exit code (https://docs.python.org/3/library/signal.html#note-on-sigpipe).
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.EPIPE, errno.EIO):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, stream.fileno())
+            os.close(null)
+
+
 def cells_of(cells: Sequence[str], widths: Sequence[int]) -> str:
     """Cells set right, or left where the width is negative, two blanks apart."""
     return "  ".join(
@@ -71,14 +88,10 @@ def cells_of(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 
 class PlainScreen:
-    """Lines with the time of day in front, no control codes, each flushed, so that a killed job's log is complete.
-
-    Where the stream is gone (a closed pipe, a full disk) it falls silent: a training must not end for want of a reader.
-    """
+    """Lines with the time of day in front, no control codes, each flushed, so that a killed job's log is complete."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self._gone = False
         self._shown: dict[Progress, float] = {}
 
     def panel(self, title: str, rows: dict[str, str]) -> None:
@@ -122,14 +135,10 @@ class PlainScreen:
             self._shown.pop(progress, None)
 
     def _write(self, text: str) -> None:
-        if self._gone:
-            return
-        try:
-            encoding = self._stream.encoding or "utf-8"
+        encoding = self._stream.encoding or "utf-8"
+        with lasting(self._stream):
             self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
             self._stream.flush()
-        except (OSError, ValueError):  # ValueError: the stream is closed
-            self._gone = True
 
 
 class TerminalScreen:
@@ -138,6 +147,7 @@ class TerminalScreen:
     def __init__(self, stream: TextIO) -> None:
         from rich.console import Console as RichConsole
 
+        self._stream = stream
         self._rich = RichConsole(file=stream, highlight=False)
         self._bars: list[Progress] = []
         self._live: Live | None = None
@@ -146,6 +156,10 @@ class TerminalScreen:
     @property
     def _width(self) -> int:
         return min(self._rich.width, WIDEST)
+
+    def _print(self, what: RenderableType, width: int | None = None) -> None:
+        with lasting(self._stream):
+            self._rich.print(what, width=width)
 
     def panel(self, title: str, rows: dict[str, str]) -> None:
         from rich.panel import Panel
@@ -157,31 +171,31 @@ class TerminalScreen:
         grid.add_column(overflow="fold")
         for name, value in rows.items():
             grid.add_row(Text(name), Text(value))
-        self._rich.print(
+        self._print(
             Panel(grid, title=Text(title, style="bold"), title_align="left", width=self._width, border_style="cyan")
         )
 
     def line(self, text: str) -> None:
         from rich.text import Text
 
-        self._rich.print(Text(text))
+        self._print(Text(text))
 
     def warn(self, text: str) -> None:
         from rich.text import Text
 
-        self._rich.print(Text.assemble(("warning: ", "bold yellow"), text))
+        self._print(Text.assemble(("warning: ", "bold yellow"), text))
 
     def text(self, text: str) -> None:
         from rich.text import Text
 
         for paragraph in text.splitlines():
-            self._rich.print(Text(paragraph), width=self._width)
+            self._print(Text(paragraph), width=self._width)
 
     def row(self, cells: Sequence[str], widths: Sequence[int], kind: str) -> None:
         from rich.text import Text
 
         style = {"head": "bold underline", "best": "green"}.get(kind, "")
-        self._rich.print(Text(cells_of(cells, widths), style=style, no_wrap=True, overflow="ellipsis"))
+        self._print(Text(cells_of(cells, widths), style=style, no_wrap=True, overflow="ellipsis"))
 
     def due(self, progress: Progress) -> bool:
         return time.monotonic() - self._drawn >= REFRESH_SECONDS
@@ -189,7 +203,8 @@ class TerminalScreen:
     def show(self, progress: Progress) -> None:
         self._drawn = time.monotonic()
         if self._live:
-            self._live.refresh()
+            with lasting(self._stream):
+                self._live.refresh()
 
     @contextmanager
     def bar(self, progress: Progress) -> Iterator[None]:
@@ -199,7 +214,8 @@ class TerminalScreen:
         self._bars.append(progress)
         if self._live is None:
             self._live = Live(console=self._rich, auto_refresh=False, transient=True, get_renderable=self._draw)
-            self._live.start(refresh=True)
+            with lasting(self._stream):
+                self._live.start(refresh=True)
         try:
             yield
         finally:
@@ -207,7 +223,8 @@ class TerminalScreen:
             if self._bars:
                 self.show(progress)
             else:
-                self._live.stop()
+                with lasting(self._stream):
+                    self._live.stop()
                 self._live = None
 
     def _draw(self) -> RenderableType:

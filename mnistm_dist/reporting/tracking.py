@@ -22,8 +22,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from mnistm_dist.reporting.metrics import Metrics
-from mnistm_dist.reporting.predictions import Mistake
 from mnistm_dist.reporting.wandb_connection import FINISH_SECONDS, INIT_SECONDS, STEP, choose_mode, connect, one_line
 
 if TYPE_CHECKING:
@@ -227,25 +225,3 @@ def open_tracker(
             say(f"W&B is off: {reason}")
         return NullTracker()
     return Tracker(lambda: connect(mode, reason, run_dir, dict(config), name, group), say)
-
-
-def matrix_table(metrics: Metrics) -> tuple[list[str], list[list[Any]]]:
-    """Columns and rows of the confusion matrix as a table: one row per cell that is not 0, exact counts."""
-    rows = [
-        [metrics.classes[i], metrics.classes[j], cell]
-        for i, row in enumerate(metrics.confusion_matrix)
-        for j, cell in enumerate(row)
-        if cell
-    ]
-    return ["true", "predicted", "count"], rows
-
-
-def mistakes_table(
-    shown: Sequence[Mistake], images: Sequence[np.ndarray] | None = None
-) -> tuple[list[str], list[list[Any]]]:
-    """Columns and rows of the mistakes as a table; with their images, uint8 (H, W, 3) each, where they are given."""
-    columns = ["key", "true", "predicted", "probability", "true probability"]
-    rows: list[list[Any]] = [[row.key, row.true, row.predicted, row.probability, row.true_probability] for row in shown]
-    if images is None:
-        return columns, rows
-    return ["image", *columns], [[image, *row] for image, row in zip(images, rows, strict=True)]

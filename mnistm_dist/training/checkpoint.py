@@ -97,6 +97,13 @@ def prune(run_dir: Path, *, keep: int, best: str | None) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
+def discard_after(run_dir: Path, step: int) -> None:
+    """Removes the checkpoints of later steps: torn ones, and those of a run that goes on from an earlier one."""
+    for path in (run_dir / "checkpoints").glob("step-*"):
+        if path.name > f"step-{step:08d}":
+            _discard(path)
+
+
 def newest(run_dir: Path, tell: Callable[[str], None]) -> Checkpoint | None:
     """The newest whole checkpoint of a run, or None. A torn one is told by ``tell`` and passed over."""
     folder = run_dir / "checkpoints"

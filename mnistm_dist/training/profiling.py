@@ -29,7 +29,7 @@ def traced(folder: Path | None, *, steps: int, first_step: int) -> Iterator[Call
         return
     activities, by = [ProfilerActivity.CPU], "self_cpu_time_total"
     if torch.cuda.is_available():
-        activities, by = [*activities, ProfilerActivity.CUDA], "self_cuda_time_total"
+        activities, by = [*activities, ProfilerActivity.CUDA], "self_device_time_total"
     name = f"step-{first_step + SKIPPED + WARM_UP:08d}"
 
     def write(profiler: profile) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pickle
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +30,8 @@ _UNREADABLE = (
     RuntimeError,
     NotImplementedError,
     MemoryError,
+    SyntaxError,
+    tokenize.TokenError,
     pickle.UnpicklingError,
     zlib.error,
     zipfile.BadZipFile,

@@ -7,7 +7,7 @@ from functools import partial
 from mnistm_dist.data.layouts.labels import Place, image_names, read_places
 from mnistm_dist.data.layouts.splits import split_of
 from mnistm_dist.data.layouts.trees import Tree
-from mnistm_dist.data.samples import CLASSES, Source
+from mnistm_dist.data.samples import CLASSES, SPLITS, Source
 from mnistm_dist.errors import UserError
 
 
@@ -47,7 +47,7 @@ def open_image_folder(tree: Tree, top: str) -> Source:
 def _split_folders(tree: Tree, top: str) -> list[tuple[str, str]]:
     prefix = f"{top}/" if top else ""
     found = ((split_of(name, whole=True), prefix + name) for name in tree.listing(top).folders)
-    return [(split, folder) for split, folder in found if split is not None]
+    return sorted(((split, folder) for split, folder in found if split), key=lambda pair: SPLITS.index(pair[0]))
 
 
 def _order(labelled: dict[str, list[str]]) -> list[tuple[str, str]]:

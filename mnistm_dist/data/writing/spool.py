@@ -82,11 +82,12 @@ class Spool:
         places = self.places[split]
         return self._file.read(int(places.size[index]), int(places.offset[index]))
 
-    def origin(self, split: str, index: int) -> str:
-        """Where one image of a source's split came from."""
+    def png_and_origin(self, split: str, index: int) -> tuple[bytes, str]:
+        """The PNG bytes of one image of a source's split, and where they came from."""
         places = self.places[split]
-        start = int(places.offset[index]) + int(places.size[index])
-        return self._file.read(int(places.origin_size[index]), start).decode("utf-8", "surrogateescape")
+        size = int(places.size[index])
+        data = self._file.read(size + int(places.origin_size[index]), int(places.offset[index]))
+        return data[:size], data[size:].decode("utf-8", "surrogateescape")
 
     def _take(self, sample: Sample, png: bytes) -> None:
         if not 0 <= sample.label < len(self.source.classes):

@@ -22,7 +22,7 @@ def staged_folder(out: Path) -> Iterator[Path]:
     behind is removed by the next one. Raises `UserError` if ``out`` exists, is being written by another process, or
     cannot be written.
     """
-    _refuse_existing(out)
+    refuse_existing(out)
     if out.name in ("", ".."):
         raise UserError(f"{out}: not the name of a new folder")
     folder = out.with_name(f".{out.name}.packing")
@@ -32,7 +32,7 @@ def staged_folder(out: Path) -> Iterator[Path]:
             made += [parent for parent in out.parents if not parent.exists()]
             out.parent.mkdir(parents=True, exist_ok=True)
         with _locked(out.with_name(f".{out.name}.packing.lock"), out):
-            _refuse_existing(out)
+            refuse_existing(out)
             try:
                 with saying_what_fails(folder):
                     shutil.rmtree(folder, ignore_errors=True)
@@ -52,7 +52,8 @@ def staged_folder(out: Path) -> Iterator[Path]:
                 parent.rmdir()
 
 
-def _refuse_existing(out: Path) -> None:
+def refuse_existing(out: Path) -> None:
+    """Raises `UserError` if there is anything at ``out``."""
     if os.path.lexists(out):
         raise UserError(f"{out}: exists already, and nothing is ever replaced: choose another name, or remove it first")
 

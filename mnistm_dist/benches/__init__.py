@@ -1,0 +1,1 @@
+"""What ``python -m mnistm_dist.bench`` measures, one subject a file."""

@@ -1,0 +1,98 @@
+"""Trainings as a person launches them, in processes of their own, watched by what they write into their run folder."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mnistm_dist.benches.setting import Setting
+from mnistm_dist.errors import EXIT_PREEMPTED, UserError
+from mnistm_dist.training.run_folder import read_log
+
+LogRow = dict[str, Any]
+STOP_SECONDS = 600.0
+"""How long a training may take to save and leave after it was asked to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launched:
+    """A training that has ended."""
+
+    rows: list[LogRow]
+    """Its log."""
+    launched: float
+    """When it was launched, Unix seconds."""
+    peak_megabytes: float
+    """The largest resident memory of the process."""
+
+
+def train_command(setting: Setting, run_dir: Path, *flags: object) -> list[str]:
+    """``python -m mnistm_dist.train`` with the setting's shards and cache."""
+    shards = [] if setting.shards is None else ["--shards", setting.shards]
+    places = ["--cache-dir", str(setting.cache_dir), "--run-dir", str(run_dir)]
+    return [sys.executable, "-m", "mnistm_dist.train", "--track", "none", *shards, *places, *map(str, flags)]
+
+
+def launch(command: Sequence[str], run_dir: Path, until: Callable[[list[LogRow]], bool], *, every: float) -> Launched:
+    """Runs a training until ``until`` its log holds, looked at ``every`` so many seconds; then it saves and leaves.
+
+    A training that finishes before is as good. Raises `UserError` with the training's own words where it fails.
+    """
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    said = run_dir.parent / f"{run_dir.name}.out"
+    with said.open("wb") as output:
+        launched = time.time()
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            usage = _watch(process, run_dir / "log.jsonl", until, every)
+        finally:
+            # Only after an exception is it still there.
+            if process.returncode is None:
+                process.kill()
+                process.wait()
+    if process.returncode not in (0, EXIT_PREEMPTED):
+        lines = said.read_text(errors="replace").splitlines() or ["it said nothing"]
+        words = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1])
+        raise UserError(f"{' '.join(command)}: exit code {process.returncode}: {words.removeprefix('error: ')}")
+    return Launched(rows=read_log(run_dir / "log.jsonl"), launched=launched, peak_megabytes=peak_megabytes(usage))
+
+
+def _watch(
+    process: subprocess.Popen[bytes], log: Path, until: Callable[[list[LogRow]], bool], every: float
+) -> resource.struct_rusage:
+    """Waits for the end, which it brings about once ``until`` the log holds; gives what the process used."""
+    asked: float | None = None
+    while True:
+        # wait4 instead of poll(), for what the process used.
+        pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+        if pid:
+            process.returncode = os.waitstatus_to_exitcode(status)
+            return usage
+        if asked is None and until(read_log(log)):
+            process.terminate()
+            asked = time.monotonic()
+        if asked is not None and time.monotonic() - asked > STOP_SECONDS:
+            raise UserError(f"{log.parent}: the training did not leave within {STOP_SECONDS:.0f} s after SIGTERM")
+        time.sleep(every)
+
+
+def peak_megabytes(usage: resource.struct_rusage) -> float:
+    """The largest resident memory of a process (getrusage(2): kilobytes on Linux, bytes on macOS)."""
+    return usage.ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+
+
+def has_trained(rows: list[LogRow]) -> bool:
+    """Whether a log holds a training step."""
+    return any(row["kind"] == "train" for row in rows)
+
+
+def whole_run(rows: list[LogRow]) -> bool:
+    """Never: the training is left to its end."""
+    return False

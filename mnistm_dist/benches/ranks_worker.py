@@ -1,0 +1,68 @@
+"""One process of ``bench ranks``: the trainer, in blocks of steps with and without communication of the gradients.
+
+    accelerate launch ... -m mnistm_dist.benches.ranks_worker FOLDER STEPS
+
+reads ``FOLDER/config.yaml``; rank 0 writes ``FOLDER/result.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from statistics import median
+
+from mnistm_dist import config as configuration
+from mnistm_dist.benches.loops import TrainerInRounds
+from mnistm_dist.data import loader
+from mnistm_dist.data.resident import open_resident
+from mnistm_dist.errors import run_door
+from mnistm_dist.training import distributed
+
+BLOCKS = 2
+"""Blocks of each kind, interleaved, after one that does not count."""
+
+
+def main(argv: list[str]) -> int:
+    """Measures, and returns the exit code. All ranks take part."""
+    folder, steps = Path(argv[0]), int(argv[1])
+    config = configuration.load(folder / "config.yaml")
+    world = distributed.start(
+        config.machine,
+        expect_world_size=config.run.expect_world_size,
+        collective_timeout=config.run.collective_timeout,
+    )
+    config = configuration.replace(config, precision=world.precision, threads=world.threads)
+    if config.machine.memory_format == "auto":
+        config = configuration.replace(config, memory_format="channels_last")
+    assert config.data.cache_dir is not None
+    cache_dir = Path(config.data.cache_dir)
+    shards = loader.open_shards(str(config.data.shards), cache_dir=cache_dir)
+    data = world.together(
+        lambda: open_resident(shards, "train", cache_dir=cache_dir, device=world.device, workers=world.threads)
+    )
+    rates, with_gradients, without = [], [], []
+    with TrainerInRounds(config, world, shards, data, folder / "run") as rounds:
+        rounds.steps(steps)
+        for _ in range(BLOCKS):
+            with_gradients.append(rounds.steps(steps))
+            if world.is_main:
+                rates.append(rounds.folder.rows[-1]["train/images_per_second"])
+            if world.size > 1:
+                # Around the whole step: no backward in it sends gradients.
+                with world.accelerator.no_sync(rounds.trainer.wrapped):
+                    without.append(rounds.steps(steps))
+    if world.is_main:
+        images = sum(found.images for found in with_gradients)
+        more = {}
+        if without:
+            shares = [1 - b.seconds / a.seconds for a, b in zip(with_gradients, without, strict=True)]
+            more = {"communication_share": median(shares)}
+        told = {"world_size": world.size, "images": images, "seconds": images / median(rates), "more": more}
+        (folder / "result.json").write_text(json.dumps(told), encoding="utf-8")
+    world.leave()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_door(main))

@@ -1,0 +1,98 @@
+"""``bench step``: the trainer against a bare loop, against the report's plain script, and what else could be faster."""
+
+from __future__ import annotations
+
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import get_args
+
+from mnistm_dist.benches.launches import launch, train_command, whole_run
+from mnistm_dist.benches.loops import BareLoop, Loop, PlainScript, TrainerInRounds
+from mnistm_dist.benches.rounds import Contender, Result, choose, interleave, result
+from mnistm_dist.benches.setting import Setting, has_compiler, open_set, open_train
+from mnistm_dist.config import Config
+from mnistm_dist.errors import UserError
+from mnistm_dist.launch import resolve
+from mnistm_dist.training import distributed
+from mnistm_dist.training.distributed import Precision, choose_precision
+
+PLAIN, BARE, TRAINER = "plain script", "bare loop", "trainer"
+STEPS = {"cpu": 10, "cuda": 500}
+"""Steps of a round, by device: seconds on either."""
+
+
+def bench(setting: Setting, config: Config, *, steps: int | None, compiled: bool, memory: bool) -> Result:
+    """Rounds of ``steps`` training steps (None: `STEPS`) of every loop, in this process.
+
+    ``compiled``: torch.compile takes part, where there is a compiler; ``memory``: one whole training is launched for
+    the peak memory of a process. Raises `UserError`.
+    """
+    world = distributed.start(config.machine, expect_world_size=1, collective_timeout=config.run.collective_timeout)
+    shards = open_set(setting)
+    train = shards.split("train")
+    config = resolve(config, world, shards.manifest)
+    data = open_train(setting, shards, world.device)
+    channels_last = config.machine.memory_format == "channels_last"
+    steps = steps or STEPS[world.device.type]
+    loop = partial(BareLoop, config, shards, data, channels_last=channels_last, precision=world.precision)
+    other_layout = "contiguous" if channels_last else "channels_last"
+    plain = PlainScript(data, train.mean, train.std, batch_size=config.schedule.batch_size)
+
+    with (
+        tempfile.TemporaryDirectory(prefix="mnistm_dist-bench-") as temporary,
+        TrainerInRounds(config, world, shards, data, Path(temporary) / "run") as trainer,
+    ):
+        loops: list[tuple[str, Loop, tuple[str, ...]]] = [
+            (PLAIN, plain, (PLAIN,)),
+            (BARE, loop(), (PLAIN,)),
+            (TRAINER, trainer, (BARE, PLAIN)),
+            (f"{BARE}, one prepared batch", loop(prepared=True), (BARE,)),
+            (f"{BARE}, {other_layout}", loop(channels_last=not channels_last), (BARE,)),
+            *(
+                (f"{BARE}, {precision}", loop(precision=precision), (BARE,))
+                for precision in native_precisions()
+                if precision != world.precision
+            ),
+        ]
+        compiles = compiled and has_compiler()
+        if compiles:
+            loops.append((f"{BARE}, compiled", loop(compiled=True), (BARE,)))
+        contenders = [Contender(name=n, measure=partial(one.steps, steps), against=a) for n, one, a in loops]
+        chosen = choose(contenders, setting.only)
+        with setting.console.progress("step", None, "measurements") as bar:
+            measured = interleave(chosen, rounds=setting.rounds, warm_up=1, tell=bar)
+        peak = peak_memory(setting, config, Path(temporary) / "memory", steps) if memory else None
+    world.leave()
+    return result(
+        chosen,
+        measured,
+        batch_size=setting.batch_size,
+        recipe=config.recipe,
+        device=world.device.type,
+        precision=world.precision,
+        memory_format=config.machine.memory_format,
+        image_size=config.schedule.image_size[0],
+        steps_per_round=steps,
+        compile="measured" if compiles else "not asked for" if not compiled else "there is no C++ compiler here",
+        trainer_peak_megabytes=peak,
+    )
+
+
+def native_precisions() -> list[Precision]:
+    """What the hardware computes in without emulation, without fp16, which needs a loss scale."""
+    found = []
+    for precision in get_args(Precision):
+        try:
+            found.append(choose_precision(precision, None))
+        except UserError:
+            continue
+    return [precision for precision in found if precision != "fp16"]
+
+
+def peak_memory(setting: Setting, config: Config, run_dir: Path, steps: int) -> float:
+    """The largest resident memory of ``python -m mnistm_dist.train``, steps and final evaluation, in megabytes."""
+    flags = ["--recipe", config.recipe, "--batch-size", config.schedule.batch_size, "--threads", setting.threads]
+    sizes = ",".join(map(str, config.schedule.image_size))
+    command = train_command(setting, run_dir, *flags, "--image-size", sizes, "--max-steps", steps)
+    return round(launch(command, run_dir, whole_run, every=0.2).peak_megabytes, 1)

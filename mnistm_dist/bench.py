@@ -100,6 +100,7 @@ def measure(args: argparse.Namespace, setting: Setting) -> Result:
                 against=args.against,
                 seeds=args.seeds,
                 accuracy=args.accuracy,
+                to_end=args.to_end,
                 runs=Path(args.runs),
             )
 
@@ -125,10 +126,13 @@ def configuration_of(args: argparse.Namespace, setting: Setting) -> Config:
 
 
 def world_sizes(asked: list[int] | None) -> tuple[int, ...]:
-    """The world sizes to compare: 1, and one process per GPU, or 2 where there are no two GPUs."""
+    """The world sizes to compare: 1, and one process per GPU, or 2 without a GPU."""
     import torch
 
-    return tuple(asked) if asked else (1, max(2, torch.cuda.device_count()))
+    if asked:
+        return tuple(asked)
+    gpus = torch.cuda.device_count()
+    return (1,) if gpus == 1 else (1, gpus or 2)
 
 
 def usable_cores() -> tuple[int, ...]:
@@ -207,6 +211,7 @@ def create_parser() -> ArgumentParser:
     recipe.add_argument("--against", metavar="NAME|FILE", help="a recipe to compare with, trained with the first seed")
     recipe.add_argument("--accuracy", type=share, default=0.975, metavar="X", help="on val (default: 0.975)")
     recipe.add_argument("--seeds", type=numbers, default=[0], metavar="N,N", help="default: 0")
+    recipe.add_argument("--to-end", action="store_true", help="let a training go on after it has reached the accuracy")
     recipe.add_argument(
         "--runs", default="runs/bench", metavar="DIR", help="where the trainings live and go on (default: runs/bench)"
     )

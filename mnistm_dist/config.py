@@ -159,6 +159,8 @@ class RunConfig:
     """Steps between rows of log.jsonl."""
     track: Auto | Literal["wandb", "none"] = "auto"
     """W&B. auto: where an API key or a mode is set."""
+    upload_checkpoint: bool = False
+    """Upload the checkpoint of the result to W&B as an artifact."""
     expect_world_size: int | None = _number(None, low=1)
     """Stop with an error unless there are this many processes."""
     checks: bool = False

@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 EXIT_USER_ERROR = 2
 """Exit code of a person's mistake."""
+EXIT_INTERRUPTED = 130
+"""Exit code after Ctrl-C, as a shell gives it: 128 + SIGINT."""
 EXIT_PREEMPTED = 75
 """Exit code of a run that a signal cut short after a clean save (EX_TEMPFAIL of sysexits.h)."""
 
@@ -20,7 +22,7 @@ def run_door(main: Callable[[list[str]], int], argv: list[str] | None = None) ->
     """Runs a door's ``main`` and turns a `UserError` into one line on stderr and exit code 2.
 
     Of several processes rank 0 alone speaks: all of them find the same mistake, or share it (`World.together`).
-    Returns the exit code; every other exception passes through, since it is our own mistake.
+    Ctrl-C is one line too. Returns the exit code; every other exception passes through, since it is our own mistake.
     """
     try:
         return main(sys.argv[1:] if argv is None else argv)
@@ -28,3 +30,6 @@ def run_door(main: Callable[[list[str]], int], argv: list[str] | None = None) ->
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        return EXIT_INTERRUPTED

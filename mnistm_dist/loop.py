@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,7 +20,7 @@ from mnistm_dist.data.loader import Batch, Reader, create_order, evaluation_batc
 from mnistm_dist.data.order import epoch_ends, epochs_done, part_of_run, step_positions, steps_for
 from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.data.transforms import Augment, Preprocess
-from mnistm_dist.errors import UserError
+from mnistm_dist.errors import EXIT_PREEMPTED, UserError
 from mnistm_dist.facts import header_rows
 from mnistm_dist.reporting.console import Console, TrainingBar
 from mnistm_dist.reporting.metrics import measure
@@ -141,6 +142,19 @@ class Trainer:
         if self.config.run.checks and checkpoint is None:
             self.check()
 
+    @contextmanager
+    def tracking(self) -> Iterator[None]:
+        """Tells the tracker how the run ended: W&B would take a crash for a run that finished."""
+        try:
+            yield
+        except Preempted:
+            self.tracker.finish(EXIT_PREEMPTED, "preempted")
+            raise
+        except BaseException:
+            self.tracker.finish(1, "failed")
+            raise
+        self.tracker.finish(0, "finished")
+
     def check(self) -> None:
         """The debug recipe's checks of the first loss and of learning by heart."""
         positions = step_positions(0, batch_size=min(32, self.size))
@@ -205,6 +219,8 @@ class Trainer:
                 if wish == LEAVE and not ends_run:
                     reason = next(filter(None, self.world.gather_objects(self.stop.reason)), "a signal")
                     self.folder.log({"kind": "preempted", "step": self.steps_done, "world_size": self.world.size})
+                    # Told before the tracker ends, which may wait for a server.
+                    self.folder.tell("preempted", reason)
                     raise Preempted(reason)
                 self.pace.go()
 

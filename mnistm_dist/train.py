@@ -74,13 +74,12 @@ def train(config: Config, checkpoint: Checkpoint | None, world: World, console: 
         trainer = Trainer(config, world, console, folder, shards, readers, stop)
         trainer.begin(checkpoint)
         try:
-            trainer.train()
+            with trainer.tracking():
+                trainer.train()
+                finish(trainer)
         except Preempted as preempted:
-            trainer.tracker.finish(EXIT_PREEMPTED, "preempted")
-            folder.tell("preempted", preempted.reason)
             console.line(f"{preempted.reason}: saved after step {folder.steps_done}; --resume {run_dir} goes on")
             return EXIT_PREEMPTED
-        finish(trainer)
         folder.tell("finished")
     return 0
 
@@ -93,6 +92,7 @@ def finish(trainer: Trainer) -> None:
     from mnistm_dist.reporting.curves import learning_curve
     from mnistm_dist.reporting.drawing import save
     from mnistm_dist.reporting.page import write_report
+    from mnistm_dist.reporting.tracked_results import log_results
 
     world, folder, console = trainer.world, trainer.folder, trainer.console
     readers = {split: reader for split, reader in trainer.readers.items() if split != "train"}
@@ -106,7 +106,9 @@ def finish(trainer: Trainer) -> None:
     save(learning_curve(folder.rows, f"Learning curve, {folder.path.name}"), folder.path / "learning_curve.png")
     write_report([folder.path], folder.path / "report.html")
     trainer.tracker.summary(summary)
-    trainer.tracker.finish(0, "finished")
+    log_results(trainer.tracker, folder.path, folder.steps_done)
+    if trainer.config.run.upload_checkpoint:
+        trainer.tracker.log_checkpoint(checkpoint.path, [str(how["chosen"]).split()[0]])
     tell_result(console, folder.path, summary, list(results))
 
 

@@ -243,7 +243,7 @@ class Evil:
 MEMO_BOMB = b"\x80\x02}r" + struct.pack("<I", 1 << 31) + b"."
 SHAPE_BOMB = b"\x80\x02cnumpy\nndarray\nJ" + struct.pack("<i", 1 << 30) + b"\x85R."
 PICKLES: dict[str, tuple[bytes, str]] = {
-    "code": (pickle.dumps({"train": Evil()}), "asks for posix.system when it is unpickled"),
+    "code": (pickle.dumps({"train": Evil()}), "asks for 'posix.system' when it is unpickled"),
     "code beside arrays": (pickle.dumps({"train": np.zeros((1, 2, 2, 3), np.uint8), "x": Evil()}), "posix.system"),
     "eval": (b"\x80\x02cbuiltins\neval\n(U\x011tR.", "builtins.eval"),
     "numpy's own loader": (b"\x80\x02cnumpy\nload\n.", "numpy.load"),

@@ -180,7 +180,7 @@ def test_max_steps_cuts_the_run_and_not_its_schedule(door, small_set, tmp_path):
 
 
 def test_without_shards_the_bundled_sample_is_packed_first(door, tmp_path):
-    flags = ("--recipe", "debug", "--max-steps", 2, "--run-dir")
+    flags = ("--recipe", "debug", "--max-steps", 2, *QUICK, "--run-dir")
     worked(door("train", *flags, "first"))
     manifest = (tmp_path / "shards" / "sample" / "manifest.json").read_bytes()
     worked(door("train", *flags, "second"))
@@ -260,3 +260,17 @@ def test_training_consumes_what_plan_says(door, small_set, tmp_path, order, data
         arguments = ("--run", "run", "--step", step, "--world-size", world_size, "--json")
         told = json.loads(worked(door("plan", *arguments)))
         assert told["ranks"] == [shards.keys("train", steps[step][1]) for steps in consumed]
+
+
+def test_a_loss_that_is_no_number_names_the_step_its_images_and_the_last_good_checkpoint(door, small_set, tmp_path):
+    wild = ("--optimizer", "sgd", "--learning-rate", "1e20", "--schedule", "constant", "--checkpoint-every", 1)
+    flags = ("--batch-size", 32, "--image-size", 16, "--epochs", 1, "--max-steps", 9, "--run-dir", "run")
+    line = refused(door("train", "--shards", small_set, *flags, *wild, *QUICK))
+    step = int(line.split("loss of step ")[1].split()[0])
+    shards = ShardSet.open(small_set)
+    first = FullOrder(size=TRAIN, seed=0).ids(np.arange(step * 32, step * 32 + 1))
+    assert shards.keys("train", first)[0] in line
+    checkpoints = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert checkpoints[-1] in line
+    assert int(checkpoints[-1][5:]) <= step
+    assert json.loads((tmp_path / "run" / "state.json").read_text())["state"] == "failed"

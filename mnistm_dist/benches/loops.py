@@ -19,7 +19,7 @@ from mnistm_dist.benches.clock import Gaps, Stopwatch
 from mnistm_dist.benches.rounds import Measured
 from mnistm_dist.config import Config
 from mnistm_dist.data.loader import Batch, Resident, create_order, train_batches
-from mnistm_dist.data.shards import ShardSet
+from mnistm_dist.data.shards import Manifest, ShardSet
 from mnistm_dist.data.transforms import Augment, Preprocess
 from mnistm_dist.loop import Trainer
 from mnistm_dist.reporting.console import Console
@@ -42,12 +42,16 @@ class Loop(Protocol):
 
 
 class PlainScript:
-    """The report's recipe as a script of some 20 lines has it: NCHW, float32, Adam, 64 px, images in memory."""
+    """The report's recipe as a script of some 20 lines has it: NCHW, float32, Adam, images in memory."""
 
-    def __init__(self, data: Resident, mean: tuple[float, ...], std: tuple[float, ...], *, batch_size: int) -> None:
+    def __init__(self, manifest: Manifest, data: Resident, *, batch_size: int, image_size: int) -> None:
+        """``image_size``: what the model sees, pixels; 64 in the report."""
         self.data, self.batch_size, self.device = data, batch_size, data.labels.device
-        self.mean, self.std = (torch.tensor(values, device=self.device).view(1, 3, 1, 1) for values in (mean, std))
-        self.model = create_model(10, seed=0).to(self.device).train()
+        self.size, split = (image_size, image_size), manifest.splits["train"]
+        self.mean, self.std = (
+            torch.tensor(values, device=self.device).view(1, 3, 1, 1) for values in (split.mean, split.std)
+        )
+        self.model = create_model(len(manifest.classes), seed=0).to(self.device).train()
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3, betas=(0.95, 0.999), weight_decay=5e-4)
         self.generator = torch.Generator().manual_seed(0)
 
@@ -57,7 +61,7 @@ class PlainScript:
         for _ in range(count):
             ids = torch.randint(self.data.size, (self.batch_size,), generator=self.generator).to(self.device)
             images = self.data.images[ids].permute(0, 3, 1, 2).contiguous().float() / 255
-            images = functional.interpolate(images, (64, 64), mode="bilinear", align_corners=False)
+            images = functional.interpolate(images, self.size, mode="bilinear", align_corners=False)
             loss = functional.cross_entropy(self.model((images - self.mean) / self.std), self.data.labels[ids])
             self.optimizer.zero_grad()
             loss.backward()

@@ -39,14 +39,14 @@ def bench(setting: Setting, config: Config, *, world_sizes: tuple[int, ...], ste
     size than it was asked for.
     """
     shards, device = open_set(setting), device_here()
-    train = shards.split("train")
     # Decoded before the first launch is timed; the launches find it in the cache.
     data = open_train(setting, shards, device)
     steps = steps or STEPS[device.type]
     batch_size = setting.batch_size
     largest = max(world_sizes)
     torch.set_num_threads(largest * setting.threads)
-    plain = PlainScript(data, train.mean, train.std, batch_size=batch_size)
+    image_size = config.schedule.image_size[0]
+    plain = PlainScript(shards.manifest, data, batch_size=batch_size, image_size=image_size)
     plain_name = f"plain script, {largest * setting.threads} threads" if device.type == "cpu" else "plain script"
     names = {size: "1 process" if size == 1 else f"{size} processes" for size in world_sizes}
 
@@ -83,7 +83,7 @@ def bench(setting: Setting, config: Config, *, world_sizes: tuple[int, ...], ste
         recipe=config.recipe,
         device=device.type,
         backend="nccl" if device.type == "cuda" else "gloo",
-        image_size=config.schedule.image_size[0],
+        image_size=image_size,
         threads_per_process=setting.threads,
         steps_per_block=steps,
         images_per_second="of the processes: train/images_per_second of their own log",

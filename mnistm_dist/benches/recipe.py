@@ -18,6 +18,9 @@ from mnistm_dist import config as configuration
 from mnistm_dist.benches.launches import LogRow, launch, train_command
 from mnistm_dist.benches.rounds import Result, Row, relative_range
 from mnistm_dist.benches.setting import Setting, open_set
+from mnistm_dist.data.settling import open_shards
+from mnistm_dist.data.shards import ShardSet
+from mnistm_dist.errors import UserError
 from mnistm_dist.training.run_folder import read_log
 
 LOOK_EVERY = 1.0
@@ -40,6 +43,8 @@ class Reached:
     """On val: the one that reached it, else the best."""
     image_size: int | None
     """At which val was scored then, pixels."""
+    threads: int
+    """Of each process of the run."""
 
     def to_json(self) -> dict[str, Any]:
         """For ``details``."""
@@ -47,15 +52,21 @@ class Reached:
 
 
 def bench(
-    setting: Setting, recipes: Sequence[str], *, against: str | None, seeds: Sequence[int], accuracy: float, runs: Path
+    setting: Setting,
+    recipes: Sequence[str],
+    *,
+    against: str | None,
+    seeds: Sequence[int],
+    accuracy: float,
+    to_end: bool,
+    runs: Path,
 ) -> Result:
     """Trains every one of ``recipes`` with every one of ``seeds``, and ``against`` with the first, to ``accuracy`` on
-    val, in ``runs``.
+    val, in ``runs``; ``to_end``: and beyond, to the recipe's end.
 
     Without ``against`` the first of ``recipes`` is compared with. Raises `UserError`.
     """
     shards = open_set(setting)
-    size = shards.split("train").count
     shards.split("val")
     wanted = {name: tuple(seeds) for name in recipes}
     if against is not None:
@@ -65,7 +76,9 @@ def bench(
     pairs = [(name, seed) for name, its_seeds in wanted.items() for seed in its_seeds]
     with setting.console.progress("recipe", len(pairs), "runs") as bar:
         for done, (name, seed) in enumerate(pairs, start=1):
-            found[name].append(one_run(setting, name, seed, accuracy, runs / f"{Path(name).stem}-seed{seed}", size))
+            run_dir = runs / f"{Path(name).stem}-seed{seed}"
+            train(setting, shards, name, seed, run_dir, accuracy=None if to_end else accuracy)
+            found[name].append(read_run(run_dir, shards, accuracy=accuracy))
             setting.console.line(words(found[name][-1]))
             bar.update(done)
     return Result(
@@ -73,7 +86,6 @@ def bench(
         conditions={
             "accuracy": accuracy,
             "seeds": {name: list(its_seeds) for name, its_seeds in wanted.items()},
-            "threads_per_process": setting.threads,
             "ratio": "median seconds of `against` to the accuracy / median seconds of the recipe, over their seeds",
             "spread": "(largest - smallest) / median of the seconds over the seeds",
             "images_per_second": "images until the accuracy was reached, over the seconds, both medians over the seeds",
@@ -82,15 +94,23 @@ def bench(
     )
 
 
-def one_run(setting: Setting, recipe: str, seed: int, accuracy: float, run_dir: Path, size: int) -> Reached:
-    """A run of ``recipe``, trained, or gone on with, until it reaches ``accuracy`` or ends."""
-    if not reaches(read_log(run_dir / "log.jsonl"), accuracy):
+def train(setting: Setting, shards: ShardSet, recipe: str, seed: int, run_dir: Path, *, accuracy: float | None) -> None:
+    """A run of ``recipe``, begun or gone on with, until it reaches ``accuracy`` or, without one, its end.
+
+    Raises `UserError` where the folder holds another run.
+    """
+    if (run_dir / "config.yaml").is_file():
+        held = configuration.load(run_dir / "config.yaml")
+        identity = open_shards(str(held.data.shards), cache_dir=setting.cache_dir).manifest.identity
+        if (held.recipe, held.schedule.seed, identity) != (recipe, seed, shards.manifest.identity):
+            raise UserError(
+                f"{run_dir}: holds a run of {held.recipe}, seed {held.schedule.seed}, on {held.data.shards}; "
+                f"{recipe}, seed {seed}, on {shards.root} was asked for: name another folder with --runs"
+            )
+    if accuracy is None or not reaches(read_log(run_dir / "log.jsonl"), accuracy):
         flags = ["--recipe", recipe, "--seed", seed, "--threads", setting.threads, "--resume", "auto"]
-        launch(train_command(setting, run_dir, *flags), run_dir, lambda rows: reaches(rows, accuracy), every=LOOK_EVERY)
-    batch_size = configuration.load(run_dir / "config.yaml").schedule.batch_size
-    return read_run(
-        read_log(run_dir / "log.jsonl"), recipe=recipe, seed=seed, accuracy=accuracy, batch_size=batch_size, size=size
-    )
+        command = train_command(setting, run_dir, *flags)
+        launch(command, run_dir, lambda rows: accuracy is not None and reaches(rows, accuracy), every=LOOK_EVERY)
 
 
 def reaches(rows: Sequence[LogRow], accuracy: float) -> bool:
@@ -98,10 +118,11 @@ def reaches(rows: Sequence[LogRow], accuracy: float) -> bool:
     return any(row["kind"] == "evaluation" and row["val/accuracy"] >= accuracy for row in rows)
 
 
-def read_run(rows: Sequence[LogRow], *, recipe: str, seed: int, accuracy: float, batch_size: int, size: int) -> Reached:
-    """What the log of a run says of it; ``size``: images of an epoch."""
+def read_run(run_dir: Path, shards: ShardSet, *, accuracy: float) -> Reached:
+    """What the folder of a run on ``shards`` says of it."""
+    config = configuration.load(run_dir / "config.yaml")
     seconds, before, best, last = 0.0, None, None, None
-    for row in rows:
+    for row in read_log(run_dir / "log.jsonl"):
         # Between the last row of a launch and the first one of the next the run stood still.
         if before is not None and row["kind"] not in ("start", "resume"):
             seconds += row["time"] - before
@@ -113,16 +134,18 @@ def read_run(rows: Sequence[LogRow], *, recipe: str, seed: int, accuracy: float,
         if row["val/accuracy"] >= accuracy:
             break
     reached = best is not None and best["val/accuracy"] >= accuracy
-    images = int(last["step"]) * batch_size if last else 0
+    images = int(last["step"]) * config.schedule.batch_size if last else 0
+    assert config.machine.threads != "auto"
     return Reached(
-        recipe=recipe,
-        seed=seed,
+        recipe=config.recipe,
+        seed=config.schedule.seed,
         reached=reached,
         seconds=seconds,
         images=images,
-        epochs=images / size,
+        epochs=images / shards.split("train").count,
         accuracy=best["val/accuracy"] if best else 0.0,
         image_size=best["image_size"] if best else None,
+        threads=config.machine.threads,
     )
 
 

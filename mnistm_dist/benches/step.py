@@ -30,14 +30,14 @@ def bench(setting: Setting, config: Config, *, steps: int | None, compiled: bool
     """
     world = distributed.start(config.machine, expect_world_size=1, collective_timeout=config.run.collective_timeout)
     shards = open_set(setting)
-    train = shards.split("train")
     config = resolve(config, world, shards.manifest)
     data = open_train(setting, shards, world.device)
     channels_last = config.machine.memory_format == "channels_last"
     steps = steps or STEPS[world.device.type]
     loop = partial(BareLoop, config, shards, data, channels_last=channels_last, precision=world.precision)
     other_layout = "contiguous" if channels_last else "channels_last"
-    plain = PlainScript(data, train.mean, train.std, batch_size=config.schedule.batch_size)
+    batch_size, image_size = config.schedule.batch_size, config.schedule.image_size[0]
+    plain = PlainScript(shards.manifest, data, batch_size=batch_size, image_size=image_size)
 
     with (
         tempfile.TemporaryDirectory(prefix="mnistm_dist-bench-") as temporary,
@@ -72,7 +72,7 @@ def bench(setting: Setting, config: Config, *, steps: int | None, compiled: bool
         device=world.device.type,
         precision=world.precision,
         memory_format=config.machine.memory_format,
-        image_size=config.schedule.image_size[0],
+        image_size=image_size,
         steps_per_round=steps,
         compile="measured" if compiles else "not asked for" if not compiled else "there is no C++ compiler here",
         trainer_peak_megabytes=peak,

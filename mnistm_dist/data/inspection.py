@@ -18,7 +18,7 @@ import numpy as np
 
 from mnistm_dist.data.manifest import MANIFEST_NAME
 from mnistm_dist.data.parallel import ordered_map, workers_for
-from mnistm_dist.data.pixels import CHUNK, Encoded, PixelSummer, PixelSums, decode_in_order
+from mnistm_dist.data.pixels import Encoded, PixelSummer, PixelSums, decode_in_order
 from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.data.telling import Progress, stage
 from mnistm_dist.data.wholeness import CHANGED, WHOLE, FileClaim, examine
@@ -29,6 +29,8 @@ EXTRA, FOREIGN = "extra", "foreign"
 """Of a file that the manifest does not list: one that looks like a part of the set (damage, since a reader that takes
 all tars would take it too), and any other."""
 _PART_SUFFIXES = (".tar", ".index.npy")
+_READ_AT_ONCE = 1024
+"""Images whose bytes are read together, each shard among them opened once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,7 +202,7 @@ def _sum_pixels(shards: ShardSet, progress: Progress) -> PixelSums:
 def _in_key_order(shards: ShardSet) -> Iterator[Encoded]:
     for name, split in shards.manifest.splits.items():
         order = np.argsort(shards.index(name)["key"], kind="stable")
-        for start in range(0, split.count, CHUNK):
-            ids = order[start : start + CHUNK]
+        for start in range(0, split.count, _READ_AT_ONCE):
+            ids = order[start : start + _READ_AT_ONCE]
             for key, png in zip(shards.keys(name, ids), shards.read(name, ids), strict=True):
                 yield Encoded(split=name, png=png, origin=f"{shards.root}: {key}.png of {name}")

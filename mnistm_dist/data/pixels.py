@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mnistm_dist.data.manifest import PIXEL_GROUPS
-from mnistm_dist.data.parallel import in_chunks, ordered_map, workers_for
+from mnistm_dist.data.parallel import ordered_map, workers_for
 from mnistm_dist.data.png import check_png, decode_png
 
-CHUNK = 256
-"""Images that a worker decodes at once."""
+_CHUNK_BYTES = 1 << 20
+"""PNGs and pixels that a worker takes on at once: some 200 images of MNIST-M."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,14 +91,22 @@ def decode_in_order(
     ``count`` is about how many there are, ``size`` the (height, width) that each must have; what is held at once is
     bounded. Raises `UserError` naming the first image that is none or of another size.
     """
-    tasks = ((chunk, size) for chunk in _chunks_of_one_split(images))
+    tasks = ((chunk, size) for chunk in _chunks(images, 3 * size[0] * size[1]))
     return ordered_map(_decode_chunk, tasks, workers=workers_for(count))
 
 
-def _chunks_of_one_split(images: Iterable[Encoded]) -> Iterator[list[Encoded]]:
-    for chunk in in_chunks(images, CHUNK):
-        for split in dict.fromkeys(image.split for image in chunk):
-            yield [image for image in chunk if image.split == split]
+def _chunks(images: Iterable[Encoded], pixel_bytes: int) -> Iterator[list[Encoded]]:
+    """The images in lists, each of one split and bounded in what it holds, encoded and decoded together."""
+    chunk: list[Encoded] = []
+    held = 0
+    for image in images:
+        if chunk and (image.split != chunk[0].split or held >= _CHUNK_BYTES):
+            yield chunk
+            chunk, held = [], 0
+        chunk.append(image)
+        held += len(image.png) + pixel_bytes
+    if chunk:
+        yield chunk
 
 
 def _decode_chunk(task: tuple[list[Encoded], tuple[int, int]]) -> tuple[str, np.ndarray, np.ndarray]:

@@ -63,6 +63,8 @@ def open_hdf5(file: Path) -> Source:
         opened = h5py.File(file, "r")
         for split in (split for split in SPLITS if split in opened):
             images, labels = opened[f"{split}/X"], opened[f"{split}/Y"]
+            if not isinstance(images, h5py.Dataset) or not isinstance(labels, h5py.Dataset):
+                raise UserError(f"{file}: {split}: X and Y are not both datasets; accepted are groups of two datasets")
             count = check_images(f"{file}: {split}/X", images.shape, images.dtype)
             checked = check_labels(f"{file}: {split}/Y", labels[()], count)
             splits[split] = ArraySplit(origin=f"{file}: {split}/X", labels=checked, images=partial(_itself, images))

@@ -100,7 +100,7 @@ class _ArraysOnly(pickle._Unpickler):
             return _ADMITTED[module.replace("numpy._core", "numpy.core"), name]
         except KeyError:
             raise UserError(
-                f"{self._origin}: asks for {module}.{name} when it is unpickled; only numpy arrays are accepted"
+                f"{self._origin}: asks for {f'{module}.{name}'!a} when it is unpickled; only numpy arrays are accepted"
             ) from None
 
 

@@ -61,8 +61,8 @@ class Tree(ABC):
         """
 
     def origin(self, name: str) -> str:
-        """How a message calls one file of this tree."""
-        return f"{self.path}: {name}"
+        """How a message calls one file of this tree; a name that would break a line or hide something is escaped."""
+        return f"{self.path}: {name if name.isprintable() else ascii(name)}"
 
     def decode(self, name: str, data: bytes) -> str:
         """Text of a file of labels."""
@@ -173,7 +173,7 @@ class Zip(Archive):
         except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
             raise UserError(f"{path}: not a whole zip ({error})") from error
         for info in self._zip.infolist():
-            if info.is_dir():
+            if info.filename.endswith("/"):
                 continue
             problem = None
             if stat.S_ISLNK(info.external_attr >> 16):

@@ -20,7 +20,7 @@ from mnistm_dist.data.samples import Sample, Source
 from mnistm_dist.data.telling import Progress
 from mnistm_dist.errors import UserError
 
-_CHUNK = 256
+_CHUNK = 128
 """Images that a worker encodes at once, and between two reports of progress."""
 
 

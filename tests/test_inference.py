@@ -1,0 +1,145 @@
+"""A trained model in Python: the numbers of the evaluation, whatever the pictures come as."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import VAL
+from PIL import Image
+
+from mnistm_dist import load_model
+from mnistm_dist.errors import UserError
+
+pytest_plugins = ["trained_run"]
+
+
+@pytest.fixture(scope="module")
+def model(trained_run):
+    return load_model(trained_run)
+
+
+def test_the_probabilities_are_those_of_the_evaluation(model, val_images, val_probabilities):
+    probabilities = model.predict(val_images)
+    assert probabilities.shape == (VAL, 10)
+    assert probabilities.dtype == np.float32
+    assert np.abs(probabilities - val_probabilities).max() < 1e-5
+
+
+def test_a_picture_may_come_as_anything(model, val_images, tmp_path):
+    expected = model.predict(val_images[:1])
+    Image.fromarray(val_images[0]).save(tmp_path / "0.png")
+    read_only = val_images[0].copy()
+    read_only.flags.writeable = False
+    kinds = {
+        "array": val_images[0],
+        "read-only": read_only,
+        "strided": np.ascontiguousarray(val_images[0][..., ::-1])[..., ::-1],
+        "tensor": torch.from_numpy(val_images[0]),
+        "PIL": Image.fromarray(val_images[0]),
+        "text": str(tmp_path / "0.png"),
+        "path": tmp_path / "0.png",
+        "tensors": torch.from_numpy(val_images[:1]),
+    }
+    for kind, picture in kinds.items():
+        assert np.abs(model.predict(picture) - expected).max() < 1e-6, kind
+    together = model.predict(kinds[name] for name in kinds if name != "tensors")
+    assert np.abs(together - expected).max() < 1e-6
+
+
+def test_a_result_does_not_depend_on_what_comes_with_it(model, val_images):
+    other = Image.fromarray(val_images[1]).resize((70, 41))
+    for batch_size in (1, 2, 250):
+        mixed = model.predict([val_images[0], other, val_images[2]], batch_size=batch_size)
+        assert np.abs(mixed[[0, 2]] - model.predict(val_images[[0, 2]])).max() < 1e-6
+        assert np.abs(mixed[1] - model.predict(other)[0]).max() < 1e-6
+
+
+def test_an_enlarged_picture_gives_nearly_the_same(model, val_images):
+    larger = [Image.fromarray(image).resize((224, 224), Image.Resampling.BILINEAR) for image in val_images]
+    assert np.abs(model.predict(larger) - model.predict(val_images)).mean() < 0.02
+
+
+def test_no_picture_is_no_row(model):
+    assert model.predict([]).shape == (0, 10)
+
+
+@pytest.mark.parametrize(
+    ("picture", "found"),
+    [
+        (np.zeros((28, 28, 3), np.float32), "float32 (28, 28, 3)"),
+        (torch.zeros(28, 28, 3), "float32 (28, 28, 3)"),
+        (np.zeros((3, 28, 28), np.uint8), "uint8 (3, 28, 28)"),
+        (np.zeros((2, 3, 28, 28), np.uint8), "uint8 (3, 28, 28)"),
+        (np.zeros((28, 28), np.uint8), "uint8 (28,)"),
+        (np.zeros((0, 28, 3), np.uint8), "uint8 (0, 28, 3)"),
+        ([np.zeros((28, 28, 3), np.uint8), None], "picture 1: found NoneType"),
+        (["nowhere.png"], "nowhere.png: no such file"),
+    ],
+)
+def test_what_is_no_picture_is_named(model, picture, found):
+    with pytest.raises(UserError) as error:
+        model.predict(picture)
+    assert found in str(error.value)
+
+
+def test_the_checkpoint_is_the_runs_own_choice_unless_named(trained_run):
+    summary = json.loads((trained_run / "summary.json").read_text())
+    assert summary["checkpoint"]["chosen"] == "best on val"
+    assert load_model(trained_run).step == summary["checkpoint"]["step"]
+    assert load_model(trained_run, "last").step == 20
+    assert load_model(trained_run, trained_run / "checkpoints" / "step-00000010").step == 10
+
+
+def test_without_a_test_split_the_last_checkpoint_is_used(trained_run, tmp_path):
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    summary = json.loads((run / "summary.json").read_text())
+    del summary["test"]
+    (run / "summary.json").write_text(json.dumps(summary))
+    assert load_model(run).step == 20
+    (run / "summary.json").unlink()
+    model = load_model(run)
+    assert (model.step, model.classes) == (20, tuple("0123456789"))
+
+
+def test_the_classes_have_their_names(trained_run, tmp_path):
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    summary = json.loads((run / "summary.json").read_text())
+    summary["val"]["classes"] = [f"digit {n}" for n in range(10)]
+    (run / "summary.json").write_text(json.dumps(summary))
+    assert load_model(run).classes[3] == "digit 3"
+
+
+def test_a_run_that_is_none_is_named(trained_run, tmp_path):
+    with pytest.raises(UserError, match="nowhere: no run folder"):
+        load_model(tmp_path / "nowhere")
+    run = shutil.copytree(trained_run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    with pytest.raises(UserError, match="no whole checkpoint"):
+        load_model(run)
+    with pytest.raises(UserError, match="nowhere"):
+        load_model(trained_run, "nowhere")
+
+
+def test_loading_leaves_the_random_state_alone(trained_run):
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    load_model(trained_run)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_the_package_costs_nothing_until_a_model_is_loaded():
+    code = "import sys; from mnistm_dist import load_model; print(sorted({'torch', 'numpy', 'PIL'} & set(sys.modules)))"
+    root = str(Path(__file__).resolve().parents[1])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_a_batch_is_that_of_the_evaluation():
+    from mnistm_dist import inference
+    from mnistm_dist.training import evaluation
+
+    assert inference.BATCH_SIZE == evaluation.BATCH_SIZE

@@ -1,0 +1,152 @@
+"""`python -m mnistm_dist.predict`: the evaluation's numbers for files, and stdout fit for other programs."""
+
+import csv
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import VAL, refused, worked
+from PIL import Image
+
+from mnistm_dist.data.shards import ShardSet
+from mnistm_dist.predict import main
+
+pytest_plugins = ["trained_run"]
+
+
+@pytest.fixture(scope="module")
+def val(small_set, tmp_path_factory) -> Path:
+    """The PNGs of val, as files."""
+    folder = tmp_path_factory.mktemp("val")
+    shards = ShardSet.open(small_set)
+    for key, png in zip(shards.keys("val", range(VAL)), shards.read("val", range(VAL)), strict=True):
+        (folder / f"{key}.png").write_bytes(png)
+    return folder
+
+
+def test_the_pngs_of_val_give_the_predictions_of_the_evaluation(trained_run, val, door):
+    found = list(csv.reader(worked(door("predict", trained_run, val, "--csv", "--batch-size", "40")).splitlines()))
+    written = list(csv.reader((trained_run / "predictions_val.csv").read_text().splitlines()))
+    assert found[0] == ["file", "predicted", "probability", *written[0][3:]]
+    expected = {row[0]: row for row in written[1:]}
+    assert [Path(row[0]).stem for row in found[1:]] == sorted(expected)
+    for row in found[1:]:
+        of_evaluation = expected[Path(row[0]).stem]
+        assert row[1] == of_evaluation[2]
+        assert np.allclose(np.float64(row[3:]), np.float64(of_evaluation[3:]), rtol=0, atol=1e-4)
+        assert float(row[2]) == max(map(float, row[3:]))
+
+
+def test_json_is_exactly_what_other_programs_expect(trained_run, val, here):
+    files = sorted(val.iterdir())[:3]
+    done = here(main, trained_run, *files, "--json")
+    found = json.loads(worked(done))
+    assert done.stderr == ""
+    assert [row["file"] for row in found] == [str(file) for file in files]
+    for row in found:
+        assert list(row) == ["file", "predicted", "probability", "probabilities"]
+        assert type(row["predicted"]) is int
+        assert len(row["probabilities"]) == 10
+        assert row["probability"] == row["probabilities"][row["predicted"]] == max(row["probabilities"])
+
+
+def test_in_a_pipe_there_is_a_plain_line_for_each_file(trained_run, val, here):
+    files = sorted(val.iterdir())[:3]
+    lines = [line.split("  ") for line in worked(here(main, trained_run, *files)).splitlines()]
+    found = json.loads(worked(here(main, trained_run, *files, "--json")))
+    assert lines == [[str(row["predicted"]), f"{row['probability']:.4f}", row["file"]] for row in found]
+
+
+def test_in_a_terminal_there_is_a_table(trained_run, val, here, monkeypatch):
+    parent, child = pty.openpty()
+    with (
+        os.fdopen(parent, "rb", buffering=0) as screen,
+        os.fdopen(child, "w") as terminal,
+        monkeypatch.context() as patch,
+    ):
+        patch.setenv("TERM", "xterm")
+        patch.setattr(sys, "stdout", terminal)
+        worked(here(main, trained_run, min(val.iterdir())))
+        terminal.flush()
+        shown = screen.read(100_000).decode()
+    assert "probability" in shown
+    assert "\u2500" in shown
+    assert "\x1b[1m" in shown
+
+
+def test_a_broken_file_is_named_and_passed_over(trained_run, val, here, tmp_path):
+    good = sorted(val.iterdir())[:2]
+    (tmp_path / "broken.png").write_bytes(good[0].read_bytes()[:200])
+    done = here(main, trained_run, good[0], "broken.png", "missing.png", good[1], "--json")
+    assert done.returncode == 1
+    assert [row["file"] for row in json.loads(done.stdout)] == [str(file) for file in good]
+    assert [line.split(": ")[:2] for line in done.stderr.splitlines()] == [
+        ["passed over", "broken.png"],
+        ["passed over", "missing.png"],
+    ]
+
+
+def test_pictures_of_any_size_and_mode_go_together(trained_run, val, here, tmp_path):
+    image = Image.open(min(val.iterdir()))
+    folder = tmp_path / "any"
+    folder.mkdir()
+    image.convert("L").save(folder / "grey.png")
+    image.convert("P").save(folder / "palette.gif")
+    image.convert("CMYK").save(folder / "cmyk.jpg")
+    image.convert("RGBA").resize((300, 100)).save(folder / "wide.webp")
+    image.resize((1, 1)).save(folder / "dot.bmp")
+    image.resize((3000, 2000)).save(folder / "large.jpg")
+    found = json.loads(worked(here(main, trained_run, "any", "--json")))
+    names = ["cmyk.jpg", "dot.bmp", "grey.png", "large.jpg", "palette.gif", "wide.webp"]
+    assert [row["file"] for row in found] == [f"any/{name}" for name in names]
+
+
+def test_a_files_name_is_never_obeyed_or_lost(trained_run, val, here, tmp_path):
+    """Escape codes, a line break, rich's markup, and bytes that are no Unicode."""
+    names = [b"\x1b[31mred.png", b"two\nlines.png", b"[bold]x.png", b"\xff.png"]
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    for name in names:
+        (folder / os.fsdecode(name)).write_bytes(min(val.iterdir()).read_bytes())
+    plain = worked(here(main, trained_run, "odd"))
+    assert len(plain.splitlines()) == len(names)
+    assert "\x1b" not in plain
+    found = json.loads(worked(here(main, trained_run, "odd", "--json")))
+    assert sorted(os.fsencode(row["file"]) for row in found) == sorted(b"odd/" + name for name in names)
+
+
+def test_a_reader_that_stops_early_is_no_mistake(trained_run, val, environment):
+    command = [sys.executable, "-m", "mnistm_dist.predict", str(trained_run), str(val), "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    assert process.stderr.read() == b""
+    assert process.wait() == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["nowhere", "VAL"], "nowhere: no run folder"),
+        (["RUN", "nowhere.png"], "nowhere.png: no such file"),
+        (["RUN", "nowhere.png", "neither.png"], "and 1 more"),
+        (["RUN", "empty"], "empty: no pictures in it"),
+        (["RUN", "VAL", "--checkpoint", "nowhere"], "nowhere"),
+        (["RUN", "VAL", "--batch-size", "0"], "--batch-size"),
+        (["RUN", "VAL", "--batch-size", "x"], "--batch-size"),
+        (["RUN", "VAL", "--json", "--csv"], "--csv"),
+        (["RUN"], "IMAGE|FOLDER"),
+    ],
+)
+def test_a_mistake_is_one_line(trained_run, val, here, tmp_path, arguments, named):
+    (tmp_path / "empty").mkdir()
+    places = {"RUN": trained_run, "VAL": val}
+    done = here(main, *(places.get(argument, argument) for argument in arguments))
+    assert named in refused(done)
+    assert done.stdout == ""

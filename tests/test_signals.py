@@ -1,0 +1,46 @@
+"""A handler only notes the wish; the second Ctrl-C leaves."""
+
+import os
+import signal
+
+import pytest
+
+from mnistm_dist.errors import UserError
+from mnistm_dist.training import signals
+from mnistm_dist.training.signals import StopRequest, parse_signals
+
+
+@pytest.fixture
+def stop():
+    """Handlers that are put back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    request = StopRequest()
+    request.install((signal.SIGTERM, signal.SIGUSR1))
+    yield request
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_is_noted_by_name(stop, number):
+    assert stop.reason is None
+    os.kill(os.getpid(), number)
+    assert stop.reason == number.name
+
+
+def test_a_second_interrupt_leaves_at_once_but_not_the_same_one_passed_on_by_a_launcher(stop, monkeypatch):
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)
+    monkeypatch.setattr(signals, "SECOND_INTERRUPT_AFTER", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_signals_are_parsed_by_name():
+    assert parse_signals("SIGTERM, SIGUSR1") == (signal.SIGTERM, signal.SIGUSR1)
+
+
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGNONE", "TERM", "15"])
+def test_a_signal_that_cannot_be_caught_is_refused_by_name(name):
+    with pytest.raises(UserError, match=name):
+        parse_signals(name)

@@ -2,19 +2,22 @@
 
 import gzip
 import json
+import sys
 
 import pytest
-from conftest import TRAIN, refused, worked
+import torch
+from conftest import TRAIN, worked
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mnistm_dist import bench
 from mnistm_dist import config as configuration
 from mnistm_dist.benches import other_formats, ranks, recipe, rounds
-from mnistm_dist.benches.rounds import Contender, Measured
-from mnistm_dist.benches.setting import has_compiler
+from mnistm_dist.benches.rounds import Contender, Measured, Result
+from mnistm_dist.benches.setting import Setting, has_compiler
 from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.errors import UserError
+from mnistm_dist.reporting.console import Console
 from mnistm_dist.training.profiling import traced
 from mnistm_dist.training.run_folder import read_log
 
@@ -23,11 +26,22 @@ TINY = ("--batch-size", 16, "--image-size", 16, "--steps", 2, "--threads", 1)
 
 
 @pytest.fixture
-def measure(door, small_set, tmp_path):
-    """Runs a bench on the small set and gives its document, whose schema is right."""
+def measure(door, environment, small_set, tmp_path, monkeypatch, capsys):
+    """Runs a bench on the small set and gives its document, whose schema is right.
+
+    In a process of its own where the bench pins its cores or joins a world, else in this one.
+    """
 
     def run(name: str, *flags: object) -> dict:
-        out = worked(door("bench", name, "--shards", small_set, "--json", "out.json", *flags, OMP_NUM_THREADS="1"))
+        arguments = [name, "--shards", str(small_set), "--json", "out.json", *map(str, flags)]
+        if name in ("loader", "step"):
+            out = worked(door("bench", *arguments, OMP_NUM_THREADS="1"))
+        else:
+            monkeypatch.chdir(tmp_path)
+            for variable in ("PYTHONPATH", "MNISTM_DIST_CACHE", "WANDB_MODE"):
+                monkeypatch.setenv(variable, environment[variable])
+            assert bench.main(arguments) == 0
+            out = capsys.readouterr().out
         document = json.loads((tmp_path / "out.json").read_text())
         assert set(document) == {"bench", "rows", "conditions"}
         assert document["bench"] == name
@@ -42,7 +56,9 @@ def measure(door, small_set, tmp_path):
         assert len(conditions["details"]) == len({row["name"] for row in document["rows"]})
         return document
 
-    return run
+    threads = torch.get_num_threads()
+    yield run
+    torch.set_num_threads(threads)
 
 
 def pairs(document: dict) -> set[tuple[str, str]]:
@@ -107,11 +123,22 @@ def test_ranks_run_two_processes_and_tell_the_share_of_communication(measure):
     assert document["conditions"]["details"]["2 processes"]["communication_share"] < 1
 
 
-def test_ranks_do_not_take_another_world_size_for_the_one_that_was_asked_for(small_set, cache_dir, tmp_path):
-    given = {"shards": str(small_set), "cache_dir": str(cache_dir), "expect_world_size": 2, "threads": 1}
-    config = configuration.build("baseline", {**given, "order": "full", "data": "resident", "micro_batch": 8})
-    with pytest.raises(UserError, match="world size: found 1"):
-        ranks.run_worker(config, tmp_path / "one", world_size=1, steps=1)
+@pytest.mark.parametrize(
+    ("script", "raised", "words"),
+    [
+        ("exit 3", UserError, "ended with 3: it said nothing"),
+        ("echo 'error: no such shards' >&2; exit 1", UserError, "2 processes ended with 1: no such shards"),
+        ("echo '{\"world_size\": 1}' > $FOLDER/result.json", RuntimeError, "asked for 2 processes, .* started 1"),
+    ],
+)
+def test_ranks_take_no_failed_launch_and_no_other_world_size(tmp_path, monkeypatch, script, raised, words):
+    launcher = tmp_path / "launcher"
+    launcher.write_text(f"#!/bin/sh\n{script}\n")
+    launcher.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(launcher))
+    monkeypatch.setenv("FOLDER", str(tmp_path / "launch"))
+    with pytest.raises(raised, match=words):
+        ranks.run_worker(configuration.build("x", {}), tmp_path / "launch", world_size=2, steps=1)
 
 
 def test_startup_launches_with_an_empty_and_with_a_full_cache(measure, cache_dir, tmp_path):
@@ -126,28 +153,38 @@ def test_startup_launches_with_an_empty_and_with_a_full_cache(measure, cache_dir
     assert not list(cache_dir.glob("bench-*"))
 
 
-def test_recipe_trains_to_an_accuracy_and_reads_a_run_that_is_there(measure, door, small_set, tmp_path):
-    (tmp_path / "tiny.yaml").write_text(
-        "schedule: {epochs: 30, batch_size: 32, image_size: [16]}\nrun: {checkpoint_every: 0}\n"
+def test_recipe_trains_to_an_accuracy_and_reads_a_run_that_is_there(measure, small_set, cache_dir, tmp_path):
+    (tmp_path / "tiny.yaml").write_text("schedule: {epochs: 30, batch_size: 32, image_size: [16]}")
+    document = measure(
+        "recipe", "--recipe", "tiny.yaml", "--seeds", "3", "--threads", 1, "--runs", "kept", "--accuracy", 0.01
     )
-    flags = ("--recipe", "tiny.yaml", "--seeds", "3", "--threads", 1, "--runs", "kept")
-    document = measure("recipe", *flags, "--accuracy", 0.01)
     (row,) = document["rows"]
     assert (row["name"], row["against"], row["ratio"]) == ("tiny.yaml", "tiny.yaml", 1)
     (run,) = document["conditions"]["details"]["tiny.yaml"]["runs"]
     assert (run["seed"], run["reached"], run["image_size"], run["images"]) == (3, True, 16, TRAIN)
-    # Stopped when it was reached, not after 30 epochs, and not gone on with to be read.
+    # It was stopped when it had reached it, not after 30 epochs.
     log = tmp_path / "kept" / "tiny-seed3" / "log.jsonl"
     written = log.read_bytes()
     assert max(row["step"] for row in read_log(log)) < 30 * TRAIN // 32
-    assert measure("recipe", *flags, "--accuracy", 0.01)["conditions"]["details"] == document["conditions"]["details"]
+
+    def again(name: str, seed: int) -> Result:
+        setting = Setting(
+            shards=str(small_set),
+            cache_dir=cache_dir,
+            rounds=1,
+            threads=1,
+            cores=(0,),
+            batch_size=32,
+            only=(),
+            console=Console(enabled=False),
+        )
+        asked = {"against": None, "seeds": [seed], "accuracy": 0.01, "to_end": False}
+        return recipe.bench(setting, [name], runs=tmp_path / "kept", **asked)
+
+    assert again("tiny.yaml", 3).conditions["details"] == document["conditions"]["details"]
+    with pytest.raises(UserError, match=r"tiny-seed3: holds a run of tiny\.yaml, seed 3"):
+        again("other/tiny.yaml", 3)
     assert log.read_bytes() == written
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "tiny.yaml").write_text("schedule: {epochs: 1}")
-    said = refused(
-        door("bench", "recipe", "--shards", small_set, *flags, "--recipe", "other/tiny.yaml", "--accuracy", 0.01)
-    )
-    assert "tiny-seed3: holds a run of tiny.yaml" in said
 
 
 def test_the_pauses_between_launches_do_not_count(small_set, tmp_path):

@@ -29,6 +29,7 @@ from layouts import (
 )
 from PIL import Image
 
+from mnistm_dist.data.layouts import mat5
 from mnistm_dist.data.samples import Source
 from mnistm_dist.data.sources import KNOWN_LAYOUTS, open_source
 from mnistm_dist.errors import UserError
@@ -225,7 +226,36 @@ def test_memory_does_not_grow_with_a_parquet_file(tmp_path):
     assert max(peaks) - peaks[0] < 40 * 10 * len(image["bytes"]) / 4
 
 
-@pytest.mark.parametrize(("layout", "library"), [("parquet", "pyarrow.parquet"), ("hdf5", "h5py"), ("mat", "scipy.io")])
+@pytest.mark.parametrize("compressed", [False, True])
+def test_matlab_arrays_are_read_as_scipy_reads_them(tmp_path, compressed):
+    from scipy.io import loadmat, savemat
+
+    rng = np.random.default_rng(0)
+    arrays = {
+        "images": rng.integers(0, 256, (50, 9, 7, 3), np.uint8),
+        "one_hot": np.eye(10),
+        "a": np.int16([[-5]]),
+        "floats": np.float32([[1.5, 2]]),
+        "empty": np.zeros((0, 3)),
+        "a_name_that_is_longer_than_most": np.uint16([[1, 2, 3]]),
+    }
+    others = {
+        "text": "x",
+        "complex": np.array([1 + 2j]),
+        "cell": np.array([[1], ["a"]], dtype=object),
+        "struct": {"q": 1},
+    }
+    file = tmp_path / "set.mat"
+    savemat(file, arrays | others, do_compression=compressed)
+    found, expected = mat5.variables(file), loadmat(file)
+    assert set(found) == set(arrays)
+    for name, variable in found.items():
+        read_again = mat5.read(file, variable)
+        assert read_again.dtype == expected[name].dtype
+        np.testing.assert_array_equal(read_again, expected[name])
+
+
+@pytest.mark.parametrize(("layout", "library"), [("parquet", "pyarrow.parquet"), ("hdf5", "h5py")])
 def test_a_missing_library_is_named_with_the_command_that_installs_it(tmp_path, monkeypatch, layout, library):
     path = WRITERS[layout](tmp_path / "set", PARTS)
     monkeypatch.setitem(sys.modules, library, None)

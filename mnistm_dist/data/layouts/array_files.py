@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import zipfile
 from collections.abc import Mapping
 from functools import partial
@@ -10,6 +11,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from mnistm_dist.data.layouts import mat5
 from mnistm_dist.data.layouts.arrays import ArraySplit, arrays_source, check_images, check_labels, need_library, reading
 from mnistm_dist.data.layouts.decompression import check_expansion
 from mnistm_dist.data.samples import SPLITS, Source
@@ -72,21 +74,20 @@ def open_hdf5(file: Path) -> Source:
 
 
 def open_mat(file: Path) -> Source:
-    """Opens a MATLAB 5 file with `train`, `label_train`, and for `test` (`val`) likewise.
+    """Opens a MATLAB 5 file with `train`, `label_train`, and for `test` (`val`) likewise; MATLAB 7.3 is another format.
 
-    The variable of one split is read at a time. Raises UserError for anything else, MATLAB 7.3 too. Needs scipy.
+    The images of one split are read at a time. Raises UserError for anything else.
     """
-    scipy_io = need_library("scipy.io", "mat")
     splits: dict[str, ArraySplit] = {}
-    with reading(str(file), "variables train and label_train in MATLAB 5"):
-        # Without `.mat` in its name scipy would look for another file.
-        shapes = {name: (shape, kind) for name, shape, kind in scipy_io.whosmat(file, appendmat=False)}
-        for split in (split for split in SPLITS if split in shapes):
-            count = check_images(f"{file}: {split}", *shapes[split])
-            labels = _load_mat(scipy_io, file, f"label_{split}")
-            checked = check_labels(f"{file}: label_{split}", _whole(labels), count)
-            images = partial(_load_mat, scipy_io, file, split)
-            splits[split] = ArraySplit(origin=f"{file}: {split}", labels=checked, images=images)
+    with reading(str(file), "variables train and label_train in MATLAB 5", struct.error):
+        variables = mat5.variables(file)
+        for split in (split for split in SPLITS if split in variables):
+            images = variables[split]
+            count = check_images(f"{file}: {split}", images.shape, images.dtype)
+            labels = _whole(mat5.read(file, variables[f"label_{split}"]))
+            checked = check_labels(f"{file}: label_{split}", labels, count)
+            load = partial(_load_mat, file, split, images)
+            splits[split] = ArraySplit(origin=f"{file}: {split}", labels=checked, images=load)
     return arrays_source("mat", f"{file}, MATLAB", splits)
 
 
@@ -106,9 +107,9 @@ def _load_npz(file: Path) -> np.ndarray:
         return np.asarray(arrays["images"])
 
 
-def _load_mat(scipy_io: Any, file: Path, name: str) -> np.ndarray:
-    with reading(f"{file}: {name}", "an array in MATLAB 5"):
-        return np.asarray(scipy_io.loadmat(file, appendmat=False, variable_names=[name])[name])
+def _load_mat(file: Path, split: str, images: mat5.Variable) -> np.ndarray:
+    with reading(f"{file}: {split}", "an array in MATLAB 5"):
+        return mat5.read(file, images)
 
 
 def _whole(labels: np.ndarray) -> np.ndarray:

@@ -103,7 +103,7 @@ def need_library(name: str, layout: str) -> ModuleType:
 
 @contextmanager
 def reading(origin: str, holds: str, *also: type[Exception]) -> Iterator[None]:
-    """Turns what torch, numpy, h5py, scipy and pyarrow raise at a file that is damaged, or not of their kind, into a
+    """Turns what torch, numpy, h5py and pyarrow raise at a file that is damaged, or not of their kind, into a
     UserError; `holds` says what it should hold, and `also` are more exceptions of a library's own.
     """
     unreadable: tuple[type[Exception], ...] = (*_UNREADABLE, *also)

@@ -29,9 +29,11 @@ MADE_LAYOUTS = ("sample", "mnist+photos")
 KNOWN_LAYOUTS: Mapping[str, str] = {
     "sample": "the digits and photos bundled with this package",
     "mnist+photos": "made of MNIST (--mnist DIR|auto) and colour photos (--photos DIR)",
+    "official": "any of the next three",
     "official-folder": "mnist_m_train/*.png, mnist_m_train_labels.txt with lines NAME.png LABEL; the same for test",
     "official-tar": "the same in a tar, compressed or not",
     "official-zip": "the same in a zip",
+    "image": "any of the next three",
     "image-folder": "{training,testing}/{0..9}/*.png",
     "image-tar": "the same in a tar, compressed or not",
     "image-zip": "the same in a zip",
@@ -116,7 +118,7 @@ def _in_tree(tree: Tree, layout: str | None) -> Iterator[Detected]:
 def _at(tree: Tree, top: str, layout: str | None) -> Iterator[Detected]:
     for family, (fits, opener) in _IN_TREES.items():
         name = family if family == "course" else f"{family}-{tree.kind}"
-        if layout in (None, name) and fits(tree, top):
+        if layout in (None, name, family) and fits(tree, top):
             yield Detected(layout=name, where=tree.origin(top or "."), open=partial(_open_tree, opener, tree, top))
     if not isinstance(tree, Folder):
         return

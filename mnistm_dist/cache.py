@@ -14,8 +14,8 @@ import sys
 import time
 from pathlib import Path
 
-from mnistm_dist.config import ArgumentParser
 from mnistm_dist.errors import UserError, run_door
+from mnistm_dist.flags import ArgumentParser
 
 
 def main(argv: list[str]) -> int:

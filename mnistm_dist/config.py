@@ -1,25 +1,21 @@
-"""What to train: frozen dataclasses, read from a YAML recipe and then from flags.
+"""What to train: frozen dataclasses, and their form in YAML.
 
 A recipe (``recipes/NAME.yaml`` or a file of one's own) names only what differs from the defaults below; a flag beats
-it. Each field's docstring is its line in ``--help``. This is the only file that parses: everything else takes values.
+it (flags.py). Each field's docstring is its line in ``--help``.
 """
 
 from __future__ import annotations
 
-import argparse
-import ast
 import dataclasses
 import difflib
-import itertools
 import math
-import sys
-import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
-from mnistm_dist.errors import UserError
+from mnistm_dist.errors import UserError, tell_error
+from mnistm_dist.values import parse_value
 
 Auto = Literal["auto"]
 
@@ -205,29 +201,6 @@ MAY_CHANGE_AT_RESUME = {
 """Fields that a resume may set anew (shards: to another place of the same set). All others decide what is learnt."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What the command line asked for, before any default."""
-
-    recipe: str | None
-    given: dict[str, Any]
-    """Field name -> value, for every field that the named recipe or a flag sets."""
-    flags: frozenset[str]
-    """The fields that a flag set."""
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """argparse with a mistake told in one line: ``error: ...``, exit code 2."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(allow_abbrev=False, **kwargs)
-
-    def error(self, message: str) -> NoReturn:
-        print(f"error: {' '.join(message.split())} (see --help)", file=sys.stderr, flush=True)
-        raise SystemExit(2)
-
-
 def field_types() -> dict[str, tuple[str, dataclasses.Field[Any], Any]]:
     """Every field by name: its section, its dataclass field, its resolved type. Names are unique over the sections."""
     table = {}
@@ -237,71 +210,6 @@ def field_types() -> dict[str, tuple[str, dataclasses.Field[Any], Any]]:
             assert f.name not in table, f"two fields are named {f.name}"
             table[f.name] = (section, f, hints[f.name])
     return table
-
-
-def parse_value(name: str, value: Any, kind: Any, metadata: Any) -> Any:
-    """A YAML value or a flag's text as ``kind``; raises `UserError` naming the field and what is accepted."""
-    parsed = _convert(value, kind)
-    if parsed is _NO:
-        raise UserError(f"{name}: {value!r} is not accepted; use {_accepted(kind)}")
-    low, high = metadata.get("low", -math.inf), metadata.get("high", math.inf)
-    for number in parsed if isinstance(parsed, tuple) else (parsed,):
-        if isinstance(number, int | float) and not isinstance(number, bool) and not low <= number <= high:
-            bound = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
-            raise UserError(f"{name}: {value!r} is not accepted; use a number {bound}")
-    return parsed
-
-
-_NO = object()
-
-
-def _convert(value: Any, kind: Any) -> Any:
-    """``value`` as ``kind``, or `_NO`."""
-    origin = typing.get_origin(kind)
-    if origin in (typing.Union, types.UnionType):
-        # None and literals first, so that "auto" is never read as a path.
-        for arm in sorted(
-            typing.get_args(kind), key=lambda a: (a is not type(None), typing.get_origin(a) is not Literal)
-        ):
-            found = _convert(value, arm)
-            if found is not _NO:
-                return found
-        return _NO
-    if origin is Literal:
-        return value if value in typing.get_args(kind) else _NO
-    if origin is tuple:
-        items = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
-        found = tuple(_convert(item, typing.get_args(kind)[0]) for item in items)
-        return _NO if not found or _NO in found else found
-    if kind is type(None):
-        return None if value is None or value == "none" else _NO
-    if kind is bool:
-        if isinstance(value, bool):
-            return value
-        return {"true": True, "yes": True, "false": False, "no": False}.get(str(value).lower(), _NO)
-    if kind is str:
-        return value if isinstance(value, str) and value else _NO
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return _NO
-    try:
-        number = kind(value)
-    except (ValueError, OverflowError):
-        return _NO
-    if isinstance(number, float) and not math.isfinite(number):
-        return _NO
-    return number if kind is float or not isinstance(value, float) or number == value else _NO
-
-
-def _accepted(kind: Any) -> str:
-    """The values of a type, in words."""
-    origin = typing.get_origin(kind)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(_accepted(arm) for arm in typing.get_args(kind))
-    if origin is Literal:
-        return ", ".join(str(choice) for choice in typing.get_args(kind))
-    if origin is tuple:
-        return "whole numbers with commas between"
-    return {bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "none"}[kind]
 
 
 def read_recipe(recipe: str) -> dict[str, Any]:
@@ -404,98 +312,3 @@ def load(path: Path | str) -> Config:
     if not isinstance(recipe, str):
         raise UserError(f"{path}: recipe is {recipe!r}; it is a name")
     return build(recipe, given)
-
-
-def train_parser() -> ArgumentParser:
-    """The flags of ``mnistm_dist.train``: one for every field."""
-    parser = ArgumentParser(
-        prog="python -m mnistm_dist.train",
-        description="Train the pruned ResNet18 on packed MNIST-M shards. Flags beat the recipe.",
-        epilog="A value of auto is resolved at the first launch and written to RUN/config.yaml.",
-    )
-    parser.add_argument(
-        "--recipe", metavar="NAME|FILE", help=f"one of {', '.join(RECIPES)}, or a YAML file (default: {DEFAULT_RECIPE})"
-    )
-    for section, cls in SECTIONS.items():
-        group = parser.add_argument_group(f"{section}: {cls.__doc__}")
-        docs = field_docs(cls)
-        hints = typing.get_type_hints(cls)
-        for f in dataclasses.fields(cls):
-            default = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
-            help_text = f"{docs[f.name]} (default: {default})".replace("%", "%%")
-            flag = f"--{f.name.replace('_', '-')}"
-            if hints[f.name] is bool:
-                group.add_argument(
-                    flag, dest=f.name, action=argparse.BooleanOptionalAction, default=None, help=help_text
-                )
-            else:
-                group.add_argument(flag, dest=f.name, default=None, metavar=_metavar(hints[f.name]), help=help_text)
-    return parser
-
-
-def _metavar(kind: Any) -> str:
-    """Short names of a type's values for ``--help``."""
-    origin = typing.get_origin(kind)
-    if origin in (typing.Union, types.UnionType):
-        return "|".join(_metavar(arm) for arm in typing.get_args(kind) if arm is not type(None))
-    if origin is Literal:
-        return "|".join(typing.get_args(kind))
-    return {int: "N", float: "X", str: "TEXT"}.get(kind, "N,N,...")
-
-
-def field_docs(cls: type) -> dict[str, str]:
-    """The docstring under each field of a dataclass of this file, read from its source."""
-    tree = ast.parse(Path(__file__).read_text(encoding="utf-8"))
-    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == cls.__name__)
-    docs = {}
-    for node, following in itertools.pairwise(body):
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(following, ast.Expr):
-            docs[node.target.id] = ast.literal_eval(following.value)
-    return docs
-
-
-def parse_flags(argv: list[str]) -> Request:
-    """The command line of ``mnistm_dist.train``. Raises `UserError` for a value that a field does not take."""
-    flags = vars(train_parser().parse_args(argv))
-    recipe = flags.pop("recipe")
-    given = read_recipe(recipe) if recipe is not None else {}
-    set_by_flag = set()
-    for name, (_, f, kind) in field_types().items():
-        if flags[name] is not None:
-            given[name] = parse_value(f"--{name.replace('_', '-')}", flags[name], kind, f.metadata)
-            set_by_flag.add(name)
-    return Request(recipe=recipe, given=given, flags=frozenset(set_by_flag))
-
-
-def from_request(request: Request) -> Config:
-    """The configuration of a new run: defaults, the recipe (`DEFAULT_RECIPE` if none is named), the flags."""
-    recipe = request.recipe or DEFAULT_RECIPE
-    return build(recipe, {**(read_recipe(recipe) if request.recipe is None else {}), **request.given})
-
-
-def at_resume(stored: Config, request: Request) -> Config:
-    """The configuration with which a run goes on: the stored one, with what the command line may change.
-
-    Raises `UserError`, showing the difference, where the command line asks for another order, model or schedule than
-    the run began with. An ``auto`` on the command line keeps what was resolved at the first launch.
-    """
-    before = fields_of(stored)
-    asked = {name: value for name, value in request.given.items() if value != "auto" and value != before[name]}
-    refused = {
-        name: value
-        for name, value in asked.items()
-        if name not in MAY_CHANGE_AT_RESUME or (name == "micro_batch" and name not in request.flags)
-    }
-    if refused:
-        differences = "; ".join(
-            f"{name} was {_shown(before[name])}, now {_shown(value)}" for name, value in refused.items()
-        )
-        raise UserError(f"resume: {differences}; a run goes on as it began: leave these out, or start a new --run-dir")
-    recipe = stored.recipe if request.recipe is None else request.recipe
-    # What a launch asked of itself does not bind the next one.
-    launch = {**dict.fromkeys(("resume", "max_steps", "expect_world_size")), "profile": 0}
-    return build(recipe, {**before, **launch, **asked})
-
-
-def _shown(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -18,6 +18,16 @@ class UserError(ValueError):
     """A person's mistake: the message names the thing, what was found, what is accepted and what to do, in one line."""
 
 
+class NodeError(UserError):
+    """A mistake that this node may be the only one to find, so that its first process tells it, whatever its rank."""
+
+
+def tell_error(text: str, *, teller: str = "RANK") -> None:
+    """``error: ...`` in one line on stderr, from the process whose number in the variable ``teller`` is 0."""
+    if os.environ.get(teller, "0") == "0":
+        print(f"error: {' '.join(text.split())}", file=sys.stderr, flush=True)
+
+
 def run_door(main: Callable[[list[str]], int], argv: list[str] | None = None) -> int:
     """Runs a door's ``main`` and turns a `UserError` into one line on stderr and exit code 2.
 
@@ -27,8 +37,7 @@ def run_door(main: Callable[[list[str]], int], argv: list[str] | None = None) ->
     try:
         return main(sys.argv[1:] if argv is None else argv)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        tell_error(str(error), teller="LOCAL_RANK" if isinstance(error, NodeError) else "RANK")
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)

@@ -9,13 +9,14 @@ numbers in ``summary.json``. On one kind of device the predictions are the same,
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mnistm_dist.config import ArgumentParser
 from mnistm_dist.errors import UserError, run_door
+from mnistm_dist.flags import ArgumentParser
 
 if TYPE_CHECKING:
     from mnistm_dist.config import Config
@@ -74,7 +75,7 @@ def main(argv: list[str]) -> int:
             write_summary(run_dir, summary)
             tell_result(console, run_dir, summary, list(results))
     except UserError:
-        world.leave()
+        world.leave(distributed.FAILURE_PATIENCE)
         raise
     world.leave()
     return 0
@@ -151,31 +152,42 @@ def evaluate_checkpoint(
                 image_size=checkpoint.state["image_size"],
                 progress=bar,
             )
-        if predictions is not None:
-            results[split] = write_split(run_dir, split, predictions, shards, reader).to_json()
+        metrics = world.together(functools.partial(write_split, run_dir, split, predictions, shards, reader))
+        if metrics is not None:
+            results[split] = metrics.to_json()
     return results
 
 
-def write_split(run_dir: Path, split: str, predictions: Predictions, shards: ShardSet, reader: Reader) -> Metrics:
-    """The files of one split's predictions, and their metrics. Rank 0 alone."""
+def write_split(
+    run_dir: Path, split: str, predictions: Predictions | None, shards: ShardSet, reader: Reader
+) -> Metrics | None:
+    """The files of one split's predictions, and their metrics; nothing on other ranks than 0, which hold none.
+
+    Raises `UserError` where the run folder cannot be written.
+    """
+    if predictions is None:
+        return None
     import numpy as np
 
     from mnistm_dist.reporting import figures
     from mnistm_dist.reporting.drawing import save
     from mnistm_dist.reporting.predictions import mistakes, read_predictions
     from mnistm_dist.training.evaluation import write_predictions
+    from mnistm_dist.training.run_folder import writing
 
     classes = shards.manifest.classes
     path = run_dir / f"predictions_{split}.csv"
-    write_predictions(path, shards.keys(split, np.arange(len(predictions.labels))), predictions, classes)
+    with writing(run_dir):
+        write_predictions(path, shards.keys(split, np.arange(len(predictions.labels))), predictions, classes)
     # Every number and figure comes from the file that was written.
     written = read_predictions(path, classes)
     metrics = written.measure()
-    save(figures.confusion_matrix(metrics, f"Confusion matrix, {split}"), run_dir / f"confusion_matrix_{split}.png")
     wrong = mistakes(written)
     shown = wrong[:MISTAKES_SHOWN]
     images = list(reader.gather(np.array([m.id for m in shown], dtype=np.int64))[0].cpu().numpy()) if shown else []
-    save(figures.mistakes(images, shown, len(wrong), f"Mistakes, {split}"), run_dir / f"mistakes_{split}.png")
+    with writing(run_dir):
+        save(figures.confusion_matrix(metrics, f"Confusion matrix, {split}"), run_dir / f"confusion_matrix_{split}.png")
+        save(figures.mistakes(images, shown, len(wrong), f"Mistakes, {split}"), run_dir / f"mistakes_{split}.png")
     return metrics
 
 
@@ -191,8 +203,10 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
 def write_summary(run_dir: Path, summary: dict[str, Any]) -> None:
     """``summary.json``, whole or not at all."""
     from mnistm_dist.training.checkpoint import write_durably
+    from mnistm_dist.training.run_folder import writing
 
-    write_durably(run_dir / "summary.json", json.dumps(summary, indent=1).encode())
+    with writing(run_dir):
+        write_durably(run_dir / "summary.json", json.dumps(summary, indent=1).encode())
 
 
 def tell_result(console: Console, run_dir: Path, summary: dict[str, Any], splits: list[str]) -> None:

@@ -23,9 +23,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mnistm_dist.config import ArgumentParser
 from mnistm_dist.data.output import saying_what_fails, sync
 from mnistm_dist.errors import UserError, run_door
+from mnistm_dist.flags import ArgumentParser
 
 if TYPE_CHECKING:
     import numpy as np

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mnistm_dist.data.order import accumulation
+from mnistm_dist.training.environment import device_name
 from mnistm_dist.training.model import count_parameters
 
 if TYPE_CHECKING:
@@ -28,7 +29,8 @@ def header_rows(trainer: Trainer) -> dict[str, str]:
     return {
         "run": str(trainer.folder.path),
         "recipe": config.recipe,
-        "world size": f"{trainer.world.size} ({trainer.world.device.type})",
+        "world size": str(trainer.world.size),
+        "device": device_name(trainer.world.device),
         "precision": f"{config.machine.precision}, {config.machine.memory_format}",
         "threads": f"{config.machine.threads} per process",
         "model": f"pruned ResNet18, {count_parameters(trainer.model):,} parameters",

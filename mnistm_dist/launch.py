@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mnistm_dist import config as configuration
-from mnistm_dist.config import Config, DataConfig, Request
+from mnistm_dist.config import Config, DataConfig
 from mnistm_dist.data import loader
 from mnistm_dist.data.loader import Reader
 from mnistm_dist.data.order import accumulation, accumulation_share
@@ -25,6 +25,7 @@ from mnistm_dist.data.remote import is_address
 from mnistm_dist.data.shards import Manifest, ShardSet
 from mnistm_dist.data.sources import open_source
 from mnistm_dist.errors import UserError
+from mnistm_dist.flags import Request, at_resume, from_request
 from mnistm_dist.reporting.console import Console
 from mnistm_dist.training import checkpoint as checkpoints
 from mnistm_dist.training.checkpoint import Checkpoint
@@ -47,7 +48,7 @@ def choose_start(request: Request) -> tuple[Config | None, Checkpoint | None]:
             raise UserError(
                 f"run folder {named}: holds files already; --resume {named} goes on, or choose another --run-dir"
             )
-        return configuration.from_request(request), None
+        return from_request(request), None
     if resume == "auto" and named is None:
         raise UserError("resume: auto needs --run-dir, to know which run to go on with")
     target = Path(str(named) if resume == "auto" else resume)
@@ -64,8 +65,8 @@ def choose_start(request: Request) -> tuple[Config | None, Checkpoint | None]:
         return None, None
     found = checkpoints.open_checkpoint(target) if one else checkpoints.newest(run_dir, say_on_main)
     if found is None:
-        return configuration.replace(configuration.from_request(request), run_dir=str(run_dir)), None
-    config = configuration.at_resume(configuration.load(run_dir / "config.yaml"), request)
+        return configuration.replace(from_request(request), run_dir=str(run_dir)), None
+    config = at_resume(configuration.load(run_dir / "config.yaml"), request)
     return configuration.replace(config, run_dir=str(run_dir)), found
 
 

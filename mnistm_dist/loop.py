@@ -121,15 +121,7 @@ class Trainer:
         """Takes up the checkpoint, if any, and writes what a run folder holds from the start. All ranks take part."""
         if checkpoint is not None:
             self.world.together(lambda: self.restore(checkpoint))
-        self.folder.cut_log(self.steps_done)
-        if self.world.is_main:
-            checkpoints.discard_after(self.folder.path, self.steps_done)
-        self.folder.write("config.yaml", configuration.dump(self.config))
-        self.folder.write_json("environment.json", describe_environment(self.world))
-        self.folder.write_json("architecture.json", architecture(self.model, max(self.config.schedule.image_size)))
-        self.folder.tell("running")
-        kind = "start" if checkpoint is None else "resume"
-        self.folder.log({"kind": kind, "step": self.steps_done, "world_size": self.world.size})
+        self.world.together(lambda: self.open_folder("start" if checkpoint is None else "resume"))
         self.tracker = open_tracker(
             self.config.run.track if self.world.is_main else "none",
             run_dir=self.folder.path,
@@ -141,6 +133,17 @@ class Trainer:
         self.console.header("mnistm_dist", header_rows(self))
         if self.config.run.checks and checkpoint is None:
             self.check()
+
+    def open_folder(self, kind: str) -> None:
+        """Writes what a run folder holds from the start. Rank 0 writes."""
+        self.folder.cut_log(self.steps_done)
+        if self.world.is_main:
+            checkpoints.discard_after(self.folder.path, self.steps_done)
+        self.folder.write("config.yaml", configuration.dump(self.config))
+        self.folder.write_json("environment.json", describe_environment(self.world))
+        self.folder.write_json("architecture.json", architecture(self.model, max(self.config.schedule.image_size)))
+        self.folder.tell("running")
+        self.folder.log({"kind": kind, "step": self.steps_done, "world_size": self.world.size})
 
     @contextmanager
     def tracking(self) -> Iterator[None]:

@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mnistm_dist.config import ArgumentParser
 from mnistm_dist.errors import run_door
+from mnistm_dist.flags import ArgumentParser
 
 if TYPE_CHECKING:
     from mnistm_dist.data.manifest import Manifest

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mnistm_dist import config as configuration
-from mnistm_dist.config import ArgumentParser, Config
+from mnistm_dist.config import Config
 from mnistm_dist.errors import UserError, run_door
+from mnistm_dist.flags import ArgumentParser
 
 if TYPE_CHECKING:
     import numpy as np

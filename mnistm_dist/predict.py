@@ -19,8 +19,8 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mnistm_dist.config import ArgumentParser
 from mnistm_dist.errors import UserError, run_door
+from mnistm_dist.flags import ArgumentParser
 
 if TYPE_CHECKING:
     from mnistm_dist.inference import TrainedModel

@@ -9,8 +9,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from mnistm_dist.config import ArgumentParser
 from mnistm_dist.errors import run_door
+from mnistm_dist.flags import ArgumentParser
 
 SEVERAL = Path("report.html")
 """Where the report of several runs goes, unless --out says otherwise."""

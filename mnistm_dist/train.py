@@ -16,8 +16,8 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from mnistm_dist.config import parse_flags
 from mnistm_dist.errors import EXIT_PREEMPTED, UserError, run_door
+from mnistm_dist.flags import parse_flags
 
 if TYPE_CHECKING:
     from mnistm_dist.config import Config
@@ -53,9 +53,9 @@ def main(argv: list[str]) -> int:
         with console.library_warnings():
             code = train(config, checkpoint, world, console, stop)
     except UserError:
-        # Every rank has the same mistake, so all of them come here.
-        world.leave()
+        world.leave(distributed.FAILURE_PATIENCE)
         raise
+    stop.close()
     world.leave()
     return code
 
@@ -93,6 +93,7 @@ def finish(trainer: Trainer) -> None:
     from mnistm_dist.reporting.drawing import save
     from mnistm_dist.reporting.page import write_report
     from mnistm_dist.reporting.tracked_results import log_results
+    from mnistm_dist.training.run_folder import writing
 
     world, folder, console = trainer.world, trainer.folder, trainer.console
     readers = {split: reader for split, reader in trainer.readers.items() if split != "train"}
@@ -103,7 +104,8 @@ def finish(trainer: Trainer) -> None:
         return
     summary = {**summary_fields(trainer), "checkpoint": how, **results}
     write_summary(folder.path, summary)
-    save(learning_curve(folder.rows, f"Learning curve, {folder.path.name}"), folder.path / "learning_curve.png")
+    with writing(folder.path):
+        save(learning_curve(folder.rows, f"Learning curve, {folder.path.name}"), folder.path / "learning_curve.png")
     write_report([folder.path], folder.path / "report.html")
     trainer.tracker.summary(summary)
     log_results(trainer.tracker, folder.path, folder.steps_done)

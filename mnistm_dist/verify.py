@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import sys
 
-from mnistm_dist.config import ArgumentParser
 from mnistm_dist.errors import UserError, run_door
+from mnistm_dist.flags import ArgumentParser
 
 
 def main(argv: list[str]) -> int:

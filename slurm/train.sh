@@ -2,72 +2,108 @@
 # Trains on any number of nodes and GPUs. From the project's root:
 #
 #   sbatch --nodes 2 --gpus-per-node 4 slurm/train.sh --recipe fast --shards shards/official
-#   sbatch --nodes 2 slurm/train.sh --recipe fast          nodes without GPUs: it runs on their CPUs and says so
+#   sbatch --nodes 2 slurm/train.sh --recipe fast        no GPU asked for: one process per node, on its CPUs
 #
-# Arguments go to mnistm_dist.train. The run folder is runs/slurm-JOBID unless --run-dir says otherwise; the job goes on in it
-# after a requeue. Before the time limit the run saves, leaves and is requeued; so it is when a node fails.
+# What follows the script's name goes to mnistm_dist.train. The run folder is runs/slurm-JOBID unless --run-dir names another. Ahead of
+# the time limit the run saves and leaves, and the job is requeued and goes on in that folder; so it does after a node has failed.
+# `scancel JOBID` saves and ends it; `scancel --batch --signal=USR1 JOBID` saves and requeues it now.
 #
-# Edit for your cluster: account, partition, time, and the line that makes Python available.
+# Edit for your cluster: account, partition, time, and the lines that make Python available. Where nodes are shared, replace
+# --exclusive and --mem by what a job needs of each (--cpus-per-gpu=8 --mem-per-gpu=16G, say).
 ##SBATCH --account=NAME
 ##SBATCH --partition=NAME
+#SBATCH --time=04:00:00
 #SBATCH --job-name=mnistm_dist
+#SBATCH --output=mnistm_dist-%j.log
+#SBATCH --open-mode=append
 #SBATCH --nodes=1
 #SBATCH --exclusive
 #SBATCH --mem=0
-#SBATCH --time=04:00:00
 #SBATCH --signal=B:USR1@180
 #SBATCH --requeue
-#SBATCH --open-mode=append
-#SBATCH --output=mnistm_dist-%j.log
 
 set -euo pipefail
 
 # module load python/3.11
 # source .venv/bin/activate
+# export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 PYTHON=${PYTHON:-python}
 
-# One task per GPU, with the rank's variables from Slurm: Slurm then signals the trainers themselves and sees their exit codes. A
-# launcher in between would turn every exit code into 1 and kill the trainers 30 seconds after a signal.
-tasks_per_node=${SLURM_NTASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
+stop() {
+  echo "error: $1" >&2
+  exit 2
+}
+[ -n "${SLURM_JOB_ID:-}" ] || stop "no Slurm job: start this by sbatch; without Slurm use accelerate launch (README.md)"
+"$PYTHON" -c 'import mnistm_dist' || stop "$PYTHON cannot import mnistm_dist: edit the lines above, or set PYTHON"
+
+# One task per GPU: Slurm then signals the trainers themselves and sees their exit codes. `accelerate launch` on each node works too,
+# but turns every exit code into 1, and kills the trainers 30 seconds after it was signalled.
+gpus=${SLURM_GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-0}} gpu_options=()
+gpus=${gpus##*:}
+# Asked for again, since a step gets no GPU unasked that came with a whole node. NCCL wants each task to see all of its node's, so none is
+# bound to one (--gpu-bind=none would hide them all in Slurm 22.05). What sbatch was asked per task or GPU would contradict it.
+[ "$gpus" = 0 ] || gpu_options=(--gpus-per-node="$gpus")
+unset SLURM_GPUS SLURM_GPUS_PER_TASK SLURM_GPU_BIND SLURM_CPUS_PER_GPU SLURM_CPUS_PER_TASK SLURM_TRES_PER_TASK
+tasks_per_node=${SLURM_NTASKS_PER_NODE:-$((gpus > 0 ? gpus : 1))}
 tasks=$((SLURM_JOB_NUM_NODES * tasks_per_node))
-cpus_per_task=$((SLURM_CPUS_ON_NODE / tasks_per_node))
-[ "$cpus_per_task" -ge 1 ] || cpus_per_task=1
+# The fewest CPUs of any node: SLURM_JOB_CPUS_PER_NODE is such as 64(x3),32.
+cpus=$(tr , '\n' <<<"$SLURM_JOB_CPUS_PER_NODE" | sed 's/(.*//' | sort -n | head -n 1)
+cpus_per_task=$((cpus > tasks_per_node ? cpus / tasks_per_node : 1))
 
+# The head is this node, the first of the job. The port is the job's own, or the next one that nobody listens on.
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-[ -n "$MASTER_ADDR" ] || { echo "error: Slurm names no head node for job $SLURM_JOB_ID" >&2; exit 2; }
-MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
-export MASTER_ADDR MASTER_PORT LOCAL_WORLD_SIZE=$tasks_per_node WORLD_SIZE=$tasks
+[ -n "$MASTER_ADDR" ] || stop "Slurm names no node for job $SLURM_JOB_ID"
+MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
+while (: <>"/dev/tcp/$MASTER_ADDR/$MASTER_PORT") 2>/dev/null; do MASTER_PORT=$((MASTER_PORT + 1)); done
+export MASTER_ADDR MASTER_PORT WORLD_SIZE=$tasks LOCAL_WORLD_SIZE=$tasks_per_node
 
-# What a requeue needs, unless the arguments say otherwise.
-arguments=("$@")
-case " $* " in *" --run-dir"[\ =]*) ;; *) arguments+=(--run-dir "runs/slurm-$SLURM_JOB_ID") ;; esac
-case " $* " in *" --resume"[\ =]*) ;; *) arguments+=(--resume auto) ;; esac
+# Later flags beat earlier ones, so these give way to the arguments. A requeued job goes on where it was, not where it began.
+resume=auto previous=
+for argument; do
+  case $argument in --resume=*) resume=${argument#*=} ;; esac
+  case $previous in --resume) resume=$argument ;; esac
+  previous=$argument
+done
+defaults=(--expect-world-size "$tasks" --resume auto)
+[ "$resume" != auto ] || defaults+=(--run-dir "runs/slurm-$SLURM_JOB_ID")
+[ "${SLURM_RESTART_COUNT:-0}" = 0 ] || set -- "$@" --resume "${resume%/checkpoints/step-*}"
 
-echo "job $SLURM_JOB_ID, launch $((${SLURM_RESTART_COUNT:-0} + 1)): $SLURM_JOB_NUM_NODES nodes ($SLURM_JOB_NODELIST)," \
-  "$tasks_per_node processes each, $cpus_per_task CPUs per process, GPUs per node: ${SLURM_GPUS_ON_NODE:-none, it runs on CPU}"
+given="$gpus GPUs"
+[ "$gpus" -gt 0 ] || given="no GPU, so on CPU"
+echo "job $SLURM_JOB_ID, launch $((${SLURM_RESTART_COUNT:-0} + 1)): nodes $SLURM_JOB_NODELIST; on each $tasks_per_node processes" \
+  "of $cpus_per_task CPUs, $given; head $MASTER_ADDR:$MASTER_PORT"
 
-# Variables of a task are expanded inside the task. --wait: once one task has ended, the others follow within 30 seconds or are killed.
-srun --ntasks="$tasks" --ntasks-per-node="$tasks_per_node" --cpus-per-task="$cpus_per_task" --wait=30 \
-  bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID; exec "$@"' task \
-  "$PYTHON" -m mnistm_dist.train "${arguments[@]}" --expect-world-size "$tasks" &
+# USR1 reaches this shell alone, and srun forwards it (a TERM would make srun kill). TERM (preemption, scancel) Slurm sends to the trainers
+# too. Both are repeated, since a trainer that is still starting hears neither.
+srun_pid='' signalled=no
+ask_again() {
+  signalled=yes
+  (while sleep 5 && kill -USR1 "$srun_pid"; do :; done) 2>/dev/null &
+}
+trap '[ -z "$srun_pid" ] || kill -USR1 "$srun_pid"; ask_again' USR1
+trap ask_again TERM
+
+# --wait and not --kill-on-bad-exit: whoever ends first, the others have 30 seconds to save, to say what went wrong, and to leave.
+# The rank's variables are expanded inside the task.
+# shellcheck disable=SC2016
+srun --export=ALL --ntasks="$tasks" --ntasks-per-node="$tasks_per_node" --cpus-per-task="$cpus_per_task" "${gpu_options[@]}" \
+  --kill-on-bad-exit=0 --wait=30 \
+  bash -c 'trap "" USR1 TERM; export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID; exec "$@"' task \
+  "$PYTHON" -m mnistm_dist.train "${defaults[@]}" "$@" &
 srun_pid=$!
-
-# The batch shell alone gets USR1, ahead of the time limit, and passes it on: srun forwards USR1, while TERM would make it kill. On
-# TERM (scancel, preemption) Slurm signals the trainers itself.
-requeue=no
-trap 'requeue=yes; kill -USR1 $srun_pid' USR1
-trap 'kill -USR1 $srun_pid' TERM
+[ "$signalled" = no ] || ask_again
 
 code=0
 wait "$srun_pid" || code=$?
-while kill -0 "$srun_pid" 2>/dev/null; do
-  # A signal ended the wait, not srun.
-  code=0
+while [ "$signalled" = yes ]; do
+  # It was the signal that ended the wait.
+  signalled=no code=0
   wait "$srun_pid" || code=$?
 done
 
-if [ "$requeue" = yes ] && [ "$code" = 75 ]; then
-  echo "job $SLURM_JOB_ID: saved before the time limit; requeued"
+# 75: saved and left, asked by the time limit or by a preemption, where the job still counts as running, or by scancel, where it does not.
+if [ "$code" = 75 ] && [ "$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T)" = RUNNING ]; then
+  echo "job $SLURM_JOB_ID: saved, to be requeued"
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

@@ -2,16 +2,15 @@
 
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from processes import Command, Started
 
 from mnistm_dist.data.packing import pack
 from mnistm_dist.data.samples import Sample, Source
 from mnistm_dist.data.sources import open_source
-from processes import Command, Started
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN, VAL, TEST = 320, 97, 53
@@ -46,7 +45,7 @@ def cache_dir(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def environment(cache_dir) -> dict[str, str]:
     """A person's environment, without what a launcher, Slurm or W&B would add to it."""
     dropped = ("SLURM_", "WANDB_", "ACCELERATE_", "RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "PET_")
@@ -60,7 +59,7 @@ Start = Callable[..., Started]
 
 @pytest.fixture
 def start(environment, tmp_path) -> Iterator[Start]:
-    """Starts ``python -m mnistm_dist.NAME ARGUMENTS`` in an empty folder, with ``world_size`` processes; ends it at last."""
+    """Starts ``python -m mnistm_dist.NAME ARGUMENTS`` in an empty folder, with ``world_size`` processes."""
     running: list[Started] = []
 
     def begin(name: str, *arguments: object, world_size: int = 1, before: str | None = None, **more: str) -> Started:

@@ -1,8 +1,9 @@
 """Runs the package's doors as real processes that need not import torch anew.
 
-A server process imports the package once and forks: a child has its own arguments, environment, folder, output and exit code, as
-``python -m mnistm_dist.NAME`` has, a few seconds sooner. With several processes the child forks the ranks, which find one
-another by the variables that torchrun, or slurm/train.sh, would set. The real launchers are tested where they matter.
+A server process imports the package once and forks: a child has its own arguments, environment, folder, output and
+exit code, as ``python -m mnistm_dist.NAME`` has, a few seconds sooner. With several processes the child forks the
+ranks, which find one another by the variables that torchrun, or slurm/train.sh, would set. The real launchers are
+tested where they matter.
 """
 
 from __future__ import annotations
@@ -102,9 +103,9 @@ def _child(command: Command) -> None:
         code = run_door(importlib.import_module(f"mnistm_dist.{command.door}").main)
     except SystemExit as left:
         code = left.code if isinstance(left.code, int) else int(left.code is not None)
-    except BaseException:
-        traceback.print_exc()
     finally:
+        if sys.exc_info()[0] is not None:
+            traceback.print_exc()
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
             sys.stderr.flush()

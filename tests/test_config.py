@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mnistm_dist import config as configuration
-from mnistm_dist.config import RECIPES, at_resume, field_types, from_request, load, parse_flags
+from mnistm_dist.config import RECIPES, field_types, load
 from mnistm_dist.errors import UserError
+from mnistm_dist.flags import at_resume, field_docs, from_request, parse_flags, train_parser
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -36,9 +37,9 @@ def test_a_flag_beats_the_recipe_and_a_file_of_ones_own_is_a_recipe(tmp_path):
 
 
 def test_every_field_has_a_flag_a_docstring_and_one_section():
-    help_text = " ".join(configuration.train_parser().format_help().split())
+    help_text = " ".join(train_parser().format_help().split())
     for name, (section, _, _) in field_types().items():
-        docs = configuration.field_docs(configuration.SECTIONS[section])
+        docs = field_docs(configuration.SECTIONS[section])
         assert docs[name].rstrip().endswith(".")
         assert f"--{name.replace('_', '-')}" in help_text
 

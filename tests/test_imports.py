@@ -12,7 +12,7 @@ import mnistm_dist
 
 PACKAGE = Path(mnistm_dist.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-BOTTOM = {"errors", "config", "__version__"}
+BOTTOM = {"errors", "config", "values", "__version__"}
 ALLOWED = {
     "data": {"data"} | BOTTOM,
     "training": {"training", "data"} | BOTTOM,

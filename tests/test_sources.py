@@ -78,8 +78,16 @@ def test_every_layout_is_told_by_looking_and_gives_the_same_images_and_labels_in
         assert_same(source, renamed={"test": "val"} if layout == "course" else None)
 
 
+@pytest.mark.parametrize("kind", ["folder", "tar", "zip"])
+@pytest.mark.parametrize("family", ["official", "image"])
+def test_a_family_of_layouts_can_be_forced_whatever_holds_it(tmp_path, family, kind):
+    path = WRITERS[f"{family}-{kind}"](tmp_path / "set", PARTS)
+    assert open_source(str(path), layout=family).layout == f"{family}-{kind}"
+
+
 def test_every_known_layout_that_is_read_has_a_writer_here():
-    assert set(WRITERS) | {"sample", "mnist+photos"} == set(KNOWN_LAYOUTS)
+    families = {"official", "image"}
+    assert set(WRITERS) | {"sample", "mnist+photos"} | families == set(KNOWN_LAYOUTS)
 
 
 @pytest.mark.parametrize("around", ["", "mnist_m/", "a/b/"])

@@ -114,6 +114,7 @@ def bench(setting: Setting, *, seconds: float, images: int, image_size: int, wor
         workers_of_the_others=workers,
         images_written_out=count,
         files="in the page cache",
+        images_per_cpu_second="per second of this process's CPU time, all its threads",
     )
 
 

@@ -74,6 +74,8 @@ def bench(setting: Setting, config: Config, *, world_sizes: tuple[int, ...], ste
             against = (plain_name,) if size == world_sizes[0] else (names[world_sizes[0]], plain_name)
             contenders.append(Contender(name=names[size], measure=partial(launched, size), against=against))
         chosen = choose(contenders, setting.only)
+        # Its first step costs more; the processes have a block of their own for that.
+        plain.steps(1)
         with setting.console.progress("ranks", None, "measurements") as bar:
             measured = interleave(chosen, rounds=setting.rounds, warm_up=0, tell=bar)
     return result(

@@ -18,6 +18,7 @@ from mnistm_dist.data import loader
 from mnistm_dist.data.resident import open_resident
 from mnistm_dist.errors import run_door
 from mnistm_dist.training import distributed
+from mnistm_dist.training.signals import die_with_launcher
 
 BLOCKS = 2
 """Blocks of each kind, interleaved, after one that does not count."""
@@ -26,6 +27,7 @@ BLOCKS = 2
 def main(argv: list[str]) -> int:
     """Measures, and returns the exit code. All ranks take part."""
     folder, steps = Path(argv[0]), int(argv[1])
+    die_with_launcher()
     config = configuration.load(folder / "config.yaml")
     world = distributed.start(
         config.machine,

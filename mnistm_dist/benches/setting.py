@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -73,12 +73,12 @@ def has_compiler() -> bool:
     return any(shutil.which(name) for name in (os.environ.get("CXX", ""), *COMPILERS) if name)
 
 
-def conditions(setting: Setting, shards: ShardSet, load_before: Sequence[float]) -> dict[str, Any]:
-    """The machine, the versions, the data and how busy the machine was: averages over 1, 5 and 15 minutes."""
+def conditions(setting: Setting, shards: ShardSet, argv: Sequence[str], load_before: Sequence[float]) -> dict[str, Any]:
+    """Command, machine, versions, data, and how busy the machine was: load averages over 1, 5 and 15 minutes."""
     device = device_here()
     return {
         "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "command": " ".join(["python -m mnistm_dist.bench", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "mnistm_dist.bench", *argv]),
         "machine": f"{processor()}, {os.cpu_count()} cores",
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "platform": platform.platform(),

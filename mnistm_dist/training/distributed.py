@@ -7,7 +7,10 @@ of the package stands in this file or says "all ranks take part".
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,7 +23,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import Tensor, nn
 
 from mnistm_dist.config import MachineConfig
-from mnistm_dist.errors import UserError
+from mnistm_dist.errors import NodeError, UserError
 
 Precision = Literal["fp32", "bf16", "fp16"]
 T = TypeVar("T")
@@ -28,6 +31,10 @@ Environment = Mapping[str, str]
 
 SETUP_TIMEOUT = timedelta(hours=12)
 """Limit of the waits of the control group: one node may decode for long while the others wait for it."""
+HEAD_PATIENCE = 300.0
+"""Seconds in which rank 0 must listen: the processes of a job start together, and a slow disk makes it minutes."""
+FAILURE_PATIENCE = timedelta(seconds=10)
+"""How long a rank that leaves with a person's mistake waits for the others: it may be the only one to have found it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,10 +124,11 @@ class World:
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
 
-    def leave(self) -> None:
-        """Ends the process groups. All ranks take part, at the end of a run that went well."""
+    def leave(self, patience: timedelta = SETUP_TIMEOUT) -> None:
+        """Ends the process groups once all ranks are here, or after ``patience``. All ranks take part."""
         if dist.is_initialized():
-            dist.barrier(group=self.control)
+            with contextlib.suppress(RuntimeError):
+                dist.monitored_barrier(group=self.control, timeout=patience)
             dist.destroy_process_group()
 
 
@@ -163,11 +171,8 @@ def start(machine: MachineConfig, *, expect_world_size: int | None, collective_t
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     check_world_size(world_size, expect_world_size, os.environ)
-    if on_gpu and local_world_size > torch.cuda.device_count():
-        raise UserError(
-            f"processes: {local_world_size} on this node, which has {torch.cuda.device_count()} GPUs; "
-            "use at most one process per GPU (--num_processes)"
-        )
+    if on_gpu:
+        check_gpus(local_world_size, torch.cuda.device_count())
     if machine.sync_batchnorm and not on_gpu:
         raise UserError(
             "sync_batchnorm: there is no GPU here, and torch has SyncBatchNorm for GPUs only; use --no-sync-batchnorm"
@@ -179,6 +184,8 @@ def start(machine: MachineConfig, *, expect_world_size: int | None, collective_t
     if machine.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    if world_size > 1 and os.environ.get("RANK") != "0":
+        wait_for_head(os.environ, min(collective_timeout, HEAD_PATIENCE))
     try:
         accelerator = Accelerator(
             cpu=not on_gpu,
@@ -190,14 +197,38 @@ def start(machine: MachineConfig, *, expect_world_size: int | None, collective_t
             ],
         )
     except dist.DistError as error:
-        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise UserError(f"rendezvous at {address} failed: {str(error).splitlines()[0]}") from error
+        raise NodeError(
+            f"rendezvous at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}: rank "
+            f"{os.environ.get('RANK')} on {socket.gethostname()} found {str(error).splitlines()[0].rstrip('.')}; "
+            f"check that the port is free and that all {world_size} processes started"
+        ) from error
     torch.set_num_threads(threads)
     if accelerator.num_processes != world_size:
         raise UserError(f"world size: the launcher asked for {world_size}, Accelerate has {accelerator.num_processes}")
     control = dist.new_group(backend="gloo", timeout=SETUP_TIMEOUT) if world_size > 1 else None
     assert not isinstance(control, int), "every rank is a member of the control group"
     return World(accelerator=accelerator, control=control, precision=precision, threads=threads)
+
+
+def wait_for_head(environment: Environment, patience: float) -> None:
+    """Returns once rank 0 listens. Raises `UserError` where it does not within ``patience``, in seconds.
+
+    The process group would wait as well, but say what it waited for in forty lines.
+    """
+    address = environment.get("MASTER_ADDR", "127.0.0.1"), int(environment.get("MASTER_PORT", "29500"))
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            socket.create_connection(address, timeout=max(0.1, deadline - time.monotonic())).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline - 0.5:
+                raise NodeError(
+                    f"head node {address[0]}:{address[1]}: not reached by rank {environment.get('RANK')} on "
+                    f"{socket.gethostname()} in {patience:.0f} s ({error}); check that rank 0 started there, "
+                    "MASTER_ADDR, MASTER_PORT and the network between"
+                ) from error
+        time.sleep(0.5)
 
 
 def default_threads(local_world_size: int, environment: Environment) -> int:
@@ -208,6 +239,16 @@ def default_threads(local_world_size: int, environment: Environment) -> int:
     if "SLURM_STEP_NUM_TASKS" in environment and "SLURM_CPUS_PER_TASK" in environment:
         return int(environment["SLURM_CPUS_PER_TASK"])
     return max(1, len(os.sched_getaffinity(0)) // local_world_size)
+
+
+def check_gpus(local_world_size: int, gpus: int) -> None:
+    """Raises `UserError` where this node has more processes than GPUs: two on one GPU train no faster, and NCCL refuses
+    them."""
+    if local_world_size > gpus:
+        raise NodeError(
+            f"processes: {local_world_size} on {socket.gethostname()}, where torch finds {gpus} GPUs; "
+            "use at most one process per GPU (--num_processes; under Slurm --gpus-per-node and --ntasks-per-node)"
+        )
 
 
 def check_world_size(world_size: int, expected: int | None, environment: Environment) -> None:

@@ -47,6 +47,14 @@ def command_line() -> str:
     return shlex.join(["python", "-m", "mnistm_dist.train", *sys.argv[1:]])
 
 
+def device_name(device: torch.device) -> str:
+    """What a run computes on, for its header."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    given = os.environ.get("SLURM_GPUS_ON_NODE", "0")
+    return "CPU (no GPU found)" if given == "0" else f"CPU (Slurm gave {given} GPUs, torch finds none)"
+
+
 def processor() -> str:
     """The CPU's name."""
     try:

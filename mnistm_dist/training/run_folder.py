@@ -12,6 +12,8 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +24,17 @@ State = Literal["running", "preempted", "finished", "failed"]
 HEARTBEAT_SECONDS = 5.0
 FOREIGN_PATIENCE_SECONDS = 20.0
 """How long a lock of another host must stay untouched before its holder counts as dead."""
+
+
+@contextmanager
+def writing(run_dir: Path) -> Iterator[None]:
+    """Something of a run folder is written inside: a disk that is full or read-only is a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"run folder {run_dir}: cannot be written ({error}); make room there and --resume, or choose another"
+        ) from error
 
 
 class RunLock:
@@ -48,8 +61,12 @@ class RunLock:
                 raise UserError(
                     f"run folder {self.path.parent}: cannot be written ({error}); choose another --run-dir"
                 ) from error
-            with os.fdopen(descriptor, "w") as file:
-                file.write(self.identity)
+            try:
+                with writing(self.path.parent), os.fdopen(descriptor, "w") as file:
+                    file.write(self.identity)
+            except UserError:
+                self.path.unlink()
+                raise
             return
 
     def _take_from_dead(self) -> None:
@@ -162,12 +179,11 @@ class RunFolder:
         self.path, self.active = path, active
         self.steps_done = 0
         self.rows: list[dict[str, Any]] = []
+        self._log_is_cut = False
         if not active:
             return
-        try:
+        with writing(path):
             (path / "checkpoints").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"run folder {path}: cannot be made ({error}); choose another --run-dir") from error
         self._lock = RunLock(path)
 
     def __enter__(self) -> RunFolder:
@@ -177,18 +193,22 @@ class RunFolder:
         if not self.active:
             return
         if error is not None:
-            self.tell("failed", f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
+            # On a full disk it cannot be told, and the error that came first is the one to show.
+            with suppress(UserError):
+                self.tell("failed", f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
         self._lock.release()
 
     def tell(self, state: State, reason: str | None = None) -> None:
         """Writes ``state.json``."""
         if self.active:
-            write_state(self.path, state, self.steps_done, reason)
+            with writing(self.path):
+                write_state(self.path, state, self.steps_done, reason)
 
     def write(self, name: str, text: str) -> None:
         """Writes a file of the folder, whole or not at all."""
         if self.active:
-            write_durably(self.path / name, text.encode())
+            with writing(self.path):
+                write_durably(self.path / name, text.encode())
 
     def write_json(self, name: str, value: Any) -> None:
         """Writes ``value`` as JSON, whole or not at all."""
@@ -200,15 +220,30 @@ class RunFolder:
         if self.active:
             path = self.path / "log.jsonl"
             self.rows = [row for row in read_log(path) if row.get("step", 0) <= steps_done] if steps_done else []
-            self.write("log.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
+            self.write("log.jsonl", lines(self.rows))
 
     def log(self, row: dict[str, Any]) -> None:
-        """Adds a row to ``log.jsonl``, with the time in Unix seconds."""
-        if self.active:
-            row = {**row, "time": round(time.time(), 3)}
-            self.rows.append(row)
-            with (self.path / "log.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+        """Adds a row to ``log.jsonl``, with the time in Unix seconds.
+
+        One that finds the disk full is written with the next: whether the run can go on, the next checkpoint tells.
+        """
+        if not self.active:
+            return
+        self.rows.append({**row, "time": round(time.time(), 3)})
+        try:
+            if self._log_is_cut:
+                write_durably(self.path / "log.jsonl", lines(self.rows).encode())
+            else:
+                with (self.path / "log.jsonl").open("a", encoding="utf-8") as file:
+                    file.write(lines(self.rows[-1:]))
+            self._log_is_cut = False
+        except OSError:
+            self._log_is_cut = True
+
+
+def lines(rows: list[dict[str, Any]]) -> str:
+    """Rows as JSON, one a line."""
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

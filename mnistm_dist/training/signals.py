@@ -20,16 +20,27 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.reason: str | None = None
+        self._signals: tuple[signal.Signals, ...] = ()
         self._first_interrupt: float | None = None
 
     def install(self, signals: tuple[signal.Signals, ...]) -> None:
         """Listens to ``signals`` and to SIGINT, in this process, from its main thread."""
+        self._signals = signals
         for number in signals:
             signal.signal(number, self._note)
         signal.signal(signal.SIGINT, self._interrupt)
 
+    def close(self) -> None:
+        """Ignores the signals from now on: the process leaves.
+
+        The interpreter's end takes seconds and takes the handlers away first: a signal that is sent twice would kill
+        the process there, and the exit code would no longer say that all is saved.
+        """
+        for number in self._signals:
+            signal.signal(number, signal.SIG_IGN)
+
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        self.reason = signal.Signals(number).name
+        self.reason = self.reason or signal.Signals(number).name
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()

@@ -1,0 +1,189 @@
+"""What can go wrong when processes are launched: each time one clear line, in bounded time, and no run folder."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, launcher, refused, worked
+
+from mnistm_dist.errors import NodeError, UserError
+from mnistm_dist.training.distributed import check_gpus, check_world_size, default_threads
+from mnistm_dist.training.run_folder import read_state
+
+QUICK = (
+    *("--recipe", "fast", "--batch-size", 32, "--image-size", 28, "--epochs", 2, "--max-steps", 4),
+    *("--threads", 1, "--track", "none"),
+)
+needs_mounts = pytest.mark.skipif(
+    os.geteuid() != 0 or subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode != 0,
+    reason="only root may mount a file system of its own",
+)
+
+
+@pytest.fixture
+def launched(environment, tmp_path):
+    """Runs a command of a person in an empty folder."""
+
+    def run(*command: object, **more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            list(map(str, command)),
+            cwd=tmp_path,
+            env={**environment, **more},
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+
+    return run
+
+
+def the_error(done: subprocess.CompletedProcess[str]) -> str:
+    """The one line in which the trainers told a mistake, among the launcher's own."""
+    assert done.returncode != 0, done.stdout
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+# Who is there
+
+
+def test_a_world_of_another_size_than_expected_is_refused():
+    check_world_size(2, 2, {})
+    check_world_size(2, None, {})
+    with pytest.raises(UserError, match="found 2, --expect-world-size is 3"):
+        check_world_size(2, 3, {})
+
+
+def test_a_world_smaller_than_slurms_step_is_refused_and_a_larger_one_is_a_launchers_on_each_node():
+    check_world_size(2, None, {"SLURM_STEP_NUM_TASKS": "2"})
+    check_world_size(8, None, {"SLURM_STEP_NUM_TASKS": "2"})
+    with pytest.raises(UserError, match="Slurm's step has 2 tasks"):
+        check_world_size(1, None, {"SLURM_STEP_NUM_TASKS": "2"})
+
+
+def test_more_processes_than_gpus_are_refused_by_the_node_that_has_too_few():
+    check_gpus(4, 4)
+    check_gpus(1, 4)
+    with pytest.raises(NodeError, match=rf"2 on {socket.gethostname()}, where torch finds 1 GPUs"):
+        check_gpus(2, 1)
+
+
+def test_threads_are_slurms_cpus_per_task_or_a_share_of_the_cores():
+    cores = len(os.sched_getaffinity(0))
+    assert default_threads(1, {}) == cores
+    assert default_threads(2 * cores, {}) == 1
+    assert default_threads(1, {"SLURM_STEP_NUM_TASKS": "2", "SLURM_CPUS_PER_TASK": "7"}) == 7
+
+
+# Who launches
+
+
+@pytest.mark.parametrize("world_size", [1, 2], ids=["one", "two, whose port is in use"])
+def test_the_projects_accelerate_config_starts_as_many_as_it_is_asked_for(
+    launched, small_set, tmp_path, taken_port, world_size
+):
+    """Accelerate goes to another port by itself where all processes are on one machine."""
+    asked = ("--num_processes", 2, "--main_process_port", taken_port) if world_size == 2 else ()
+    configured = ("-m", "accelerate.commands.launch", "--config_file", ROOT / "accelerate_config.yaml", *asked)
+    trainer = ("-m", "mnistm_dist.train", "--shards", small_set, "--run-dir", "run", *QUICK)
+    worked(launched(sys.executable, *configured, *trainer))
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["world_size"] == world_size
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--expect-world-size", 3], "world size: found 2"),
+        (["--batch-size", 33, "--micro-batch", 16], "33"),
+        (["--no-such-flag"], "--no-such-flag"),
+    ],
+)
+def test_of_two_processes_one_tells_a_mistake(door, small_set, tmp_path, flags, named):
+    assert named in refused(door("train", "--shards", small_set, "--run-dir", "run", *flags, world_size=2))
+    assert not (tmp_path / "run").exists()
+
+
+def test_under_the_launcher_too_a_mistake_is_told_once(launched, small_set, tmp_path):
+    flags = ("--shards", small_set, "--run-dir", "run", "--expect-world-size", 3)
+    done = launched(sys.executable, *launcher(2), "-m", "mnistm_dist.train", *flags)
+    assert "world size: found 2, --expect-world-size is 3" in the_error(done)
+    assert not (tmp_path / "run").exists()
+
+
+# Who is found
+
+
+def rank(number: int, *, head: str, port: int) -> dict[str, str]:
+    """The variables of one process of two, each on a node of its own."""
+    return {
+        **{"RANK": str(number), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"},
+        **{"MASTER_ADDR": head, "MASTER_PORT": str(port)},
+    }
+
+
+@pytest.fixture
+def taken_port():
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        listener.listen()
+        yield listener.getsockname()[1]
+
+
+@pytest.fixture
+def free_port():
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        return unused.getsockname()[1]
+
+
+def test_a_port_in_use_is_told_at_once_by_the_head(door, small_set, taken_port):
+    error = refused(door("train", "--shards", small_set, timeout=60, **rank(0, head="127.0.0.1", port=taken_port)))
+    assert f"rendezvous at 127.0.0.1:{taken_port}" in error
+    assert "address already in use" in error
+
+
+@pytest.mark.parametrize("head", ["192.0.2.1", "no-such-host.invalid"], ids=["silent", "unknown"])
+def test_a_head_that_cannot_be_reached_is_told_by_the_node_that_cannot_reach_it(door, small_set, free_port, head):
+    began = time.monotonic()
+    flags = ("--shards", small_set, "--collective-timeout", 3)
+    error = refused(door("train", *flags, timeout=60, **rank(1, head=head, port=free_port)))
+    assert f"head node {head}:{free_port}: not reached by rank 1 on {socket.gethostname()} in 3 s" in error
+    assert time.monotonic() - began < 40
+
+
+def test_a_head_that_nobody_joins_says_so(door, small_set, free_port):
+    flags = ("--shards", small_set, "--collective-timeout", 3)
+    error = refused(door("train", *flags, timeout=60, **rank(0, head="127.0.0.1", port=free_port)))
+    assert "all 2 processes started" in error
+
+
+# Where it writes
+
+
+@needs_mounts
+@pytest.mark.parametrize(
+    ("disk", "reason"),
+    [
+        ("read_only_disk", "Read-only file system"),
+        ("full_disk", "No space left on device"),
+        ("small_disk", "No space left on device"),
+    ],
+)
+def test_a_run_folder_that_cannot_be_written_is_told_in_one_line(door, small_set, tmp_path, disk, reason):
+    (tmp_path / "disk").mkdir()
+    flags = ("--shards", small_set, "--run-dir", "disk/run", *QUICK)
+    error = refused(door("train", *flags, world_size=2, before=f"faults:{disk}", timeout=120))
+    assert "disk/run" in error
+    assert reason in error
+
+
+def test_a_mistake_that_one_rank_finds_ends_all_in_bounded_time(door, small_set, tmp_path):
+    flags = ("--shards", small_set, "--run-dir", "run", *QUICK)
+    done = door("train", *flags, world_size=2, before="faults:mistake_on_rank_0", timeout=100)
+    assert "a mistake that only rank 0 finds" in the_error(done)
+    assert read_state(tmp_path / "run")["state"] == "failed"

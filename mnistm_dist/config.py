@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mnistm_dist.errors import UserError, tell_error
+from mnistm_dist.errors import UserError
 from mnistm_dist.values import parse_value
 
 Auto = Literal["auto"]
@@ -155,6 +155,8 @@ class RunConfig:
     """Steps between rows of log.jsonl."""
     track: Auto | Literal["wandb", "none"] = "auto"
     """W&B. auto: where an API key or a mode is set."""
+    report: bool = True
+    """Draw the figures and write report.html at the end; the numbers are written all the same."""
     upload_checkpoint: bool = False
     """Upload the checkpoint of the result to W&B as an artifact."""
     expect_world_size: int | None = _number(None, low=1)

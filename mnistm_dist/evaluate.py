@@ -152,16 +152,16 @@ def evaluate_checkpoint(
                 image_size=checkpoint.state["image_size"],
                 progress=bar,
             )
-        metrics = world.together(functools.partial(write_split, run_dir, split, predictions, shards, reader))
+        metrics = world.together(functools.partial(write_split, run_dir, split, predictions, shards))
         if metrics is not None:
             results[split] = metrics.to_json()
+        if config.run.report:
+            world.together(functools.partial(draw_split, run_dir, split, metrics, reader))
     return results
 
 
-def write_split(
-    run_dir: Path, split: str, predictions: Predictions | None, shards: ShardSet, reader: Reader
-) -> Metrics | None:
-    """The files of one split's predictions, and their metrics; nothing on other ranks than 0, which hold none.
+def write_split(run_dir: Path, split: str, predictions: Predictions | None, shards: ShardSet) -> Metrics | None:
+    """A split's ``predictions_SPLIT.csv`` and the metrics of it; nothing on other ranks than 0, which hold none.
 
     Raises `UserError` where the run folder cannot be written.
     """
@@ -169,9 +169,7 @@ def write_split(
         return None
     import numpy as np
 
-    from mnistm_dist.reporting import figures
-    from mnistm_dist.reporting.drawing import save
-    from mnistm_dist.reporting.predictions import mistakes, read_predictions
+    from mnistm_dist.reporting.predictions import read_predictions
     from mnistm_dist.training.evaluation import write_predictions
     from mnistm_dist.training.run_folder import writing
 
@@ -180,15 +178,29 @@ def write_split(
     with writing(run_dir):
         write_predictions(path, shards.keys(split, np.arange(len(predictions.labels))), predictions, classes)
     # Every number and figure comes from the file that was written.
-    written = read_predictions(path, classes)
-    metrics = written.measure()
-    wrong = mistakes(written)
+    return read_predictions(path, classes).measure()
+
+
+def draw_split(run_dir: Path, split: str, metrics: Metrics | None, reader: Reader) -> None:
+    """The figures of a split from its predictions file; nothing on other ranks than 0, which hold no metrics.
+
+    Raises `UserError` where the run folder cannot be written.
+    """
+    if metrics is None:
+        return
+    import numpy as np
+
+    from mnistm_dist.reporting import figures
+    from mnistm_dist.reporting.drawing import save
+    from mnistm_dist.reporting.predictions import mistakes, read_predictions
+    from mnistm_dist.training.run_folder import writing
+
+    wrong = mistakes(read_predictions(run_dir / f"predictions_{split}.csv", metrics.classes))
     shown = wrong[:MISTAKES_SHOWN]
     images = list(reader.gather(np.array([m.id for m in shown], dtype=np.int64))[0].cpu().numpy()) if shown else []
     with writing(run_dir):
         save(figures.confusion_matrix(metrics, f"Confusion matrix, {split}"), run_dir / f"confusion_matrix_{split}.png")
         save(figures.mistakes(images, shown, len(wrong), f"Mistakes, {split}"), run_dir / f"mistakes_{split}.png")
-    return metrics
 
 
 def read_summary(run_dir: Path) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import argparse
 import ast
 import dataclasses
 import itertools
-import sys
 import types
 import typing
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from mnistm_dist.config import (
     fields_of,
     read_recipe,
 )
-from mnistm_dist.errors import UserError
+from mnistm_dist.errors import UserError, tell_error
 from mnistm_dist.values import parse_value
 
 
@@ -48,7 +47,7 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
-        print(f"error: {' '.join(message.split())} (see --help)", file=sys.stderr, flush=True)
+        tell_error(f"{message} (see --help)")
         raise SystemExit(2)
 
 

@@ -104,9 +104,11 @@ def finish(trainer: Trainer) -> None:
         return
     summary = {**summary_fields(trainer), "checkpoint": how, **results}
     write_summary(folder.path, summary)
-    with writing(folder.path):
-        save(learning_curve(folder.rows, f"Learning curve, {folder.path.name}"), folder.path / "learning_curve.png")
-    write_report([folder.path], folder.path / "report.html")
+    if trainer.config.run.report:
+        curve = learning_curve(folder.rows, f"Learning curve, {folder.path.name}")
+        with writing(folder.path):
+            save(curve, folder.path / "learning_curve.png")
+        write_report([folder.path], folder.path / "report.html")
     trainer.tracker.summary(summary)
     log_results(trainer.tracker, folder.path, folder.steps_done)
     if trainer.config.run.upload_checkpoint:

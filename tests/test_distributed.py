@@ -16,7 +16,7 @@ from mnistm_dist.training.run_folder import read_state
 
 QUICK = (
     *("--recipe", "fast", "--batch-size", 32, "--image-size", 28, "--epochs", 2, "--max-steps", 4),
-    *("--threads", 1, "--track", "none"),
+    *("--threads", 1, "--no-report"),
 )
 needs_mounts = pytest.mark.skipif(
     os.geteuid() != 0 or subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode != 0,

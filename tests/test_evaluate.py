@@ -17,7 +17,7 @@ def run(small_set, cache_dir, tmp_path_factory) -> Path:
     from mnistm_dist.train import main
 
     folder = tmp_path_factory.mktemp("runs") / "run"
-    flags = ["--batch-size", "32", "--image-size", "28", "--epochs", "2", "--threads", "1", "--track", "none"]
+    flags = ["--batch-size", "32", "--image-size", "28", "--epochs", "2", "--threads", "1", "--no-report"]
     os.environ["MNISTM_DIST_CACHE"] = str(cache_dir)
     assert main(["--shards", str(small_set), "--run-dir", str(folder), *flags]) == 0
     return folder

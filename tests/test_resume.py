@@ -18,7 +18,7 @@ from mnistm_dist.training.run_folder import read_log, read_state
 
 FLAGS = (
     *("--recipe", "fast", "--batch-size", "32", "--micro-batch", "16", "--image-size", "28", "--epochs", "4"),
-    *("--checkpoint-every", "3", "--log-every", "4", "--threads", "1", "--track", "none"),
+    *("--checkpoint-every", "3", "--log-every", "4", "--threads", "1", "--track", "none", "--no-report"),
 )
 STEPS = 40
 

@@ -110,6 +110,18 @@ def test_the_log_is_cut_back_to_the_checkpoint_and_a_torn_line_is_dropped(tmp_pa
     assert [row["step"] for row in read_log(tmp_path / "log.jsonl")] == [10, 20, 21]
 
 
+def test_a_row_that_cannot_be_written_is_written_with_the_next(tmp_path):
+    with RunFolder(tmp_path / "run", active=True) as folder:
+        folder.log({"step": 1})
+        (tmp_path / "run" / "log.jsonl").rename(tmp_path / "run" / "aside")
+        (tmp_path / "run" / "log.jsonl").mkdir()
+        folder.log({"step": 2})
+        (tmp_path / "run" / "log.jsonl").rmdir()
+        folder.log({"step": 3})
+        folder.log({"step": 4})
+    assert [row["step"] for row in read_log(tmp_path / "run" / "log.jsonl")] == [1, 2, 3, 4]
+
+
 def test_a_rank_that_is_not_the_first_writes_nothing(tmp_path):
     with RunFolder(tmp_path / "run", active=False) as folder:
         folder.cut_log(0)

@@ -28,6 +28,16 @@ def test_a_signal_is_noted_by_name(stop, number):
     assert stop.reason == number.name
 
 
+def test_the_first_signal_is_the_reason_and_none_counts_once_the_process_leaves(stop):
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGUSR1)
+    stop.close()
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert stop.reason == "SIGTERM"
+    # Not its default action either, which would kill the process while the interpreter ends.
+    assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
+
+
 def test_a_second_interrupt_leaves_at_once_but_not_the_same_one_passed_on_by_a_launcher(stop, monkeypatch):
     os.kill(os.getpid(), signal.SIGINT)
     os.kill(os.getpid(), signal.SIGINT)

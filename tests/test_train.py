@@ -16,7 +16,8 @@ from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.training.model import create_model
 from mnistm_dist.training.run_folder import read_log
 
-QUICK = ("--track", "none", "--threads", "1")
+QUICK = ("--track", "none", "--threads", "1", "--no-report")
+"""Without W&B, in one thread as each of two ranks on two cores, without the figures."""
 
 
 def losses(run) -> list[float]:
@@ -95,6 +96,7 @@ def test_a_run_leaves_a_whole_folder(door, small_set, tmp_path):
             "--epochs",
             2,
             *QUICK,
+            "--report",
         )
     )
     run = tmp_path / "run"
@@ -165,7 +167,9 @@ def test_the_last_step_counts_where_there_is_only_val(door, small_set, tmp_path,
 
 
 def test_the_debug_recipe_takes_seconds_and_checks_itself(door, small_set, tmp_path):
-    out = worked(door("train", "--recipe", "debug", "--shards", small_set, "--run-dir", "run", "--threads", 1))
+    out = worked(
+        door("train", "--recipe", "debug", "--shards", small_set, "--run-dir", "run", "--threads", 1, "--no-report")
+    )
     assert "learnt by heart" in out
     assert abs(losses(tmp_path / "run")[0] - math.log(10)) < 0.7
 
@@ -227,7 +231,7 @@ def test_a_damaged_shard_is_refused_by_name_though_the_cache_is_warm(door, small
     import shutil
 
     shutil.copytree(small_set, tmp_path / "set")
-    flags = ("--shards", "set", "--recipe", "debug", "--max-steps", 1)
+    flags = ("--shards", "set", "--recipe", "debug", "--max-steps", 1, *QUICK)
     worked(door("train", *flags, "--run-dir", "first"))
     shard = tmp_path / "set" / "train-000003.tar"
     data = shard.read_bytes()

@@ -19,6 +19,8 @@ from mnistm_dist.training.run_folder import read_log
 LogRow = dict[str, Any]
 STOP_SECONDS = 600.0
 """How long a training may take to save and leave after it was asked to."""
+SAVE_SECONDS = 60.0
+"""The same, after something went wrong here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,15 +55,24 @@ def launch(command: Sequence[str], run_dir: Path, until: Callable[[list[LogRow]]
         try:
             usage = _watch(process, run_dir / "log.jsonl", until, every)
         finally:
-            # Only after an exception is it still there.
+            # Only after an exception, such as Ctrl-C, is it still there.
             if process.returncode is None:
-                process.kill()
-                process.wait()
+                _leave(process)
     if process.returncode not in (0, EXIT_PREEMPTED):
         lines = said.read_text(errors="replace").splitlines() or ["it said nothing"]
         words = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1])
         raise UserError(f"{' '.join(command)}: exit code {process.returncode}: {words.removeprefix('error: ')}")
     return Launched(rows=read_log(run_dir / "log.jsonl"), launched=launched, peak_megabytes=peak_megabytes(usage))
+
+
+def _leave(process: subprocess.Popen[bytes]) -> None:
+    """Lets a training save what it has, or ends it where it does not leave."""
+    process.terminate()
+    try:
+        process.wait(SAVE_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _watch(

@@ -25,7 +25,7 @@ SCRIPT = ROOT / "slurm" / "train.sh"
 STEPS = 80
 FLAGS = (
     *("--recipe", "fast", "--batch-size", 32, "--image-size", 28, "--epochs", 8, "--evaluate-every", 4),
-    *("--checkpoint-every", 20, "--log-every", 4, "--threads", 1, "--track", "none"),
+    *("--checkpoint-every", 20, "--log-every", 4, "--threads", 1, "--no-report"),
 )
 PATIENCE = 200.0
 """Seconds for a job that is to end well, on two cores that may be busy."""

@@ -77,7 +77,10 @@ def test_threads_are_slurms_cpus_per_task_or_a_share_of_the_cores():
     cores = len(os.sched_getaffinity(0))
     assert default_threads(1, {}) == cores
     assert default_threads(2 * cores, {}) == 1
-    assert default_threads(1, {"SLURM_STEP_NUM_TASKS": "2", "SLURM_CPUS_PER_TASK": "7"}) == 7
+    step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_CPUS_PER_TASK": "7"}
+    assert default_threads(1, {**step, "WORLD_SIZE": "2"}) == 7
+    # A launcher on each node, with two processes of its own.
+    assert default_threads(2, {**step, "WORLD_SIZE": "4"}) == 3
 
 
 # Who launches

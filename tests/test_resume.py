@@ -62,7 +62,10 @@ def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
     pytest.fail(f"step {step} did not come in two minutes")
 
 
-def killed(process: subprocess.Popen[str]) -> None:
+def killed(process: subprocess.Popen[str], run: Path) -> None:
+    """SIGKILL to all of a run: a launcher's trainers lead groups of their own, so they are found by their command."""
+    for pid in alive(run):
+        os.kill(pid, signal.SIGKILL)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
 
@@ -93,7 +96,7 @@ def kill_and_resume(environment, tmp_path, small_set, world_size: int, kills: in
                 pass
         else:
             time.sleep(generator.random() * 0.3)
-        killed(process)
+        killed(process, run)
         steps = [int(path.name[5:]) for path in (run / "checkpoints").glob("step-*")]
         done = max(steps, default=0)
         assert read_state(run)["state"] == "running"
@@ -136,7 +139,7 @@ def test_a_run_goes_on_at_another_number_of_processes(environment, tmp_path, sma
     flags = ("--shards", small_set, "--run-dir", run, "--resume", "auto", *FLAGS)
     process = started(environment, tmp_path, first, *flags)
     wait_for_step(process, run, 12)
-    killed(process)
+    killed(process, run)
     process = started(environment, tmp_path, then, *flags)
     out, _ = process.communicate(timeout=200)
     assert process.returncode == 0, out[-3000:]
@@ -281,4 +284,4 @@ def test_the_second_run_in_a_folder_is_refused_while_the_first_lives(environment
     assert "held by a live run" in refused(
         door("train", "--shards", small_set, "--run-dir", run, "--resume", "auto", *FLAGS)
     )
-    killed(process)
+    killed(process, run)

@@ -76,6 +76,9 @@ def bench(setting: Setting, config: Config, *, steps: int | None, compiled: bool
         steps_per_round=steps,
         compile="measured" if compiles else "not asked for" if not compiled else "there is no C++ compiler here",
         trainer_peak_megabytes=peak,
+        training_set_megabytes=round(data.images.nbytes / 1e6, 1),
+        memory="of a training of that many steps and its final evaluation, with the pages of the mapped training set "
+        "that they touched; a whole epoch touches all of training_set_megabytes, once per node",
     )
 
 

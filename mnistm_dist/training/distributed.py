@@ -232,12 +232,14 @@ def wait_for_head(environment: Environment, patience: float) -> None:
 
 
 def default_threads(local_world_size: int, environment: Environment) -> int:
-    """CPU threads of one process: what Slurm gives a task, else its share of the cores that this process may use.
+    """CPU threads of one process: its share of the CPUs of Slurm's task, else of the cores that this process may use.
 
     A launcher exports OMP_NUM_THREADS=1 even for one process, so the choice is made here.
     """
     if "SLURM_STEP_NUM_TASKS" in environment and "SLURM_CPUS_PER_TASK" in environment:
-        return int(environment["SLURM_CPUS_PER_TASK"])
+        # A task is one process of slurm/train.sh, or a launcher of several.
+        processes = int(environment.get("WORLD_SIZE", "1")) // int(environment["SLURM_STEP_NUM_TASKS"])
+        return max(1, int(environment["SLURM_CPUS_PER_TASK"]) // max(1, processes))
     return max(1, len(os.sched_getaffinity(0)) // local_world_size)
 
 

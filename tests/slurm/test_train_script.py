@@ -142,7 +142,8 @@ def test_two_nodes_train_one_model_when_nothing_but_nodes_is_overridden(referenc
     facts = json.loads((reference.run / "environment.json").read_text())
     assert (facts["slurm_job_id"], facts["slurm_nodes"]) == (str(reference.number), "node[1-2]")
     log = reference.log()
-    assert f"job {reference.number}, launch 1: nodes node[1-2]; on each 1 processes of 2 CPUs, no GPU, so on CPU" in log
+    assert f"job {reference.number}, launch 1: nodes node[1-2], processes per node 1, CPUs per process 2" in log
+    assert "GPUs per node 0 (so on CPU)" in log
     assert "CPU (no GPU found)" in log
     assert reference.launches() == [("start", 2)]
 
@@ -296,6 +297,24 @@ def test_each_gpu_has_a_task_that_sees_all_gpus_of_its_node(gpu_cluster, tmp_pat
         f"on node{rank // local_world_size + 1}, GPUs {gpus}, CPUs {cpus}, {arguments}"
         for rank in range(world_size)
     ]
+
+
+@pytest.mark.parametrize(
+    ("options", "python", "named"),
+    [
+        (("--ntasks", "3"), sys.executable, "--ntasks: 3, this job starts 8"),
+        ((), "/bin/false", "/bin/false cannot import mnistm_dist"),
+    ],
+)
+def test_a_job_that_cannot_start_as_asked_ends_with_2_and_one_line(
+    gpu_cluster, environment, tmp_path, options, python, named
+):
+    command = ("sbatch", "--parsable", "--nodes", 2, *options, "--output", "log", SCRIPT)
+    number = int(gpu_cluster.command(*command, cwd=tmp_path, environment={**environment, "PYTHON": python}))
+    assert gpu_cluster.wait(number, *ENDED, seconds=60)["ExitCode"] == "2:0"
+    (line,) = (tmp_path / "log").read_text().splitlines()
+    assert line.startswith("error: ")
+    assert named in line
 
 
 def test_a_job_that_began_at_a_named_checkpoint_goes_on_from_the_newest_once_requeued(gpu_cluster, tmp_path):

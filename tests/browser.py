@@ -83,7 +83,8 @@ def browser(profile: Path) -> Iterator[Browser]:
             finally:
                 call(session, method="DELETE")
         finally:
-            driver.terminate()
+            # It was seen to take no notice of SIGTERM; a test run must not wait for it.
+            driver.kill()
 
 
 def wait_for_port(log: Path) -> int:

@@ -90,7 +90,8 @@ def detect(path: Path, layout: str | None) -> Detected:
         raise UserError(f"{path}: more than one set of images ({listed}): give the path of one of them, or --layout")
     if layout is not None:
         raise UserError(f"{path}: not of the layout {layout} ({KNOWN_LAYOUTS[layout]}): it is {contents(path)}")
-    known = "; ".join(f"{name}: {structure}" for name, structure in KNOWN_LAYOUTS.items() if name not in MADE_LAYOUTS)
+    told = [name for name in KNOWN_LAYOUTS if name not in MADE_LAYOUTS and name not in _IN_TREES or name == "course"]
+    known = "; ".join(f"{name}: {KNOWN_LAYOUTS[name]}" for name in told)
     raise UserError(f"{path}: no layout that is known: it is {contents(path)}; known are {known}")
 
 

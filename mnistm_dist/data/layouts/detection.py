@@ -57,6 +57,8 @@ _IN_TREES: Mapping[str, TreeReader] = {
     "image": (is_image_folder, open_image_folder),
     "course": (is_course, open_course),
 }
+_FAMILIES = ("official", "image")
+"""Names that stand for a layout in a folder, a tar or a zip."""
 _SUFFIXES: Mapping[str, tuple[str, ...]] = {
     "parquet": (".parquet",),
     "pt": (".pt", ".pth"),
@@ -90,7 +92,7 @@ def detect(path: Path, layout: str | None) -> Detected:
         raise UserError(f"{path}: more than one set of images ({listed}): give the path of one of them, or --layout")
     if layout is not None:
         raise UserError(f"{path}: not of the layout {layout} ({KNOWN_LAYOUTS[layout]}): it is {contents(path)}")
-    told = [name for name in KNOWN_LAYOUTS if name not in MADE_LAYOUTS and name not in _IN_TREES or name == "course"]
+    told = [name for name in KNOWN_LAYOUTS if name not in (*MADE_LAYOUTS, *_FAMILIES)]
     known = "; ".join(f"{name}: {KNOWN_LAYOUTS[name]}" for name in told)
     raise UserError(f"{path}: no layout that is known: it is {contents(path)}; known are {known}")
 

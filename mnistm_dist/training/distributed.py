@@ -186,6 +186,8 @@ def start(machine: MachineConfig, *, expect_world_size: int | None, collective_t
         torch.use_deterministic_algorithms(True)
     if world_size > 1 and os.environ.get("RANK") != "0":
         wait_for_head(os.environ, min(collective_timeout, HEAD_PATIENCE))
+    # Else Accelerate chooses 1 for several processes on CPU, and warns of it on each of them.
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     try:
         accelerator = Accelerator(
             cpu=not on_gpu,

@@ -48,7 +48,8 @@ gpus=${gpus##*:}
 unset SLURM_GPUS SLURM_GPUS_PER_TASK SLURM_GPU_BIND SLURM_CPUS_PER_GPU SLURM_CPUS_PER_TASK SLURM_TRES_PER_TASK
 tasks_per_node=${SLURM_NTASKS_PER_NODE:-$((gpus > 0 ? gpus : 1))}
 tasks=$((SLURM_JOB_NUM_NODES * tasks_per_node))
-[ "${SLURM_NTASKS:-$tasks}" = "$tasks" ] || stop "--ntasks: $SLURM_NTASKS, this job starts $tasks; use --ntasks-per-node"
+[ "${SLURM_NTASKS:-$tasks}" = "$tasks" ] ||
+  stop "--ntasks: $SLURM_NTASKS, this job starts $tasks; use --ntasks-per-node"
 # The fewest CPUs of any node: SLURM_JOB_CPUS_PER_NODE is such as 64(x3),32.
 cpus=$(tr , '\n' <<<"$SLURM_JOB_CPUS_PER_NODE" | sed 's/(.*//' | sort -n | sed -n 1p)
 cpus_per_task=$((cpus > tasks_per_node ? cpus / tasks_per_node : 1))
@@ -57,6 +58,9 @@ cpus_per_task=$((cpus > tasks_per_node ? cpus / tasks_per_node : 1))
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 MASTER_ADDR=${hosts%%$'\n'*}
 [ -n "$MASTER_ADDR" ] || stop "Slurm names no node for job $SLURM_JOB_ID"
+# A node's name in Slurm need not be one that the network knows; its address in Slurm is.
+getent hosts "$MASTER_ADDR" >/dev/null ||
+  MASTER_ADDR=$(scontrol show node "$MASTER_ADDR" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
 MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
 while (: <>"/dev/tcp/$MASTER_ADDR/$MASTER_PORT") 2>/dev/null; do MASTER_PORT=$((MASTER_PORT + 1)); done
 export MASTER_ADDR MASTER_PORT WORLD_SIZE=$tasks LOCAL_WORLD_SIZE=$tasks_per_node
@@ -84,7 +88,7 @@ srun_pid='' signalled=no
 # shellcheck disable=SC2317  # the traps call it
 ask_again() {
   signalled=yes
-  (while sleep 5 && kill -USR1 "$srun_pid"; do :; done) 2>/dev/null &
+  (while sleep 2 && kill -USR1 "$srun_pid"; do :; done) 2>/dev/null &
 }
 trap '[ -z "$srun_pid" ] || kill -USR1 "$srun_pid"; ask_again' USR1
 trap ask_again TERM

@@ -184,7 +184,7 @@ def start(machine: MachineConfig, *, expect_world_size: int | None, collective_t
     if machine.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    if world_size > 1 and os.environ.get("RANK") != "0":
+    if world_size > 1:
         wait_for_head(os.environ, min(collective_timeout, HEAD_PATIENCE))
     # Else Accelerate chooses 1 for several processes on CPU, and warns of it on each of them.
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
@@ -213,7 +213,8 @@ def start(machine: MachineConfig, *, expect_world_size: int | None, collective_t
 
 
 def wait_for_head(environment: Environment, patience: float) -> None:
-    """Returns once rank 0 listens. Raises `UserError` where it does not within ``patience``, in seconds.
+    """Returns once rank 0 listens; on rank 0, if its own name is known. Raises `UserError` where the name is unknown or
+    nobody listens within ``patience``, in seconds.
 
     The process group would wait as well, but say what it waited for in forty lines.
     """
@@ -221,14 +222,18 @@ def wait_for_head(environment: Environment, patience: float) -> None:
     deadline = time.monotonic() + patience
     while True:
         try:
-            socket.create_connection(address, timeout=max(0.1, deadline - time.monotonic())).close()
+            if environment.get("RANK") == "0":
+                socket.getaddrinfo(*address)
+            else:
+                socket.create_connection(address, timeout=max(0.1, deadline - time.monotonic())).close()
             return
         except OSError as error:
-            if time.monotonic() > deadline - 0.5:
+            unknown = isinstance(error, socket.gaierror) and error.errno == socket.EAI_NONAME
+            if unknown or time.monotonic() > deadline - 0.5:
                 raise NodeError(
                     f"head node {address[0]}:{address[1]}: not reached by rank {environment.get('RANK')} on "
-                    f"{socket.gethostname()} in {patience:.0f} s ({error}); check that rank 0 started there, "
-                    "MASTER_ADDR, MASTER_PORT and the network between"
+                    f"{socket.gethostname()} ({error}); check that rank 0 started there, MASTER_ADDR, MASTER_PORT and "
+                    "the network between"
                 ) from error
         time.sleep(0.5)
 

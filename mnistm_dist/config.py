@@ -70,8 +70,9 @@ class AugmentConfig:
 class OptimConfig:
     """Loss, optimizer and learning rate."""
 
-    optimizer: Literal["adam", "adamw", "sgd"] = "adamw"
-    """adam: L2 in the gradient; adamw: decoupled decay; sgd: with Nesterov momentum."""
+    optimizer: Literal["adam", "adamw", "muon", "sgd"] = "adamw"
+    """adam: L2 in the gradient; adamw: decoupled decay; muon: adamw with orthogonal steps of the convolutions; sgd: with
+    Nesterov momentum."""
     learning_rate: float = _number(4e-3, low=0)
     """Peak learning rate, at the base batch size if scaled."""
     lr_scaling: Literal["none", "linear", "sqrt"] = "none"
@@ -79,7 +80,7 @@ class OptimConfig:
     base_batch_size: int = _number(256, low=1)
     """Global batch at which learning_rate was chosen, images."""
     momentum: float = _number(0.9, low=0, high=0.9999)
-    """SGD's momentum; Adam's beta1."""
+    """SGD's and Muon's momentum; Adam's beta1."""
     beta2: float = _number(0.999, low=0, high=0.99999)
     """Adam's beta2."""
     weight_decay: float = _number(0.05, low=0)

@@ -1,6 +1,7 @@
 """Learning rates as closed forms, optimizers, the average of the weights."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from mnistm_dist.config import OptimConfig
 from mnistm_dist.training.model import create_model
-from mnistm_dist.training.optim import WeightAverage, create_optimizer, learning_rate
+from mnistm_dist.training.optim import WeightAverage, create_optimizer, learning_rate, orthogonalise
 
 
 def rates(config: OptimConfig, *, steps: int = 100, batch_size: int = 256, per_epoch: int = 10) -> list[float]:
@@ -54,6 +55,52 @@ def test_adam_decays_every_parameter_and_the_others_none_of_one_dimension():
         assert all(p.ndim >= 2 for p in decayed["params"])
         assert all(p.ndim == 1 for p in free["params"])
         assert sum(p.numel() for g in (decayed, free) for p in g["params"]) == 692_106
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 40), (1, 64, 147), (3, 40, 16)])
+def test_orthogonal_steps_keep_the_directions_and_level_the_sizes(shape):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 1e-3
+    u, _, vt = torch.linalg.svd(matrices, full_matrices=False)
+    found = orthogonalise(matrices)
+    in_their_own_bases = u.mT @ found @ vt.mT
+    sizes = in_their_own_bases.diagonal(dim1=1, dim2=2)
+    assert 0.5 < sizes.min()
+    assert sizes.max() < 1.3
+    assert torch.allclose(in_their_own_bases, torch.diag_embed(sizes), atol=1e-4)
+
+
+def test_a_gradient_of_zero_steps_nowhere():
+    assert torch.equal(orthogonalise(torch.zeros(1, 8, 9)), torch.zeros(1, 8, 9))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_muon_steps_convolutions_as_far_as_adamw_would_and_all_else_by_adamw(layout):
+    config = OptimConfig(optimizer="muon", learning_rate=0.01, weight_decay=0.0)
+    models = [create_model(10, 0).to(memory_format=layout) for _ in range(2)]
+    optimizers = [create_optimizer(models[0], config), create_optimizer(models[1], replace(config, optimizer="adamw"))]
+    images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    for model, optimizer in zip(models, optimizers, strict=True):
+        model(images).logsumexp(1).sum().backward()
+        optimizer.step()
+    began = create_model(10, 0)
+    for before, muon, adamw in zip(*(model.parameters() for model in (began, *models)), strict=True):
+        if before.ndim == 4:
+            step = (muon - before).flatten(1)
+            assert 0.1 < step.square().mean().sqrt() / 0.01 < 0.3
+        else:
+            assert torch.equal(muon, adamw)
+
+
+def test_muon_does_not_depend_on_the_memory_format():
+    gradient, weights = torch.randn(64, 3, 7, 7, generator=torch.Generator().manual_seed(2)), []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        model = create_model(10, 0).to(memory_format=layout)
+        optimizer = create_optimizer(model, OptimConfig(optimizer="muon"))
+        for _ in range(3):
+            model.conv1.weight.grad = gradient.to(memory_format=layout)
+            optimizer.step()
+        weights.append(model.conv1.weight.detach().contiguous())
+    assert torch.allclose(*weights, atol=1e-6)
 
 
 def test_adam_has_the_reports_momentum():

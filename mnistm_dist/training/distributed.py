@@ -11,6 +11,7 @@ import contextlib
 import os
 import socket
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -305,7 +306,10 @@ def prepare(
     """
     prepared: nn.Module
     prepared_optimizer: torch.optim.Optimizer
-    prepared, prepared_optimizer = world.accelerator.prepare(model, optimizer)
+    with warnings.catch_warnings():
+        # torch 2.14 has a new name for it, which Accelerate 1.15 cannot pass on.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        prepared, prepared_optimizer = world.accelerator.prepare(model, optimizer)
     if machine.compile:
         prepared.compile()
     return prepared, prepared_optimizer

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
+from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +19,8 @@ def create_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optim
     """The optimizer of ``config``, with torch's own choice of kernels: fused on a GPU, for each tensor on CPU.
 
     adam takes weight decay as L2 on every parameter, as torch does and the source report did. adamw and sgd leave
-    one-dimensional parameters (BatchNorm, biases) undecayed: He et al. 2019, arXiv 1812.01187, section 3.1.
+    one-dimensional parameters (BatchNorm, biases) undecayed: He et al. 2019, arXiv 1812.01187, section 3.1. muon is
+    `Muon` on the convolutions and adamw on all else.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     fused = all(p.is_cuda for p in parameters)
@@ -30,11 +34,73 @@ def create_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optim
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
+    if config.optimizer == "muon":
+        convolutions = {
+            "params": [p for p in parameters if p.ndim == 4],
+            "weight_decay": config.weight_decay,
+            "orthogonal": True,
+        }
+        groups[0]["params"] = [p for p in parameters if 2 <= p.ndim < 4]
+        return Muon([convolutions, *groups], lr=config.learning_rate, betas=betas)
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=fused or None)
     return torch.optim.SGD(
         groups, lr=config.learning_rate, momentum=config.momentum, nesterov=config.momentum > 0, fused=fused or None
     )
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW whose groups with ``orthogonal`` step by Muon: by the nearest orthogonal matrix to the momentum.
+
+    A convolution is the matrix of its output channels against all else. Momentum is Nesterov's, with beta1 of AdamW;
+    the step's root mean square is that of AdamW's, so that one learning rate and one weight decay serve all groups.
+    Jordan et al. 2024, kellerjordan.github.io/posts/muon; Liu et al. 2025, arXiv 2502.16982, section 2.2. torch's own
+    Muon takes no convolutions.
+    """
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of all groups."""
+        groups = self.param_groups
+        for group in groups:
+            if group.get("orthogonal"):
+                self._step_orthogonal(group)
+        try:
+            self.param_groups = [group for group in groups if not group.get("orthogonal")]
+            return super().step(closure)
+        finally:
+            self.param_groups = groups
+
+    @torch.no_grad()
+    def _step_orthogonal(self, group: dict[str, Any]) -> None:
+        momentum, rate = group["betas"][0], group["lr"]
+        parameters = sorted((p for p in group["params"] if p.grad is not None), key=lambda p: p.shape)
+        for shape, alike in groupby(parameters, key=lambda p: p.shape):
+            alike = list(alike)
+            gradients = torch.stack([p.grad for p in alike])
+            for p, gradient in zip(alike, gradients, strict=True):
+                buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                buffer.lerp_(gradient, 1 - momentum)
+                gradient.lerp_(buffer, momentum)
+            rows, columns = shape[0], math.prod(shape[1:])
+            steps = orthogonalise(gradients.reshape(len(alike), rows, columns)).view_as(gradients)
+            size = 0.2 * math.sqrt(max(rows, columns))
+            torch._foreach_mul_(alike, 1 - rate * group["weight_decay"])
+            torch._foreach_add_(alike, list(steps.to(alike[0].dtype)), alpha=-rate * size)
+
+
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """About U V^T of each matrix U S V^T, float (n, rows, columns): its singular values brought to between 0.7 and 1.2.
+
+    Five steps of a quintic Newton-Schulz iteration with Jordan's coefficients; in bfloat16 on a GPU, which bears it.
+    """
+    turned = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if turned else matrices
+    x = x.bfloat16() if x.is_cuda else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x.mT if turned else x
 
 
 def learning_rate(config: OptimConfig, *, step: int, total_steps: int, batch_size: int, epoch: int) -> float:

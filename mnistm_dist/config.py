@@ -194,7 +194,7 @@ SECTIONS: dict[str, type] = {
     "machine": MachineConfig,
     "run": RunConfig,
 }
-RECIPES = ("baseline", "fast", "debug")
+RECIPES = ("baseline", "fast", "best", "debug")
 DEFAULT_RECIPE = "fast"
 
 MAY_CHANGE_AT_RESUME = {

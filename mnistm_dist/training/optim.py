@@ -30,18 +30,14 @@ def create_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optim
         return torch.optim.Adam(
             parameters, lr=config.learning_rate, betas=betas, weight_decay=config.weight_decay, fused=fused or None
         )
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    weights = [p for p in parameters if p.ndim >= 2]
+    free = {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}
     if config.optimizer == "muon":
-        convolutions = {
-            "params": [p for p in parameters if p.ndim == 4],
-            "weight_decay": config.weight_decay,
-            "orthogonal": True,
-        }
-        groups[0]["params"] = [p for p in parameters if 2 <= p.ndim < 4]
-        return Muon([convolutions, *groups], lr=config.learning_rate, betas=betas)
+        convolutions, matrices = ([p for p in weights if (p.ndim == 4) is wanted] for wanted in (True, False))
+        orthogonal = {"params": convolutions, "weight_decay": config.weight_decay, "orthogonal": True}
+        decayed = {"params": matrices, "weight_decay": config.weight_decay}
+        return Muon([orthogonal, decayed, free], lr=config.learning_rate, betas=betas)
+    groups = [{"params": weights, "weight_decay": config.weight_decay}, free]
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=fused or None)
     return torch.optim.SGD(
@@ -53,22 +49,24 @@ class Muon(torch.optim.AdamW):
     """AdamW whose groups with ``orthogonal`` step by Muon: by the nearest orthogonal matrix to the momentum.
 
     A convolution is the matrix of its output channels against all else. Momentum is Nesterov's, with beta1 of AdamW;
-    the step's root mean square is that of AdamW's, so that one learning rate and one weight decay serve all groups.
+    a step's root mean square is about 0.2 of the learning rate, which is what AdamW's steps have in the middle of a
+    training, so that one learning rate and one weight decay serve all groups.
     Jordan et al. 2024, kellerjordan.github.io/posts/muon; Liu et al. 2025, arXiv 2502.16982, section 2.2. torch's own
     Muon takes no convolutions.
     """
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of all groups."""
+        """One step of all groups, after ``closure``, if any, has made the gradients."""
         groups = self.param_groups
+        try:
+            self.param_groups = [group for group in groups if not group.get("orthogonal")]
+            loss = super().step(closure)
+        finally:
+            self.param_groups = groups
         for group in groups:
             if group.get("orthogonal"):
                 self._step_orthogonal(group)
-        try:
-            self.param_groups = [group for group in groups if not group.get("orthogonal")]
-            return super().step(closure)
-        finally:
-            self.param_groups = groups
+        return loss
 
     @torch.no_grad()
     def _step_orthogonal(self, group: dict[str, Any]) -> None:
@@ -93,7 +91,8 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
-    """About U V^T of each matrix U S V^T, float (n, rows, columns): its singular values brought to between 0.7 and 1.2.
+    """About U V^T of each matrix U S V^T, float (n, rows, columns): its singular values brought near 1, to
+    between 0.7 and 1.2 unless they are tiny beside the largest.
 
     Five steps of a quintic Newton-Schulz iteration with Jordan's coefficients; in bfloat16 on a GPU, which bears it.
     """

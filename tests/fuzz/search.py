@@ -1,0 +1,50 @@
+"""Tries inputs by the thousand, and counts how they ended.
+
+The usual suite tries `USUAL` inputs, the same ones in every run; ``pytest -m soak tests/fuzz`` tries `SOAK`, others in
+every run, and prints how many per target (counting.py).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bounds import ending, watched
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+USUAL, SOAK = 1_000, 20_000
+"""Inputs of the usual suite and of the soak run, over all targets: a target gets its share of them."""
+CANARY = "canary"
+"""What hostile inputs would make in the working folder if anything in them ran."""
+
+tried: Counter[tuple[str, str]] = Counter()
+"""How many inputs of a target ended how."""
+
+
+class Fuzz:
+    """Tries a target's share of the inputs."""
+
+    def __init__(self, folder: Path, *, soak: bool) -> None:
+        self.folder, self.soak = folder, soak
+
+    def search(self, target: str, share: float, inputs: st.SearchStrategy[Any], attempt: Callable[[Any], Any]) -> None:
+        """Calls ``attempt`` with each of the inputs; ``share`` of `USUAL` (of `SOAK`) are this target's."""
+
+        def judged(value: Any) -> None:
+            with watched(self.folder):
+                end = ending(lambda: attempt(value))
+            assert not (self.folder / CANARY).exists(), "something in the input was run"
+            tried[target, end] += 1
+
+        chosen = settings(
+            max_examples=max(1, round(share * (SOAK if self.soak else USUAL))),
+            derandomize=not self.soak,
+            database=None,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+            print_blob=True,
+        )
+        chosen(given(inputs)(judged))()

@@ -35,13 +35,15 @@ def ending(work: Callable[[], Any]) -> str:
     try:
         work()
     except UserError as error:
-        assert_one_line(str(error))
-        cause: BaseException | None = error
-        while cause is not None:
-            assert not isinstance(cause, MemoryError), f"memory was asked for because a header says so: {error}"
-            cause = cause.__cause__ or cause.__context__
-        return "refused"
-    return "works"
+        refusal = error
+    else:
+        return "works"
+    assert_one_line(str(refusal))
+    cause: BaseException | None = refusal
+    while cause is not None:
+        assert not isinstance(cause, MemoryError), f"memory was asked for because a header says so: {refusal}"
+        cause = cause.__cause__ or cause.__context__
+    return "refused"
 
 
 def assert_one_line(text: str) -> None:
@@ -93,7 +95,7 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
             if isinstance(place, str | bytes | os.PathLike):
                 path = os.path.realpath(os.fsdecode(place))
                 # Byte code of modules that are imported by need is Python's own business.
-                if not path.startswith((f"{_allowed}{os.sep}", *_HARMLESS)) and "__pycache__" not in path:
+                if not f"{path}{os.sep}".startswith((f"{_allowed}{os.sep}", *_HARMLESS)) and "__pycache__" not in path:
                     _forbidden.append(f"{event} {path}")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bounds import ending, watched
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 USUAL, SOAK = 1_000, 20_000
@@ -45,6 +45,9 @@ class Fuzz:
             database=None,
             deadline=None,
             suppress_health_check=list(HealthCheck),
+            # An input is a few changes of a small file: it needs no minutes of being made smaller.
+            phases=(Phase.generate,),
+            report_multiple_bugs=False,
             print_blob=True,
         )
         chosen(given(inputs)(judged))()

@@ -139,8 +139,18 @@ MEMBER = st.fixed_dictionaries(
         "name": NAMES,
         "data": st.binary(max_size=20),
         "type": st.sampled_from(
-            [tarfile.REGTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE]
-            + [tarfile.GNUTYPE_SPARSE, tarfile.CONTTYPE, tarfile.XHDTYPE, b"Z"]
+            [
+                tarfile.REGTYPE,
+                tarfile.SYMTYPE,
+                tarfile.LNKTYPE,
+                tarfile.DIRTYPE,
+                tarfile.FIFOTYPE,
+                tarfile.CHRTYPE,
+                tarfile.GNUTYPE_SPARSE,
+                tarfile.CONTTYPE,
+                tarfile.XHDTYPE,
+                b"Z",
+            ]
         ),
         "link": NAMES,
         "size": st.none() | st.sampled_from([-1, 0, 1, 2**20, 2**33, 2**62]),

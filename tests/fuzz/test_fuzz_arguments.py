@@ -1,0 +1,63 @@
+"""Command lines of every door but train's (test_fuzz_recipes.py): any words are taken or refused in a line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from bounds import at_door
+from hypothesis import strategies as st
+from inputs import WORDS
+from packed_sets import tiny_source
+from search import Fuzz
+
+from mnistm_dist import cache, evaluate, export, pack, plan, predict, report, verify
+from mnistm_dist.benches.flags import create_parser
+from mnistm_dist.data import packing
+
+pytest_plugins = ["counting"]
+
+
+def parse_bench(argv: list[str]) -> int:
+    """The flags of ``bench`` alone: what follows them would measure."""
+    create_parser("bench", "").parse_args(argv)
+    return 0
+
+
+DOORS: dict[str, tuple[Callable[[list[str]], int], str]] = {
+    "pack": (pack.main, "--out --layout --mnist --photos --val-size --num-shards --seed --cache-dir mnist+photos"),
+    "verify": (verify.main, "set"),
+    "plan": (plan.main, "--run --shards --step --world-size --batch-size --seed --order full windowed --json"),
+    "evaluate": (evaluate.main, "--shards --split --checkpoint val test best"),
+    "predict": (predict.main, "--json --csv --checkpoint --batch-size picture.png"),
+    "report": (report.main, "--out run"),
+    "export": (export.main, "--to onnx torch --out --force --checkpoint"),
+    "cache": (cache.main, "list clear --cache-dir --json"),
+    "bench": (
+        parse_bench,
+        "loader step ranks startup recipe --rounds --seconds --images --processes --seeds --json --accuracy --threads "
+        "--batch-size --only --recipe --against --steps",
+    ),
+}
+"""Each door, and words that mean something there."""
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_any_words_are_taken_or_refused_in_a_line(fuzz: Fuzz, door: str) -> None:
+    main, known = DOORS[door]
+    words = known.split()
+    packing.pack(tiny_source(9, 3, size=(8, 8)), Path("set"), num_shards=2)
+    Path("run").mkdir()
+    Path("run/config.yaml").write_text("recipe: fast\n")
+    Path("picture.png").write_bytes(b"none")
+    # No word leads out of the folder: `pack` makes one, `cache clear` removes some.
+    told = [word for word in WORDS if ".." not in word and word != "/"]
+    word = st.sampled_from([*words, *words, *told, "set", "set", "run", "1", "2", "3"]) | st.text(max_size=6).filter(
+        lambda text: "/" not in text and ".." not in text
+    )
+
+    def attempt(argv: list[str]) -> None:
+        at_door(main, *argv, codes=(0, 1) if door == "predict" else (0,))
+
+    fuzz.search(f"words, {door}", 0.012, st.lists(word, max_size=8), attempt)

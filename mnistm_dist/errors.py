@@ -6,6 +6,8 @@ import os
 import sys
 from collections.abc import Callable
 
+_MOST_CHARACTERS = 2_500
+"""Of a message: what a person gave may be longer than a terminal is high."""
 EXIT_USER_ERROR = 2
 """Exit code of a person's mistake."""
 EXIT_INTERRUPTED = 130
@@ -25,7 +27,14 @@ class NodeError(UserError):
 def tell_error(text: str, *, teller: str = "RANK") -> None:
     """``error: ...`` in one line on stderr, from the process whose number in the variable ``teller`` is 0."""
     if os.environ.get(teller, "0") == "0":
-        print(f"error: {' '.join(text.split())}", file=sys.stderr, flush=True)
+        line = printable(" ".join(text.split()))
+        shown = line if len(line) <= _MOST_CHARACTERS else f"{line[:_MOST_CHARACTERS]} ..."
+        print(f"error: {shown}", file=sys.stderr, flush=True)
+
+
+def printable(text: str) -> str:
+    """Text without what a terminal would obey or could not show: a file's name is anybody's."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def run_door(main: Callable[[list[str]], int], argv: list[str] | None = None) -> int:

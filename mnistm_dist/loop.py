@@ -27,6 +27,7 @@ from mnistm_dist.reporting.metrics import measure
 from mnistm_dist.reporting.tracking import open_tracker
 from mnistm_dist.training import checkpoint as checkpoints
 from mnistm_dist.training.checkpoint import Checkpoint
+from mnistm_dist.training.checkpoint_state import check_state
 from mnistm_dist.training.checks import check_model_learns
 from mnistm_dist.training.distributed import Agreement, World, prepare
 from mnistm_dist.training.environment import describe_environment
@@ -169,6 +170,7 @@ class Trainer:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """The state of a checkpoint."""
+        check_state(checkpoint)
         identity = checkpoint.state.get("shards")
         if identity != self.manifest.identity:
             raise UserError(

@@ -19,7 +19,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mnistm_dist.errors import UserError, run_door
+from mnistm_dist.errors import UserError, printable, run_door
 from mnistm_dist.flags import ArgumentParser
 
 if TYPE_CHECKING:
@@ -161,11 +161,6 @@ def show_table(results: list[Result], classes: tuple[str, ...]) -> None:
     for r in results:
         table.add_row(Text(printable(r.file)), Text(classes[r.predicted], "bold"), f"{r.probability:.4f}")
     Console().print(table)
-
-
-def printable(text: str) -> str:
-    """Text without what a terminal would obey or could not show: a file's name is anybody's."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def write(text: str) -> None:

@@ -169,7 +169,7 @@ def entries(cache_dir: Path) -> list[Entry]:
 def _read_card(path: Path) -> dict[str, str]:
     try:
         card = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return {str(name): str(value) for name, value in card.items()} if isinstance(card, dict) else {}
 

@@ -159,6 +159,8 @@ def restore(
         prefix = f"optimizer.{names[id(parameter)]}."
         for key, value in tensors.items():
             if key.startswith(prefix):
+                if value.shape not in (parameter.shape, ()):
+                    raise UserError(f"checkpoint {path}: {key} has the shape {tuple(value.shape)}: another model's")
                 if value.shape == parameter.shape:
                     # In the parameter's memory format, as the optimizer made it: other strides are slower.
                     value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

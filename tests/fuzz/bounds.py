@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import resource
 import signal
 import sys
@@ -50,7 +51,7 @@ def assert_one_line(text: str) -> None:
     """A message that a person can read: it names the thing, in one line that no terminal obeys."""
     assert text.strip()
     assert "\n" not in text
-    assert len(text) < 3_000, text[:300]
+    assert len(text) < 20_000, text[:300]
 
 
 def at_door(main: Callable[[list[str]], int], *arguments: object, codes: tuple[int, ...] = (0,)) -> None:
@@ -66,6 +67,8 @@ def at_door(main: Callable[[list[str]], int], *arguments: object, codes: tuple[i
         told = [line for line in lines if line.startswith("error: ")]
         assert len(told) == 1, lines
         assert told[0] == lines[-1], lines
+        assert told[0].isprintable()
+        assert len(told[0]) < 2_600
         raise UserError(told[0])
     assert code in codes, (code, err.getvalue()[-500:])
 
@@ -83,12 +86,14 @@ _STARTS = ("os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "s
 _CHANGES = ("os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.symlink", "os.link", "os.truncate", "os.chmod")
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 _HARMLESS = ("/dev/", "/proc/")
+_LOOKUP = re.compile(r"/(ldconfig|gcc|ld|uname)'")
+"""How Python finds a shared library or the system's name, when a module asks for it for the first time."""
 
 
 def _audit(event: str, arguments: tuple[Any, ...]) -> None:
     if _allowed is None:
         return
-    if event in _STARTS:
+    if event in _STARTS and not _LOOKUP.search(repr(arguments[0])):
         _forbidden.append(f"{event} {arguments!r:.200}")
     elif (event == "open" and arguments[2] and arguments[2] & _WRITES) or event in _CHANGES:
         for place in arguments[: 2 if event in ("os.rename", "os.link") else 1]:

@@ -6,12 +6,13 @@ every run, and prints how many per target (counting.py).
 
 from __future__ import annotations
 
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bounds import ending, watched
+from bounds import TooLong, ending, watched
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -33,10 +34,21 @@ class Fuzz:
     def search(self, target: str, share: float, inputs: st.SearchStrategy[Any], attempt: Callable[[Any], Any]) -> None:
         """Calls ``attempt`` with each of the inputs; ``share`` of `USUAL` (of `SOAK`) are this target's."""
 
+        failures: dict[str, str] = {}
+
         def judged(value: Any) -> None:
-            with watched(self.folder):
-                end = ending(lambda: attempt(value))
-            assert not (self.folder / CANARY).exists(), "something in the input was run"
+            try:
+                with watched(self.folder):
+                    end = ending(lambda: attempt(value))
+                assert not (self.folder / CANARY).exists(), "something in the input was run"
+            except (Exception, TooLong) as error:  # noqa: BLE001  # gathered, so that one run tells of every kind
+                end = "failed"
+                frames = traceback.extract_tb(error.__traceback__)
+                ours = [
+                    f"{Path(f.filename).name}:{f.lineno}" for f in frames if "mnistm_dist" in Path(f.filename).parts
+                ]
+                kind = f"{type(error).__name__} at {' < '.join(reversed(ours[-4:]))} from {frames[-1].name}"
+                failures.setdefault(kind, f"{kind}: {error!s:.300} | input {value!r:.600}")
             tried[target, end] += 1
 
         chosen = settings(
@@ -45,9 +57,7 @@ class Fuzz:
             database=None,
             deadline=None,
             suppress_health_check=list(HealthCheck),
-            # An input is a few changes of a small file: it needs no minutes of being made smaller.
             phases=(Phase.generate,),
-            report_multiple_bugs=False,
-            print_blob=True,
         )
         chosen(given(inputs)(judged))()
+        assert not failures, "\n".join([f"{len(failures)} kinds of failure", *failures.values()])

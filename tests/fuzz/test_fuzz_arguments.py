@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from search import Fuzz
 from mnistm_dist import cache, evaluate, export, pack, plan, predict, report, verify
 from mnistm_dist.benches.flags import create_parser
 from mnistm_dist.data import packing
+from mnistm_dist.errors import UserError
 
 pytest_plugins = ["counting"]
 
@@ -43,6 +45,11 @@ DOORS: dict[str, tuple[Callable[[list[str]], int], str]] = {
 """Each door, and words that mean something there."""
 
 
+def may_be_said(word: str) -> bool:
+    """No command line holds a NUL; and no word leads out of the folder: `pack` makes one, `cache clear` removes some."""
+    return "\0" not in word and ".." not in word and "/" not in word
+
+
 @pytest.mark.parametrize("door", DOORS)
 def test_any_words_are_taken_or_refused_in_a_line(fuzz: Fuzz, door: str) -> None:
     main, known = DOORS[door]
@@ -51,13 +58,12 @@ def test_any_words_are_taken_or_refused_in_a_line(fuzz: Fuzz, door: str) -> None
     Path("run").mkdir()
     Path("run/config.yaml").write_text("recipe: fast\n")
     Path("picture.png").write_bytes(b"none")
-    # No word leads out of the folder: `pack` makes one, `cache clear` removes some.
-    told = [word for word in WORDS if ".." not in word and word != "/"]
-    word = st.sampled_from([*words, *words, *told, "set", "set", "run", "1", "2", "3"]) | st.text(max_size=6).filter(
-        lambda text: "/" not in text and ".." not in text
-    )
+    told = [*words, *words, *filter(may_be_said, WORDS), "set", "set", "run", "1", "2", "3"]
+    word = st.sampled_from(told) | st.text(max_size=6).filter(may_be_said)
 
     def attempt(argv: list[str]) -> None:
         at_door(main, *argv, codes=(0, 1) if door == "predict" else (0,))
 
+    with contextlib.suppress(UserError):
+        attempt(["run", "set"])  # what is loaded at the first call is not an input's
     fuzz.search(f"words, {door}", 0.012, st.lists(word, max_size=8), attempt)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import yaml
 from bounds import at_door
 from hypothesis import strategies as st
@@ -13,6 +14,7 @@ from search import Fuzz
 from mnistm_dist import config as configuration
 from mnistm_dist import plan, train
 from mnistm_dist.config import RECIPES, Config
+from mnistm_dist.errors import UserError
 from mnistm_dist.flags import from_request, parse_flags
 
 pytest_plugins = ["counting"]
@@ -88,6 +90,8 @@ def test_any_flags_of_training_are_taken_or_refused_in_a_line(fuzz: Fuzz) -> Non
     def attempt(flags: list[str]) -> None:
         at_door(train.main, *flags, "--shards", "nowhere", "--track", "none", "--no-deterministic", "--threads", "1")
 
+    with pytest.raises(UserError):
+        attempt([])  # what is loaded at the first call is not an input's
     fuzz.search("flags, train", 0.05, FLAGS, attempt)
 
 

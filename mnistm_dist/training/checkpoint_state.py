@@ -1,0 +1,68 @@
+"""What a run keeps in a checkpoint beside its tensors: checked before anything is made of it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from mnistm_dist.errors import UserError
+from mnistm_dist.training.checkpoint import STATE, Checkpoint
+
+LARGEST_SIDE = 1024
+"""Pixels; see `ScheduleConfig.image_size`."""
+
+
+def check_state(checkpoint: Checkpoint) -> None:
+    """Raises `UserError` where a field of a run's checkpoint is missing or holds what it cannot: the file was changed,
+    since a run writes it whole."""
+    state = checkpoint.state
+    past = state.get("past")
+    past = past if isinstance(past, dict) else {}
+    best, pending = past.get("best"), past.get("pending")
+    wrong = {
+        "shards": not isinstance(state.get("shards"), str),
+        "micro_batch": not _whole(state.get("micro_batch")),
+        "threads": not _whole(state.get("threads")),
+        "scaler": not isinstance(state.get("scaler"), dict | None),
+        "averaged": not isinstance(state.get("averaged"), bool),
+        "image_size": not _is_side(state.get("image_size")),
+        "mean": not _three_numbers(state.get("mean"), above=-math.inf),
+        "std": not _three_numbers(state.get("std"), above=0),
+        "past": past.keys() != {"train_seconds", "best", "pending"},
+        "past.train_seconds": not _is_number(past.get("train_seconds")),
+        "past.best": best is not None and not _is_best(best),
+        # A loss that is no number is told by the next step.
+        "past.pending": not (isinstance(pending, list) and all(type(loss) is float for loss in pending)),
+    }
+    for field, is_wrong in wrong.items():
+        if is_wrong:
+            raise UserError(
+                f"checkpoint {checkpoint.path}: {STATE} does not hold what a run writes (scalars: {field}), so it was "
+                "changed; take another checkpoint of the run"
+            )
+
+
+def _is_best(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and value.keys() == {"step", "accuracy", "image_size"}
+        and _whole(value["step"])
+        and _is_number(value["accuracy"])
+        and _is_side(value["image_size"])
+    )
+
+
+def _whole(value: Any) -> bool:
+    return type(value) is int and 0 < value < 2**63
+
+
+def _is_side(value: Any) -> bool:
+    return _whole(value) and value <= LARGEST_SIDE
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e300
+
+
+def _three_numbers(value: Any, *, above: float) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(_is_number(x) and x > above for x in value)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable
 
 _MOST_CHARACTERS = 2_500
 """Of a message: what a person gave may be longer than a terminal is high."""
+_UNREACHABLE = (errno.ENAMETOOLONG, errno.EACCES, errno.ELOOP, errno.ENOTDIR)
+"""What a path of a person's can be, wherever it is looked at first."""
 EXIT_USER_ERROR = 2
 """Exit code of a person's mistake."""
 EXIT_INTERRUPTED = 130
@@ -41,12 +44,18 @@ def run_door(main: Callable[[list[str]], int], argv: list[str] | None = None) ->
     """Runs a door's ``main`` and turns a `UserError` into one line on stderr and exit code 2.
 
     Of several processes rank 0 alone speaks: all of them find the same mistake, or share it (`World.together`).
-    Ctrl-C is one line too. Returns the exit code; every other exception passes through, since it is our own mistake.
+    A path that cannot be looked at is one line too, and Ctrl-C. Returns the exit code; every other exception passes
+    through, since it is our own mistake.
     """
     try:
         return main(sys.argv[1:] if argv is None else argv)
     except UserError as error:
         tell_error(str(error), teller="LOCAL_RANK" if isinstance(error, NodeError) else "RANK")
+        return EXIT_USER_ERROR
+    except OSError as error:
+        if error.errno not in _UNREACHABLE or error.filename is None:
+            raise
+        tell_error(f"{os.fsdecode(error.filename)}: cannot be looked at ({error.strerror}); name another path")
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)

@@ -46,7 +46,7 @@ DOORS: dict[str, tuple[Callable[[list[str]], int], str]] = {
 
 
 def may_be_said(word: str) -> bool:
-    """No command line holds a NUL; and no word leads out of the folder: `pack` makes one, `cache clear` removes some."""
+    """No command line holds a NUL; and no word leads out of the folder, since `pack` makes one and `cache` clears."""
     return "\0" not in word and ".." not in word and "/" not in word
 
 
@@ -65,5 +65,5 @@ def test_any_words_are_taken_or_refused_in_a_line(fuzz: Fuzz, door: str) -> None
         at_door(main, *argv, codes=(0, 1) if door == "predict" else (0,))
 
     with contextlib.suppress(UserError):
-        attempt(["run", "set"])  # what is loaded at the first call is not an input's
+        attempt(["run"])  # what is loaded at the first call is not an input's
     fuzz.search(f"words, {door}", 0.012, st.lists(word, max_size=8), attempt)

@@ -86,8 +86,9 @@ _STARTS = ("os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "s
 _CHANGES = ("os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.symlink", "os.link", "os.truncate", "os.chmod")
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 _HARMLESS = ("/dev/", "/proc/")
-_LOOKUP = re.compile(r"/(ldconfig|gcc|ld|uname)'")
-"""How Python finds a shared library or the system's name, when a module asks for it for the first time."""
+_LOOKUP = re.compile(r"/(ldconfig|gcc|ld|uname)'|^'git'$")
+"""How Python finds a shared library or the system's name, when a module asks for it for the first time; and how a run
+notes the commit of this package."""
 
 
 def _audit(event: str, arguments: tuple[Any, ...]) -> None:

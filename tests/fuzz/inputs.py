@@ -104,7 +104,7 @@ scalars = (
 anything = st.recursive(
     scalars,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(WORDS) | st.text(max_size=5), inner),
-    max_leaves=8,
+    max_leaves=4,
 )
 """What JSON and YAML can say."""
 

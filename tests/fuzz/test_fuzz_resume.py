@@ -44,6 +44,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pack(tiny_source(9, 3, size=(8, 8)), folder / "set", num_shards=2, val_size=2)
     places = ["--shards", str(folder / "set"), "--run-dir", str(folder / "run"), "--cache-dir", str(folder / "cache")]
     at_door(train.main, *FLAGS, *places, "--max-steps", "2")
+    config = folder / "run" / "config.yaml"
+    config.write_text(config.read_text().replace(str(folder / "cache"), "cache"))
     (folder / "run" / "state.json").write_text('{"state": "preempted", "step": 2, "reason": "SIGTERM"}')
     return folder
 

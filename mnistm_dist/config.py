@@ -71,8 +71,8 @@ class OptimConfig:
     """Loss, optimizer and learning rate."""
 
     optimizer: Literal["adam", "adamw", "muon", "sgd"] = "adamw"
-    """adam: L2 in the gradient; adamw: decoupled decay; muon: adamw with orthogonal steps of the convolutions; sgd: with
-    Nesterov momentum."""
+    """adam: L2 in the gradient; adamw: decoupled decay; muon: adamw, convolutions by orthogonal steps; sgd: Nesterov
+    momentum."""
     learning_rate: float = _number(4e-3, low=0)
     """Peak learning rate, at the base batch size if scaled."""
     lr_scaling: Literal["none", "linear", "sqrt"] = "none"
@@ -194,7 +194,7 @@ SECTIONS: dict[str, type] = {
     "machine": MachineConfig,
     "run": RunConfig,
 }
-RECIPES = ("baseline", "fast", "debug")
+RECIPES = ("baseline", "fast", "best", "debug")
 DEFAULT_RECIPE = "fast"
 
 MAY_CHANGE_AT_RESUME = {

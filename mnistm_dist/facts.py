@@ -58,6 +58,8 @@ def summary_fields(trainer: Trainer) -> dict[str, Any]:
         "steps": trainer.steps_done,
         "epochs": round(images / trainer.size, 4),
         "train_seconds": round(trainer.past.train_seconds, 3),
+        "evaluate_seconds": round(trainer.past.evaluate_seconds, 3),
+        "save_seconds": round(trainer.past.save_seconds, 3),
         "images_per_second": round(images / trainer.past.train_seconds, 2) if trainer.past.train_seconds else None,
         "parameters": count_parameters(trainer.model),
         "data": {

@@ -58,6 +58,10 @@ class Past:
 
     train_seconds: float = 0.0
     """In training steps, over all launches: without evaluation, saving and starting."""
+    evaluate_seconds: float = 0.0
+    """In evaluations on val, over all launches."""
+    save_seconds: float = 0.0
+    """In writing checkpoints and pruning them, over all launches, up to the one before this checkpoint."""
     best: dict[str, Any] | None = None
     """The best evaluation on val so far: step, accuracy, image_size."""
     pending: list[float] = field(default_factory=list)
@@ -215,12 +219,16 @@ class Trainer:
                 self.past.train_seconds += self.pace.stop()
                 evaluates = ends_run or (ends_epoch and self.epochs_done % run.evaluate_every == 0)
                 if evaluates:
+                    began = time.monotonic()
                     self.evaluate(step)
+                    self.past.evaluate_seconds += time.monotonic() - began
                 wish = agreement.step(self.wish(saved_at))
                 due = run.checkpoint_every and self.steps_done % run.checkpoint_every == 0
                 if evaluates or ends_epoch or due or wish != GO_ON:
+                    began = time.monotonic()
                     self.save()
                     saved_at = time.monotonic()
+                    self.past.save_seconds += saved_at - began
                 if wish == LEAVE and not ends_run:
                     reason = next(filter(None, self.world.gather_objects(self.stop.reason)), "a signal")
                     self.folder.log({"kind": "preempted", "step": self.steps_done, "world_size": self.world.size})

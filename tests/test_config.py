@@ -135,7 +135,7 @@ def test_a_resume_goes_on_as_the_run_began():
     [
         (["--seed", "1"], "seed was 0, now 1"),
         (["--batch-size", "64"], "batch_size was 128, now 64"),
-        (["--recipe", "baseline"], "optimizer was adamw, now adam"),
+        (["--recipe", "baseline"], "optimizer was muon, now adam"),
         (["--image-size", "32"], "image_size was .*, now 32"),
     ],
 )

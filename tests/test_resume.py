@@ -253,7 +253,7 @@ def test_a_finished_run_says_so(door, reference):
     [
         (["--seed", "3"], "seed was 0, now 3"),
         (["--batch-size", "64"], "batch_size was 32, now 64"),
-        (["--recipe", "baseline"], "optimizer was adamw, now adam"),
+        (["--recipe", "baseline"], "optimizer was muon, now adam"),
     ],
 )
 def test_a_resume_of_another_run_is_refused_with_the_difference(door, tmp_path, reference, flags, named):

@@ -74,13 +74,17 @@ class Muon(torch.optim.AdamW):
     def _step_orthogonal(self, group: dict[str, Any]) -> None:
         momentum, rate = group["betas"][0], group["lr"]
         parameters = sorted((p for p in group["params"] if p.grad is not None), key=lambda p: p.shape)
-        for shape, alike in groupby(parameters, key=lambda p: p.shape):
-            alike = list(alike)
+        for shape, same_shape in groupby(parameters, key=lambda p: p.shape):
+            alike = list(same_shape)
             gradients = torch.stack([p.grad for p in alike])
             for p, gradient in zip(alike, gradients, strict=True):
-                buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-                buffer.lerp_(gradient, 1 - momentum)
-                gradient.lerp_(buffer, momentum)
+                state = self.state[p]
+                if not state:
+                    # AdamW's loading asks for a step in every state.
+                    state.update(step=torch.zeros(()), momentum_buffer=torch.zeros_like(p))
+                state["step"] += 1
+                state["momentum_buffer"].lerp_(gradient, 1 - momentum)
+                gradient.lerp_(state["momentum_buffer"], momentum)
             rows, columns = shape[0], math.prod(shape[1:])
             steps = orthogonalise(gradients.reshape(len(alike), rows, columns)).view_as(gradients)
             size = 0.2 * math.sqrt(max(rows, columns))

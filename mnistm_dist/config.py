@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mnistm_dist.errors import UserError
+from mnistm_dist.errors import UserError, printable, why
 from mnistm_dist.values import parse_value, shown
 
 Auto = Literal["auto"]
@@ -226,7 +226,7 @@ def read_recipe(recipe: str) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         known = f"known recipes are {', '.join(RECIPES)}; or name a .yaml file"
-        reason = "no such recipe" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
+        reason = "no such recipe" if isinstance(error, FileNotFoundError) else f"cannot be read ({why(error)})"
         raise UserError(f"recipe {recipe}: {reason}; {known}") from error
     return flatten(read_yaml(text, f"recipe {path}"), str(path))
 
@@ -245,6 +245,8 @@ def read_yaml(text: str, origin: str) -> Any:
     except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         # Beside its own errors it lets through those of Python at a date, a number or a truth that is none.
         reason = str(error).splitlines()[0] if str(error) else "nested too deep"
+        if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
+            reason = f"line {error.problem_mark.line + 1}: {error.problem}"
         raise UserError(f"{origin}: not YAML ({reason}); correct it, or start from a recipe that is") from error
 
 
@@ -265,7 +267,7 @@ def flatten(document: Any, origin: str) -> dict[str, Any]:
         for name, value in (fields or {}).items():
             if name not in table or table[name][0] != section:
                 known = [n for n, (s, _, _) in table.items() if s == section]
-                field_name = f"{section}.{str(name)[:80]}{_nearest(name, known)}"
+                field_name = f"{section}.{printable(str(name)[:80])}{_nearest(name, known)}"
                 raise UserError(f"{origin}: unknown field {field_name}; known: {', '.join(known)}")
             _, f, kind = table[name]
             try:
@@ -317,7 +319,7 @@ def load(path: Path | str) -> Config:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as a run's configuration ({error}); name another run") from error
+        raise UserError(f"{path}: cannot be read as a run's configuration ({why(error)}); name another run") from error
     document = read_yaml(text, str(path))
     given = flatten(document, str(path))
     recipe = document.get("recipe", DEFAULT_RECIPE)

@@ -40,6 +40,13 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def why(error: Exception) -> str:
+    """What the system says of a path, in words and without its number and the path."""
+    if isinstance(error, FileExistsError | NotADirectoryError):
+        return "a file stands where a folder is needed"
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
 def run_door(main: Callable[[list[str]], int], argv: list[str] | None = None) -> int:
     """Runs a door's ``main`` and turns a `UserError` into one line on stderr and exit code 2.
 

@@ -94,7 +94,8 @@ def choose_checkpoint(run_dir: Path, which: str, *, has_test: bool) -> tuple[Che
     if which in ("best", "last", "chosen"):
         last = checkpoints.newest(run_dir, complaints.append)
         if last is None:
-            raise UserError(f"{run_dir}: no whole checkpoint in it{'; ' + complaints[0] if complaints else ''}")
+            told = f" ({complaints[0]})" if complaints else ""
+            raise UserError(f"{run_dir}: no whole checkpoint in it{told}; train --resume {run_dir} makes one")
         check_state(last)
         best = last.state["past"]["best"]
         wanted, chosen = last.path, "last"

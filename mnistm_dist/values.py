@@ -19,7 +19,7 @@ def parse_value(name: str, value: Any, kind: Any, metadata: Any) -> Any:
     low, high = metadata.get("low", -math.inf), metadata.get("high", math.inf)
     for number in parsed if isinstance(parsed, tuple) else (parsed,):
         if isinstance(number, int | float) and not isinstance(number, bool) and not low <= number <= high:
-            bound = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+            bound = f"of at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
             raise UserError(f"{name}: {shown(value)} is not accepted; use a number {bound}")
     return parsed
 

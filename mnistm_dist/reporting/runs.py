@@ -68,7 +68,7 @@ def read_run(path: Path, version: str) -> RunRecord:
         UserError: there is no such folder, or nothing of a run in it.
     """
     if not path.is_dir():
-        raise UserError(f"{path}: no such run folder")
+        raise UserError(f"{path}: no such run folder; name the one that training wrote, such as runs/NAME")
     if not any((path / name).exists() for name in FILES):
         raise UserError(f"{path}: no run in it; a run folder holds {', '.join(FILES)}")
     missing: list[str] = []

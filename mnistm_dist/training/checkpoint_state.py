@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from mnistm_dist.errors import UserError
@@ -12,6 +13,22 @@ LARGEST_SIDE = 1024
 """Pixels; see `ScheduleConfig.image_size`."""
 
 
+@dataclass
+class Past:
+    """What of a run's past stands in a checkpoint, beside the weights."""
+
+    train_seconds: float = 0.0
+    """In training steps, over all launches: without evaluation, saving and starting."""
+    evaluate_seconds: float = 0.0
+    """In evaluations on val, over all launches."""
+    save_seconds: float = 0.0
+    """In writing checkpoints and pruning them, over all launches, up to the one before this checkpoint."""
+    best: dict[str, Any] | None = None
+    """The best evaluation on val so far: step, accuracy, image_size."""
+    pending: list[float] = field(default_factory=list)
+    """Losses of the steps since the last row of the log."""
+
+
 def check_state(checkpoint: Checkpoint) -> None:
     """Raises `UserError` where a field of a run's checkpoint is missing or holds what it cannot: the file was changed,
     since a run writes it whole."""
@@ -19,6 +36,7 @@ def check_state(checkpoint: Checkpoint) -> None:
     past = state.get("past")
     past = past if isinstance(past, dict) else {}
     best, pending = past.get("best"), past.get("pending")
+    known = {f.name for f in fields(Past)}
     wrong = {
         "shards": not isinstance(state.get("shards"), str),
         "micro_batch": not _whole(state.get("micro_batch")),
@@ -28,16 +46,16 @@ def check_state(checkpoint: Checkpoint) -> None:
         "image_size": not _is_side(state.get("image_size")),
         "mean": not _three_numbers(state.get("mean"), above=-math.inf),
         "std": not _three_numbers(state.get("std"), above=0),
-        "past": past.keys() != {"train_seconds", "best", "pending"},
-        "past.train_seconds": not _is_number(past.get("train_seconds")),
+        "past": not {"best", "pending"} <= past.keys() <= known,
+        "past.seconds": not all(_is_number(past[key]) for key in past if key.endswith("_seconds")),
         "past.best": best is not None and not _is_best(best),
         # A loss that is no number is told by the next step.
         "past.pending": not (isinstance(pending, list) and all(type(loss) is float for loss in pending)),
     }
-    for field, is_wrong in wrong.items():
+    for name, is_wrong in wrong.items():
         if is_wrong:
             raise UserError(
-                f"checkpoint {checkpoint.path}: {STATE} does not hold what a run writes (scalars: {field}), so it was "
+                f"checkpoint {checkpoint.path}: {STATE} does not hold what a run writes (scalars: {name}), so it was "
                 "changed; take another checkpoint of the run"
             )
 

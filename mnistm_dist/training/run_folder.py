@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from mnistm_dist.errors import UserError
+from mnistm_dist.errors import UserError, why
 from mnistm_dist.training.checkpoint import write_durably
 
 State = Literal["running", "preempted", "finished", "failed"]
@@ -33,7 +33,7 @@ def writing(run_dir: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"run folder {run_dir}: cannot be written ({error}); make room there and --resume, or choose another"
+            f"run folder {run_dir}: cannot be written ({why(error)}); make room there and --resume, or choose another"
         ) from error
 
 
@@ -59,7 +59,7 @@ class RunLock:
                 continue
             except OSError as error:
                 raise UserError(
-                    f"run folder {self.path.parent}: cannot be written ({error}); choose another --run-dir"
+                    f"run folder {self.path.parent}: cannot be written ({why(error)}); choose another --run-dir"
                 ) from error
             try:
                 with writing(self.path.parent), os.fdopen(descriptor, "w") as file:

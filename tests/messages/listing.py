@@ -1,6 +1,6 @@
 """Makes each mistake for real and writes what the doors say.
 
-PYTHONPATH=. python tests/messages/listing.py > docs/messages.md
+PYTHONPATH=.:tests python tests/messages/listing.py > docs/messages.md
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
-
 from mistakes import ALL, CANNOT_BE_SHOWN
 from places import Preparation, make
 
@@ -27,8 +25,9 @@ from mnistm_dist.errors import run_door
 
 HEAD = """# What the doors say to a mistake
 
-Each line was printed by making the mistake: `python tests/messages/listing.py > docs/messages.md`. A test makes them
-again. The exit code is 2 unless it is told. `#` tells what was wrong with a file before the command.
+Each line was printed by making the mistake, and a test makes them again. The exit code is always 2. Where a file was
+wrong, what was wrong with it stands after the command. `PYTHONPATH=.:tests python tests/messages/listing.py >
+docs/messages.md` writes this file.
 
 Not in the list, since they need another machine, another process or chance:
 
@@ -50,7 +49,7 @@ def working_in(folder: Path) -> Iterator[None]:
 
 
 def say(command: str) -> tuple[int, str]:
-    """The exit code of a door, and what it printed on stderr."""
+    """The exit code of a door, and its line on stderr; what it said before of its progress is left out."""
     name, *arguments = shlex.split(command, comments=True)
     main = importlib.import_module(f"mnistm_dist.{name}").main
     told = io.StringIO()
@@ -60,7 +59,7 @@ def say(command: str) -> tuple[int, str]:
             code = run_door(main, arguments)
         except SystemExit as left:
             code = int(left.code or 0)
-    return code, told.getvalue()
+    return code, "".join(line for line in told.getvalue().splitlines() if line.startswith("error: "))
 
 
 def messages(section: dict[str, Preparation | None], template: Path) -> Iterator[tuple[str, int, str]]:
@@ -82,9 +81,9 @@ def render(template: Path) -> str:
         for command, code, told in messages(section, template):
             command, _, cause = command.partition("  #")
             text += (
-                f"\n`{command}`{f', {cause.strip()}' if cause else ''}{'' if code == 2 else f' (exit code {code})'}\n"
+                f"\n`{command}`{f', {cause.strip()}' if cause else ''}{'' if code == 2 else f' (EXIT CODE {code})'}\n"
             )
-            text += "".join(f"> {line}\n" for line in told.splitlines())
+            text += f"> {told}\n"
     return text
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 from places import (
     ALPHA,
@@ -82,7 +84,9 @@ PACK: Mistakes = {
     "pack bytes --out new": write("bytes", bytes(range(1, 20))),
     "pack --download official2 --out new": None,
     "pack --download ftp://server/set --out new": None,
-    "pack . --out new  # two sets": npz_set,
+    "pack source --out new  # two sets": both(
+        npz_set, lambda: shutil.copytree("npz", "source/mnist_m", dirs_exist_ok=True)
+    ),
 }
 OFFICIAL: Mistakes = {
     f"pack source --out new  # {name}": preparation
@@ -120,8 +124,8 @@ ARCHIVES: Mistakes = {
     "pack train.npz --out new  # a label of 10": npz(labels=PARTS["train"].labels + 5),
     "pack train.npz --out new  # not one-hot": npz(labels=np.ones((6, 10), int)),
     "pack train.npz --out new  # no images": npz(images=PARTS["train"].images[:0], labels=PARTS["train"].labels[:0]),
-    "pack test.npz --out new": both(npz_set, lambda: __import__("shutil").copy("npz/test.npz", "test.npz")),
-    "pack arrays.npz --out new": both(npz(), lambda: __import__("os").rename("train.npz", "arrays.npz")),
+    "pack test.npz --out new": both(npz_set, lambda: shutil.copy("npz/test.npz", "test.npz")),
+    "pack arrays.npz --out new": both(npz(), lambda: shutil.move("train.npz", "arrays.npz")),
     "pack set.pkl --out new": pickled({"train": PARTS["train"].images}),
     "pack set.pkl --mnist mnist --out new  # a program": pickled({"train": Evil()}),
     "pack set.pkl --mnist mnist --out new  # a list": pickled([1]),
@@ -179,7 +183,6 @@ SETS: Mistakes = {
     "plan --shards https://user:word@server/set --step 0": None,
     "cache": None,
     "cache clear nothing --cache-dir cache": None,
-    "cache list --cache-dir notes.txt/x": None,
 }
 FLAGS: Mistakes = {
     f"train {flags}": preparation
@@ -298,8 +301,7 @@ ALL: dict[str, Mistakes] = {
 CANNOT_BE_SHOWN = (
     "more processes than GPUs; a process group that cannot join; a head node that cannot be reached; a world that the "
     "launcher made of another size (two machines, or GPUs)",
-    "a server that refuses, cuts, sends another file or sends too much (tests/test_remote.py and tests/test_download.py "
-    "cause each of them)",
+    "a server that refuses, cuts, sends another file or too much (tests/test_remote.py and test_download.py make each)",
     "a disk that is full or read-only; a cache that belongs to another user; a file system without locks "
     "(tests/test_cache.py, tests/test_run_folder.py)",
     "a run folder or a pack that another process holds (tests/test_run_folder.py, tests/test_staging.py)",

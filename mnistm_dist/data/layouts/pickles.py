@@ -56,7 +56,10 @@ def open_pickle(file: Path, *, mnist: Path | None) -> Source:
         if images is None:
             continue
         if split == "val":
-            raise UserError(f"{file}: val: images without labels that are not known to be any part of MNIST")
+            raise UserError(
+                f"{file}: val: images without labels that are not known to be any part of MNIST; "
+                "accepted are train and test"
+            )
         count = check_images(f"{file}: {split}", images.shape, images.dtype)
         labels = check_labels(f"{mnist}: {split} labels, for {file}", read_digits(mnist, split).labels, count)
         splits[split] = ArraySplit(origin=f"{file}: {split}", labels=labels, images=partial(_itself, images))

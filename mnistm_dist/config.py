@@ -231,14 +231,23 @@ def read_recipe(recipe: str) -> dict[str, Any]:
     return flatten(read_yaml(text, f"recipe {path}"), str(path))
 
 
+_MOST_NESTED = 20
+"""Lists and mappings in one another; a recipe has three."""
+
+
 def read_yaml(text: str, origin: str) -> Any:
     """What a YAML document says, none of it run. Raises `UserError`, naming ``origin``, where it is none."""
     import yaml
 
     try:
-        # An alias stands for what is written elsewhere: nine lines of them are more than any memory holds.
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise UserError(f"{origin}: holds an alias (*NAME), which is not accepted; write its value out")
+        # Looked at one by one, since a few lines can ask for more than any memory holds, or for hours.
+        depth = 0
+        for event in yaml.parse(text, yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent):
+                raise UserError(f"{origin}: holds an alias (*NAME), which is not accepted; write its value out")
+            if depth > _MOST_NESTED:
+                raise UserError(f"{origin}: nested more than {_MOST_NESTED} deep, which is not accepted; write it flat")
         return yaml.safe_load(text)
     except UserError:
         raise

@@ -37,7 +37,7 @@ def read_digits(folder: Path | Traversable, split: str) -> Digits:
     labels_file = _find(folder, split, "labels", 1)
     labels = _read_idx(labels_file, dimensions=1)
     if len(images) != len(labels):
-        raise UserError(f"{folder}: {len(images)} {split} images, but {len(labels)} labels")
+        raise UserError(f"{folder}: {len(images)} {split} images, but {len(labels)} labels; download them again")
     if labels.size and int(labels.max()) >= len(CLASSES):
         place = int(labels.argmax())
         raise UserError(f"{labels_file}: label {labels[place]} at place {place}; accepted are 0 to {len(CLASSES) - 1}")

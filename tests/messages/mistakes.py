@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from places import (
     ALPHA,
     BROKEN,
@@ -24,6 +27,7 @@ from places import (
     cut,
     document,
     flip,
+    held,
     image,
     manifest,
     npz,
@@ -106,6 +110,8 @@ OFFICIAL: Mistakes = {
         "another size": image(OTHER_SIZE),
         "cut short": image(BROKEN),
         "empty": image(b""),
+        "one byte changed": flip(IMAGE),
+        "a link to a folder": both(remove(IMAGE), lambda: Path(IMAGE).symlink_to("/dev/null")),
     }.items()
 }
 ARCHIVES: Mistakes = {
@@ -128,6 +134,14 @@ ARCHIVES: Mistakes = {
     "pack arrays.npz --out new": both(npz(), lambda: shutil.move("train.npz", "arrays.npz")),
     "pack set.pkl --out new": pickled({"train": PARTS["train"].images}),
     "pack set.pkl --mnist mnist --out new  # a program": pickled({"train": Evil()}),
+    "pack set.pkl --mnist mnist --out new  # cut": write("set.pkl", b"\x80\x04\x95"),
+    "pack set.pkl --mnist mnist --out new  # too few labels of MNIST": both(
+        write("mnist/train-labels-idx1-ubyte", b"\0\0\x08\x01\0\0\0\x01\x05"), pickled({"train": PARTS["train"].images})
+    ),
+    "pack set.pkl --mnist mnist --out new  # a label of MNIST": both(
+        write("mnist/train-labels-idx1-ubyte", b"\0\0\x08\x01\0\0\0\x06\1\2\3\4\5\x63"),
+        pickled({"train": PARTS["train"].images}),
+    ),
     "pack set.pkl --mnist mnist --out new  # a list": pickled([1]),
     "pack set.pkl --mnist mnist --out new  # other keys": pickled({"a": PARTS["train"].images}),
     "pack set.pkl --mnist mnist --out new  # val": pickled({"val": PARTS["train"].images}),
@@ -139,6 +153,16 @@ ARCHIVES: Mistakes = {
     "pack train.parquet --out new  # cut": write("train.parquet", b"PAR1 cut"),
     "pack course --out new  # columns": write("course/train.csv", "file,class\n"),
     "pack course --out new  # no image": write("course/train.csv", "image_name,label\na.png,1\n"),
+    "pack course --out new  # named twice": both(
+        write("course/train.csv", "image_name,label\na.png,1\na.png,1\n"), write("course/a.png", b"")
+    ),
+    "pack course --out new  # no CSV": write("course/train.csv", 'image_name,label\n"a.png,1\n'),
+    "pack course --out new --val-size 1": both(
+        write("course/train.csv", "image_name,label\na.png,1\n"),
+        write("course/val.csv", "image_name,label\nb.png,1\n"),
+        write("course/a.png", b""),
+        write("course/b.png", b""),
+    ),
     "pack course --out new  # a cell too many": write("course/train.csv", "image_name,label\na.png,1,2\n"),
     "pack folders --out new  # a foreign class": both(
         write("folders/train/3/x.png", b""), write("folders/train/ten/x.png", b"")
@@ -198,6 +222,8 @@ FLAGS: Mistakes = {
         "--recipe nowhere": None,
         "--recipe own.yaml  # no YAML": write("own.yaml", "data: ["),
         "--recipe own.yaml  # an alias": write("own.yaml", "data: &a {window: 3}\naugment: *a\n"),
+        "--recipe own.yaml  # nested": write("own.yaml", "data: " + 30 * "[" + 30 * "]"),
+        "--recipe own.yaml  # a date": write("own.yaml", "data: {shards: 2024-13-45}"),
         "--recipe own.yaml  # a program": write("own.yaml", "!!python/object/apply:os.system ['touch evil']"),
         "--recipe own.yaml  # a list": write("own.yaml", "[1]"),
         "--recipe own.yaml  # section": write("own.yaml", "optimiser: {}"),
@@ -220,6 +246,7 @@ FLAGS: Mistakes = {
         "--shards set --signals SIGKILL": None,
         "--shards set --run-dir run": None,
         "--shards set --batch-size 4 --run-dir notes.txt/run": None,
+        "--shards set  # no train": manifest(lambda value: value["splits"].pop("train")),
         "--resume auto": None,
         "--resume nowhere": None,
         "--resume run --run-dir other": None,
@@ -247,6 +274,7 @@ RUNS: Mistakes = {
     "evaluate run --checkpoint best  # never evaluated": document(
         f"{CHECKPOINT}/state.json", lambda d: d["scalars"]["past"].update(best=None)
     ),
+    "evaluate run  # held": held,
     "evaluate run  # no checkpoint": remove(CHECKPOINT),
     "evaluate run  # torn": flip(f"{CHECKPOINT}/model.safetensors"),
     "evaluate run --split test  # none": manifest(
@@ -267,6 +295,8 @@ RUNS: Mistakes = {
     "report nowhere": None,
     "report empty": None,
     "report run run": None,
+    "predict run grey.tiff": lambda: Image.fromarray(np.full((8, 8), -1, np.int32)).save("grey.tiff"),
+    "predict run pipe": lambda: os.mkfifo("pipe"),
     "report run --out nowhere/report.html": None,
     "report run --out empty": None,
     "export run": None,

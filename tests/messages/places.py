@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import shutil
+import socket
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from mnistm_dist import train
 from mnistm_dist.data.packing import pack
 from mnistm_dist.data.png import encode_png
 from mnistm_dist.errors import run_door
+from mnistm_dist.training.run_folder import process_start
 
 Preparation = Callable[[], object]
 PARTS = noise({"train": 6, "test": 3}, side=8)
@@ -166,6 +168,13 @@ class Evil:
 
     def __reduce__(self):
         return os.system, ("touch evil",)
+
+
+def held() -> None:
+    """The run's folder is held by a process that lives: this one."""
+    pid = os.getpid()
+    lock = {"host": socket.gethostname(), "pid": pid, "started": process_start(pid)}
+    Path("run/.lock").write_text(json.dumps(lock))
 
 
 IMAGE = "source/mnist_m/mnist_m_train/00000000.png"

@@ -82,7 +82,7 @@ def _load(file: Path) -> dict[str, np.ndarray]:
             if isinstance(error, UserError):
                 raise
             reason = " ".join(str(error).split())[:120] or type(error).__name__
-            raise UserError(f"{file}: no whole pickle of arrays ({reason})") from error
+            raise UserError(f"{file}: no whole pickle of arrays ({reason}); fetch it again") from error
     if not isinstance(found, dict) or not all(isinstance(value, _Array) for value in found.values()):
         raise UserError(f"{file}: a {type(found).__name__}; accepted is a dict of arrays")
     return {key.decode("latin-1") if isinstance(key, bytes) else str(key): value.array for key, value in found.items()}

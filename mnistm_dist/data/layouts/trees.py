@@ -105,7 +105,7 @@ class Folder(Tree):
         try:
             found = file.stat()
             if not stat.S_ISREG(found.st_mode):
-                raise UserError(f"{file}: no regular file")
+                raise UserError(f"{file}: no regular file; put a copy of the image there")
             check_size(str(file), found.st_size, limit)
             return file.read_bytes()
         except OSError as error:

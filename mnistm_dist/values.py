@@ -27,7 +27,7 @@ def parse_value(name: str, value: Any, kind: Any, metadata: Any) -> Any:
 def shown(value: Any) -> str:
     """A value as a message shows it: a few lines of YAML can stand for more than any memory holds."""
     short = reprlib.Repr()
-    short.maxlevel, short.maxlist, short.maxstring, short.maxlong, short.maxother = 2, 4, 120, 40, 120
+    short.maxlevel, short.maxlist, short.maxstring, short.maxlong, short.maxother = 2, 3, 120, 40, 120
     return short.repr(value)
 
 

@@ -64,7 +64,7 @@ def rename(files: Files) -> None:
 
 
 OFFICIAL_DAMAGE: dict[str, tuple[Callable[[Files], object], str]] = {
-    "no labels": (lambda files: files.pop(LABELS), "mnist_m_train: images without labels; mnist_m_train_labels.txt"),
+    "no labels": (lambda files: files.pop(LABELS), "mnist_m_train: images without labels; put mnist_m_train_labels.txt"),
     "an image is missing": (lambda files: files.pop(IMAGE), "00000003.png: labelled in"),
     "an image is renamed": (rename, "00000003.png: labelled in"),
     "a foreign file": (lambda files: files.update({"mnist_m/mnist_m_train/a.exe": b""}), "a.exe: foreign"),

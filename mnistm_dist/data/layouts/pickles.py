@@ -11,7 +11,7 @@ import struct
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 
@@ -88,6 +88,15 @@ def _load(file: Path) -> dict[str, np.ndarray]:
     return {key.decode("latin-1") if isinstance(key, bytes) else str(key): value.array for key, value in found.items()}
 
 
+def _load_bytearray(unpickler: Any) -> None:
+    """Bytes of protocol 5. The stock reader makes room for as many as their size says, before it reads any."""
+    (size,) = struct.unpack("<Q", unpickler.read(8))
+    data = unpickler.read(size)
+    if len(data) != size:
+        raise EOFError(f"{len(data)} bytes where {size} are promised")
+    unpickler.append(bytearray(data))
+
+
 class _ArraysOnly(pickle._Unpickler):
     """Admits what numpy's own pickles of arrays ask for, by stand-ins that can do no more than hold one.
 
@@ -97,6 +106,8 @@ class _ArraysOnly(pickle._Unpickler):
     def __init__(self, stream: Any, file: Path) -> None:
         super().__init__(stream, encoding="bytes")
         self._origin = file
+
+    dispatch: ClassVar = {**pickle._Unpickler.dispatch, pickle.BYTEARRAY8[0]: _load_bytearray}
 
     def find_class(self, module: str, name: str) -> Any:
         try:

@@ -92,7 +92,7 @@ def test_any_flags_of_training_are_taken_or_refused_in_a_line(fuzz: Fuzz) -> Non
 
     with pytest.raises(UserError):
         attempt([])  # what is loaded at the first call is not an input's
-    fuzz.search("flags, train", 0.033, FLAGS, attempt)
+    fuzz.search("flags, train", 0.025, FLAGS, attempt)
 
 
 def test_the_plan_of_any_configuration_is_told_or_refused_in_a_line(fuzz: Fuzz) -> None:

@@ -87,7 +87,7 @@ def test_the_figures_of_a_run_with_other_values_are_drawn(fuzz: Fuzz, valid: Pat
         (run / name).write_bytes(data)
         at_door(report.main, run)
 
-    fuzz.search(f"report with figures, {name}", 0.004, inputs, attempt)
+    fuzz.search(f"report with figures, {name}", 0.0025, inputs, attempt)
 
 
 def log(rows: Any) -> bytes:

@@ -21,8 +21,10 @@ from mnistm_dist.flags import ArgumentParser
 def main(argv: list[str]) -> int:
     """Runs the door; returns the exit code. Raises `UserError`."""
     parser = ArgumentParser(prog="python -m mnistm_dist.cache", description=__doc__)
-    parser.add_argument("action", choices=("list", "clear"))
-    parser.add_argument("names", nargs="*", metavar="NAME", help="names of entries, or how they begin (default: all)")
+    parser.add_argument("action", choices=("list", "clear"), metavar="list|clear")
+    parser.add_argument(
+        "names", nargs="*", default=[], metavar="NAME", help="names of entries, or how they begin (default: all)"
+    )
     parser.add_argument("--cache-dir", metavar="DIR", help="default: as in training")
     parser.add_argument("--json", action="store_true", help="list: print a JSON array")
     args = parser.parse_args(argv)

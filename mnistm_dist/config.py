@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mnistm_dist.errors import UserError
-from mnistm_dist.values import parse_value
+from mnistm_dist.errors import UserError, printable, why
+from mnistm_dist.values import parse_value, shown
 
 Auto = Literal["auto"]
 
@@ -221,20 +221,42 @@ def read_recipe(recipe: str) -> dict[str, Any]:
     ``recipe`` is one of `RECIPES` or a YAML file. Raises `UserError` for one that is not there, or holds what it may
     not.
     """
-    import yaml
-
     path = Path(__file__).with_name("recipes") / f"{recipe}.yaml" if recipe in RECIPES else Path(recipe)
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
         known = f"known recipes are {', '.join(RECIPES)}; or name a .yaml file"
-        reason = "no such recipe" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
+        reason = "no such recipe" if isinstance(error, FileNotFoundError) else f"cannot be read ({why(error)})"
         raise UserError(f"recipe {recipe}: {reason}; {known}") from error
-    except (yaml.YAMLError, RecursionError) as error:
-        raise UserError(
-            f"recipe {path}: not YAML: {str(error).splitlines()[0] if str(error) else 'nested too deep'}"
-        ) from error
-    return flatten(document, str(path))
+    return flatten(read_yaml(text, f"recipe {path}"), str(path))
+
+
+_MOST_NESTED = 20
+"""Lists and mappings in one another; a recipe has three."""
+
+
+def read_yaml(text: str, origin: str) -> Any:
+    """What a YAML document says, none of it run. Raises `UserError`, naming ``origin``, where it is none."""
+    import yaml
+
+    try:
+        # Looked at one by one, since a few lines can ask for more than any memory holds, or for hours.
+        depth = 0
+        for event in yaml.parse(text, yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent):
+                raise UserError(f"{origin}: holds an alias (*NAME), which is not accepted; write its value out")
+            if depth > _MOST_NESTED:
+                raise UserError(f"{origin}: nested more than {_MOST_NESTED} deep, which is not accepted; write it flat")
+        return yaml.safe_load(text)
+    except UserError:
+        raise
+    except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        # Beside its own errors it lets through those of Python at a date, a number or a truth that is none.
+        reason = str(error).splitlines()[0] if str(error) else "nested too deep"
+        if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
+            reason = f"line {error.problem_mark.line + 1}: {error.problem}"
+        raise UserError(f"{origin}: not YAML ({reason}); correct it, or start from a recipe that is") from error
 
 
 def flatten(document: Any, origin: str) -> dict[str, Any]:
@@ -247,16 +269,15 @@ def flatten(document: Any, origin: str) -> dict[str, Any]:
             continue
         if section not in SECTIONS:
             raise UserError(
-                f"{origin}: unknown section {section!r}{_nearest(section, SECTIONS)}; known: {', '.join(SECTIONS)}"
+                f"{origin}: unknown section {shown(section)}{_nearest(section, SECTIONS)}; known: {', '.join(SECTIONS)}"
             )
         if not isinstance(fields, dict | None):
             raise UserError(f"{origin}: section {section} holds {type(fields).__name__}; it is a mapping of fields")
         for name, value in (fields or {}).items():
             if name not in table or table[name][0] != section:
                 known = [n for n, (s, _, _) in table.items() if s == section]
-                raise UserError(
-                    f"{origin}: unknown field {section}.{name}{_nearest(name, known)}; known: {', '.join(known)}"
-                )
+                field_name = f"{section}.{printable(str(name)[:80])}{_nearest(name, known)}"
+                raise UserError(f"{origin}: unknown field {field_name}; known: {', '.join(known)}")
             _, f, kind = table[name]
             try:
                 given[name] = parse_value(f"{section}.{name}", value, kind, f.metadata)
@@ -304,14 +325,13 @@ def dump(config: Config) -> str:
 
 def load(path: Path | str) -> Config:
     """The configuration in a run's ``config.yaml``. Raises `UserError` where it is missing or damaged."""
-    import yaml
-
     try:
-        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as a run's configuration ({str(error).splitlines()[0]})") from error
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as a run's configuration ({why(error)}); name another run") from error
+    document = read_yaml(text, str(path))
     given = flatten(document, str(path))
     recipe = document.get("recipe", DEFAULT_RECIPE)
     if not isinstance(recipe, str):
-        raise UserError(f"{path}: recipe is {recipe!r}; it is a name")
+        raise UserError(f"{path}: recipe is {shown(recipe)}; accepted is the name of a recipe or of its file")
     return build(recipe, given)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable
 
+_MOST_CHARACTERS = 2_500
+"""Of a message: what a person gave may be longer than a terminal is high."""
+_UNREACHABLE = (errno.ENAMETOOLONG, errno.EACCES, errno.ELOOP, errno.ENOTDIR)
+"""What a path of a person's can be, wherever it is looked at first."""
 EXIT_USER_ERROR = 2
 """Exit code of a person's mistake."""
 EXIT_INTERRUPTED = 130
@@ -25,19 +30,39 @@ class NodeError(UserError):
 def tell_error(text: str, *, teller: str = "RANK") -> None:
     """``error: ...`` in one line on stderr, from the process whose number in the variable ``teller`` is 0."""
     if os.environ.get(teller, "0") == "0":
-        print(f"error: {' '.join(text.split())}", file=sys.stderr, flush=True)
+        line = printable(" ".join(text.split()))
+        shown = line if len(line) <= _MOST_CHARACTERS else f"{line[:_MOST_CHARACTERS]} ..."
+        print(f"error: {shown}", file=sys.stderr, flush=True)
+
+
+def printable(text: str) -> str:
+    """Text without what a terminal would obey or could not show: a file's name is anybody's."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def why(error: Exception) -> str:
+    """What the system says of a path, in words and without its number and the path."""
+    if isinstance(error, FileExistsError | NotADirectoryError):
+        return "a file stands where a folder is needed"
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def run_door(main: Callable[[list[str]], int], argv: list[str] | None = None) -> int:
     """Runs a door's ``main`` and turns a `UserError` into one line on stderr and exit code 2.
 
     Of several processes rank 0 alone speaks: all of them find the same mistake, or share it (`World.together`).
-    Ctrl-C is one line too. Returns the exit code; every other exception passes through, since it is our own mistake.
+    A path that cannot be looked at is one line too, and Ctrl-C. Returns the exit code; every other exception passes
+    through, since it is our own mistake.
     """
     try:
         return main(sys.argv[1:] if argv is None else argv)
     except UserError as error:
         tell_error(str(error), teller="LOCAL_RANK" if isinstance(error, NodeError) else "RANK")
+        return EXIT_USER_ERROR
+    except OSError as error:
+        if error.errno not in _UNREACHABLE or error.filename is None:
+            raise
+        tell_error(f"{os.fsdecode(error.filename)}: cannot be looked at ({error.strerror}); name another path")
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)

@@ -88,12 +88,15 @@ def choose_checkpoint(run_dir: Path, which: str, *, has_test: bool) -> tuple[Che
     last. Raises `UserError` where there is no such checkpoint.
     """
     from mnistm_dist.training import checkpoint as checkpoints
+    from mnistm_dist.training.checkpoint_state import check_state
 
     complaints: list[str] = []
     if which in ("best", "last", "chosen"):
         last = checkpoints.newest(run_dir, complaints.append)
         if last is None:
-            raise UserError(f"{run_dir}: no whole checkpoint in it{'; ' + complaints[0] if complaints else ''}")
+            told = f" ({complaints[0]})" if complaints else ""
+            raise UserError(f"{run_dir}: no whole checkpoint in it{told}; train --resume {run_dir} makes one")
+        check_state(last)
         best = last.state["past"]["best"]
         wanted, chosen = last.path, "last"
         if which == "best" and best is None:
@@ -105,6 +108,7 @@ def choose_checkpoint(run_dir: Path, which: str, *, has_test: bool) -> tuple[Che
         found = last if wanted == last.path else checkpoints.open_checkpoint(wanted)
     else:
         found, chosen = checkpoints.open_checkpoint(Path(which)), "named"
+    check_state(found)
     how = {
         "step": found.step,
         "chosen": chosen,
@@ -207,7 +211,7 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
     """``summary.json``, or nothing where there is none yet."""
     try:
         found = json.loads((run_dir / "summary.json").read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

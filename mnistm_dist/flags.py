@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -49,6 +50,19 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         tell_error(f"{message} (see --help)")
         raise SystemExit(2)
+
+
+def whole_number(low: int, high: int = 2**63 - 1) -> Callable[[str], int]:
+    """An argparse type: whole numbers of a range."""
+
+    def parse(text: str) -> int:
+        value = int(text) if text.lstrip("-").isdecimal() and len(text) < 20 else low - 1
+        if not low <= value <= high:
+            bound = f"from {low} to {high}" if high < 2**63 - 1 else f"of at least {low}"
+            raise argparse.ArgumentTypeError(f"{text[:60]!r} is not accepted; use a whole number {bound}")
+        return value
+
+    return parse
 
 
 def train_parser() -> ArgumentParser:

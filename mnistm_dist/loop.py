@@ -9,8 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict
 
 import torch
 
@@ -27,6 +26,7 @@ from mnistm_dist.reporting.metrics import measure
 from mnistm_dist.reporting.tracking import open_tracker
 from mnistm_dist.training import checkpoint as checkpoints
 from mnistm_dist.training.checkpoint import Checkpoint
+from mnistm_dist.training.checkpoint_state import Past, check_state
 from mnistm_dist.training.checks import check_model_learns
 from mnistm_dist.training.distributed import Agreement, World, prepare
 from mnistm_dist.training.environment import describe_environment
@@ -49,22 +49,6 @@ class Preempted(Exception):
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
-
-
-@dataclass
-class Past:
-    """What of a run's past stands in a checkpoint, beside the weights."""
-
-    train_seconds: float = 0.0
-    """In training steps, over all launches: without evaluation, saving and starting."""
-    evaluate_seconds: float = 0.0
-    """In evaluations on val, over all launches."""
-    save_seconds: float = 0.0
-    """In writing checkpoints and pruning them, over all launches, up to the one before this checkpoint."""
-    best: dict[str, Any] | None = None
-    """The best evaluation on val so far: step, accuracy, image_size."""
-    pending: list[float] = field(default_factory=list)
-    """Losses of the steps since the last row of the log."""
 
 
 class Trainer:
@@ -173,6 +157,7 @@ class Trainer:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """The state of a checkpoint."""
+        check_state(checkpoint)
         identity = checkpoint.state.get("shards")
         if identity != self.manifest.identity:
             raise UserError(

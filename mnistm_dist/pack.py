@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mnistm_dist.errors import run_door
-from mnistm_dist.flags import ArgumentParser
+from mnistm_dist.flags import ArgumentParser, whole_number
 
 if TYPE_CHECKING:
     from mnistm_dist.data.manifest import Manifest
@@ -42,9 +42,13 @@ def main(argv: list[str]) -> int:
         help="MNIST's four IDX files, or auto to download them; for mnist+photos and for pickles",
     )
     parser.add_argument("--photos", metavar="DIR", help="colour photos, for mnist+photos")
-    parser.add_argument("--val-size", metavar="N", type=int, help="how many of the last train images become val")
-    parser.add_argument("--num-shards", metavar="N", type=int, help="shards of the train split (64)")
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the order of storage and of synthesis (0)")
+    parser.add_argument(
+        "--val-size", metavar="N", type=whole_number(1), help="how many of the last train images become val"
+    )
+    parser.add_argument("--num-shards", metavar="N", type=whole_number(1), help="shards of the train split (64)")
+    parser.add_argument(
+        "--seed", metavar="N", type=whole_number(0), default=0, help="of the order of storage and of synthesis (0)"
+    )
     args = parser.parse_args(argv)
     if (args.source is None) == (args.download is None):
         parser.error("either SOURCE or --download official is needed, and not both")

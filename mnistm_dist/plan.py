@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from mnistm_dist import config as configuration
 from mnistm_dist.config import Config
 from mnistm_dist.errors import UserError, run_door
-from mnistm_dist.flags import ArgumentParser
+from mnistm_dist.flags import ArgumentParser, whole_number
 
 if TYPE_CHECKING:
     import numpy as np
@@ -135,18 +135,6 @@ def save_images(
     captions = [f"{key}\n{shards.manifest.classes[label]}" for key, label in zip(keys, labels, strict=True)]
     with saying_what_fails(path):
         save(batch_grid(list(seen), captions, title), path)
-
-
-def whole_number(low: int, high: int) -> Callable[[str], int]:
-    """An argparse type: whole numbers of a range."""
-
-    def parse(text: str) -> int:
-        value = int(text) if text.lstrip("-").isdecimal() else low - 1
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not accepted; use a whole number from {low} to {high}")
-        return value
-
-    return parse
 
 
 def figure_path(text: str) -> Path:

@@ -10,7 +10,6 @@ file that cannot be read is named on stderr and passed over: exit code 1. Where 
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import json
@@ -19,8 +18,8 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mnistm_dist.errors import UserError, run_door
-from mnistm_dist.flags import ArgumentParser
+from mnistm_dist.errors import UserError, printable, run_door
+from mnistm_dist.flags import ArgumentParser, whole_number
 
 if TYPE_CHECKING:
     from mnistm_dist.inference import TrainedModel
@@ -60,7 +59,9 @@ def main(argv: list[str]) -> int:
     form.add_argument("--json", action="store_true", help="JSON on stdout, and nothing else")
     form.add_argument("--csv", action="store_true", help="CSV on stdout, and nothing else")
     parser.add_argument("--checkpoint", default="chosen", metavar="best|last|PATH", help="default: the run's choice")
-    parser.add_argument("--batch-size", type=positive, default=250, metavar="N", help="images per forward pass (250)")
+    parser.add_argument(
+        "--batch-size", type=whole_number(1, 2**31), default=250, metavar="N", help="images per forward pass (250)"
+    )
     args = parser.parse_args(argv)
 
     from mnistm_dist.data.pictures import find_pictures
@@ -89,14 +90,6 @@ def main(argv: list[str]) -> int:
     else:
         write("".join(f"{model.classes[r.predicted]}  {r.probability:.4f}  {printable(r.file)}\n" for r in results))
     return EXIT_PASSED_OVER if complaints else 0
-
-
-def positive(text: str) -> int:
-    """A whole number from 1, for argparse."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not accepted; use a whole number of at least 1")
-    return number
 
 
 def nothing_read(complaints: list[str]) -> str:
@@ -161,11 +154,6 @@ def show_table(results: list[Result], classes: tuple[str, ...]) -> None:
     for r in results:
         table.add_row(Text(printable(r.file)), Text(classes[r.predicted], "bold"), f"{r.probability:.4f}")
     Console().print(table)
-
-
-def printable(text: str) -> str:
-    """Text without what a terminal would obey or could not show: a file's name is anybody's."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def write(text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 import types
 import typing
 from typing import Any, Literal
@@ -14,13 +15,20 @@ def parse_value(name: str, value: Any, kind: Any, metadata: Any) -> Any:
     """A YAML value or a flag's text as ``kind``; raises `UserError` naming the field and what is accepted."""
     parsed = _convert(value, kind)
     if parsed is _NO:
-        raise UserError(f"{name}: {value!r} is not accepted; use {_accepted(kind)}")
+        raise UserError(f"{name}: {shown(value)} is not accepted; use {_accepted(kind)}")
     low, high = metadata.get("low", -math.inf), metadata.get("high", math.inf)
     for number in parsed if isinstance(parsed, tuple) else (parsed,):
         if isinstance(number, int | float) and not isinstance(number, bool) and not low <= number <= high:
-            bound = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
-            raise UserError(f"{name}: {value!r} is not accepted; use a number {bound}")
+            bound = f"of at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+            raise UserError(f"{name}: {shown(value)} is not accepted; use a number {bound}")
     return parsed
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it: a few lines of YAML can stand for more than any memory holds."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxlist, short.maxstring, short.maxlong, short.maxother = 2, 3, 120, 40, 120
+    return short.repr(value)
 
 
 _NO = object()

@@ -254,7 +254,7 @@ def test_only_chooses_by_a_part_of_the_name_and_names_what_there_is():
     ]
     assert [one.name for one in rounds.choose(ones, ["as"])] == ["fast"]
     assert rounds.choose(ones, []) == ones
-    with pytest.raises(UserError, match=r"'quick'.*slow, fast"):
+    with pytest.raises(UserError, match=r"'quick'.*slow; fast"):
         rounds.choose(ones, ["fast", "quick"])
     found = rounds.result(ones[1:], {"fast": [Measured(images=3, seconds=1, more={"x": 2.0})]}, device="cpu")
     assert found.rows[0].ratio is None

@@ -42,7 +42,7 @@ def test_the_door_packs_and_sums_up(tmp_path: Path, door: Door) -> None:
         (["here/in"], "--out"),
         (["--out", "here/new"], "SOURCE"),
         (["here/in", "--out", "here/new", "--num-shards", "many"], "many"),
-        (["here/in", "--out", "here/new", "--num-shards", "0"], "0 shards"),
+        (["here/in", "--out", "here/new", "--num-shards", "0"], "--num-shards: '0' is not accepted"),
         (["here/in", "--out", "here/new", "--unknown"], "--unknown"),
         (["here/in", "--out", "here/new", "--layout", "none"], "none"),
     ],

@@ -64,7 +64,10 @@ def rename(files: Files) -> None:
 
 
 OFFICIAL_DAMAGE: dict[str, tuple[Callable[[Files], object], str]] = {
-    "no labels": (lambda files: files.pop(LABELS), "mnist_m_train: images without labels; mnist_m_train_labels.txt"),
+    "no labels": (
+        lambda files: files.pop(LABELS),
+        "mnist_m_train: images without labels; put mnist_m_train_labels.txt",
+    ),
     "an image is missing": (lambda files: files.pop(IMAGE), "00000003.png: labelled in"),
     "an image is renamed": (rename, "00000003.png: labelled in"),
     "a foreign file": (lambda files: files.update({"mnist_m/mnist_m_train/a.exe": b""}), "a.exe: foreign"),
@@ -242,6 +245,7 @@ class Evil:
 
 MEMO_BOMB = b"\x80\x02}r" + struct.pack("<I", 1 << 31) + b"."
 SHAPE_BOMB = b"\x80\x02cnumpy\nndarray\nJ" + struct.pack("<i", 1 << 30) + b"\x85R."
+BYTES_BOMB = b"\x80\x05\x96" + struct.pack("<Q", 1 << 40) + b"few."
 PICKLES: dict[str, tuple[bytes, str]] = {
     "code": (pickle.dumps({"train": Evil()}), "asks for 'posix.system' when it is unpickled"),
     "code beside arrays": (pickle.dumps({"train": np.zeros((1, 2, 2, 3), np.uint8), "x": Evil()}), "posix.system"),
@@ -257,6 +261,7 @@ PICKLES: dict[str, tuple[bytes, str]] = {
     "too few": (pickle.dumps({"train": PARTS["train"].images[:9]}), "40 labels for 9 images"),
     "a memo of gigabytes": (MEMO_BOMB, "a dict of nothing; accepted are the keys train and test"),
     "an array of gigabytes": (SHAPE_BOMB, "no whole pickle of arrays"),
+    "bytes of a terabyte": (BYTES_BOMB, "no whole pickle of arrays (4 bytes where 1099511627776 are promised)"),
     "cut short": (pickle.dumps({"train": PARTS["train"].images})[:-9], "no whole pickle of arrays"),
     "text": (b"(this is no pickle", "no whole pickle of arrays"),
 }

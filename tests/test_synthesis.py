@@ -151,7 +151,7 @@ def test_a_folder_without_a_usable_photo_is_refused(tmp_path, mnist, names, said
     with pytest.raises(UserError) as caught:
         open_source("mnist+photos", mnist=str(mnist), photos=str(tmp_path))
     assert said in str(caught.value)
-    with pytest.raises(UserError, match="no such folder of photos"):
+    with pytest.raises(UserError, match="no such folder; name one of colour photos"):
         open_source("mnist+photos", mnist=str(mnist), photos=str(tmp_path / "none"))
 
 

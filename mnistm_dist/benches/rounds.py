@@ -80,7 +80,7 @@ def choose(contenders: Sequence[Contender], only: Sequence[str]) -> list[Contend
     """
     for text in only:
         if not any(text in contender.name for contender in contenders):
-            raise UserError(f"only: no contender is named {text!r}; there are {', '.join(c.name for c in contenders)}")
+            raise UserError(f"only: no contender is named {text!r}; there are {'; '.join(c.name for c in contenders)}")
     return [c for c in contenders if not only or any(text in c.name for text in only)]
 
 

@@ -27,7 +27,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from mnistm_dist.errors import UserError
+from mnistm_dist.errors import UserError, why
 
 CACHE_VARIABLE = "MNISTM_DIST_CACHE"
 """The environment variable that names the cache folder."""
@@ -120,7 +120,7 @@ def cache_failures(path: Path, need: int | None = None) -> Iterator[None]:
         if error.errno in _NO_ROOM:
             needs = f", {need / 1e6:,.0f} MB are needed" if need else ""
             raise UserError(f"{path}: the disk is full{needs}: free some room, or {_ELSEWHERE}") from error
-        raise UserError(f"{path}: {error.strerror or error}: {_ELSEWHERE}") from error
+        raise UserError(f"{path}: {why(error)}: {_ELSEWHERE}") from error
 
 
 def make_room(path: Path, need: int) -> None:
@@ -169,7 +169,7 @@ def entries(cache_dir: Path) -> list[Entry]:
 def _read_card(path: Path) -> dict[str, str]:
     try:
         card = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return {str(name): str(value) for name, value in card.items()} if isinstance(card, dict) else {}
 

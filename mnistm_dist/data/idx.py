@@ -37,7 +37,7 @@ def read_digits(folder: Path | Traversable, split: str) -> Digits:
     labels_file = _find(folder, split, "labels", 1)
     labels = _read_idx(labels_file, dimensions=1)
     if len(images) != len(labels):
-        raise UserError(f"{folder}: {len(images)} {split} images, but {len(labels)} labels")
+        raise UserError(f"{folder}: {len(images)} {split} images, but {len(labels)} labels; download them again")
     if labels.size and int(labels.max()) >= len(CLASSES):
         place = int(labels.argmax())
         raise UserError(f"{labels_file}: label {labels[place]} at place {place}; accepted are 0 to {len(CLASSES) - 1}")
@@ -61,11 +61,13 @@ def _read_idx(file: Path | Traversable, *, dimensions: int) -> np.ndarray:
         data = _unzip(file, data)
     header = 4 * (1 + dimensions)
     if len(data) < header or data[:4] != bytes((0, 0, 8, dimensions)):
-        raise UserError(f"{file}: no IDX file of bytes in {dimensions} dimension(s)")
+        raise UserError(f"{file}: no IDX file of bytes in {dimensions} dimension(s); download it again")
     shape = tuple(int(size) for size in np.frombuffer(data, ">u4", count=dimensions, offset=4))
     expected = header + int(np.prod(shape, dtype=object))
     if len(data) != expected:
-        raise UserError(f"{file}: {len(data)} bytes where its header promises {expected}; the file is damaged")
+        raise UserError(
+            f"{file}: {len(data)} bytes where its header promises {expected}; the file is damaged: download it again"
+        )
     return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
 
 
@@ -74,7 +76,7 @@ def _unzip(file: Path | Traversable, data: bytes) -> bytes:
     try:
         plain = inflater.decompress(data, _MAX_BYTES)
     except zlib.error as error:
-        raise UserError(f"{file}: not a whole gzip file ({error})") from error
+        raise UserError(f"{file}: not a whole gzip file ({error}); download it again") from error
     if not inflater.eof:
         raise UserError(f"{file}: not a whole gzip file (cut short, or larger than {_MAX_BYTES >> 30} GiB unpacked)")
     return plain

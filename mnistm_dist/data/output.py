@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
-from mnistm_dist.errors import UserError
+from mnistm_dist.errors import UserError, why
 
 _FLUSH_AT = 1 << 20
 
@@ -23,7 +23,7 @@ def saying_what_fails(path: Path) -> Iterator[None]:
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         advice = "free some space, or choose another place" if full else "choose another place"
-        raise UserError(f"{path}: cannot be written ({error.strerror}): {advice}") from error
+        raise UserError(f"{path}: cannot be written ({why(error)}): {advice}") from error
 
 
 def sync(path: Path) -> None:

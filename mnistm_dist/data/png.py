@@ -38,7 +38,10 @@ def png_size(data: bytes, origin: str) -> tuple[int, int]:
         kind = _COLOUR_TYPES.get(colour, f"colour type {colour}")
         raise UserError(f"{origin}: a PNG of {depth} bits, {kind} ({_ADVICE})")
     if not (1 <= width <= MAX_SIDE and 1 <= height <= MAX_SIDE):
-        raise UserError(f"{origin}: a PNG of {height} x {width} pixels; accepted are 1 to {MAX_SIDE:,} a side")
+        raise UserError(
+            f"{origin}: a PNG of {height} x {width} pixels; accepted are 1 to {MAX_SIDE:,} a side: "
+            "make it smaller, or leave it out"
+        )
     return height, width
 
 

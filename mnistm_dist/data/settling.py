@@ -67,7 +67,7 @@ def auto_streams(*, batch_size: int, world_size: int) -> int:
 
 def _train_split(manifest: Manifest) -> Split:
     if "train" not in manifest.splits:
-        raise UserError(f"these shards hold no train split, only {', '.join(manifest.splits)}")
+        raise UserError(f"these shards hold no train split, only {', '.join(manifest.splits)}; train on other ones")
     return manifest.splits["train"]
 
 

@@ -53,7 +53,9 @@ class ShardSet:
     def split(self, name: str) -> Split:
         """The split of that name. Raises `UserError` where the set has none."""
         if name not in self.manifest.splits:
-            raise UserError(f"{self.root}: no {name} split; it has {', '.join(self.manifest.splits)}")
+            raise UserError(
+                f"{self.root}: no {name} split; it has {', '.join(self.manifest.splits)}: choose one of these"
+            )
         return self.manifest.splits[name]
 
     def index(self, split: str) -> np.ndarray:
@@ -67,7 +69,12 @@ class ShardSet:
 
     def keys(self, split: str, ids: Iterable[int] | np.ndarray) -> list[str]:
         """The keys of the samples ``ids``, in the given order."""
-        return [key.decode("ascii") for key in self.index(split)["key"][_as_ids(ids, self.split(split))].tolist()]
+        keys = self.index(split)["key"][_as_ids(ids, self.split(split))].tolist()
+        try:
+            return [key.decode("ascii") for key in keys]
+        except UnicodeDecodeError:
+            where = self.root / self.split(split).index_name
+            raise UserError(f"{where}: it holds keys that are no ASCII: {AGAIN}") from None
 
     def labels(self, split: str) -> np.ndarray:
         """The label of every sample in storage order: int64 (count,).

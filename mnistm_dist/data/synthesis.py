@@ -69,7 +69,7 @@ def read_photos(folder: Path | Traversable, *, smallest: int) -> Photos:
     UserError where no photo is left. JPEGs may decode to slightly different pixels on another libjpeg; PNGs never do.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder of photos")
+        raise UserError(f"{folder}: no such folder; name one of colour photos with --photos")
     found = sorted(entry.name for entry in folder.iterdir() if entry.name.lower().endswith(PHOTO_SUFFIXES))
     names: list[str] = []
     skipped: list[str] = []
@@ -90,7 +90,7 @@ def read_photos(folder: Path | Traversable, *, smallest: int) -> Photos:
             sizes.append((height, width))
         if not names:
             reasons = "; ".join(skipped[:_NAMED]) if skipped else f"no file named {', '.join(PHOTO_SUFFIXES)} in it"
-            raise UserError(f"{folder}: no usable photo ({reasons})")
+            raise UserError(f"{folder}: no usable photo ({reasons}); name another folder with --photos")
         heights, widths = np.array(sizes, dtype=np.int64).T
         pixels = np.memmap(store, dtype=np.uint8, mode="r").reshape(-1, 3)
     ends = np.cumsum(heights * widths)

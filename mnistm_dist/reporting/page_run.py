@@ -49,7 +49,7 @@ def sections(run: RunRecord) -> list[Section]:
 
 
 def _state(run: RunRecord) -> str:
-    state, step = run.state.get("state", "unknown"), run.state.get("step")
+    state, step = run.state.get("state") or "unknown", run.state.get("step")
     if state == "running":
         # A run writes its summary, then this page, and then that it is finished.
         state, step = ("finished", run.summary["steps"]) if "steps" in run.summary else ("running, or killed", step)

@@ -59,9 +59,15 @@ def read_predictions(path: Path, classes: tuple[str, ...] | None = None) -> Pred
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; evaluate the run to write it") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "it is not text in UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror
+        raise UserError(f"{path}: cannot be read ({reason}); evaluate the run again") from None
     if text and not text.endswith("\n"):
         raise UserError(f"{path}: the last line is cut; evaluate the run again")
-    rows = list(csv.reader(text.splitlines()))
+    try:
+        rows = list(csv.reader(text.splitlines()))
+    except csv.Error as error:
+        raise UserError(f"{path}: no CSV ({error}); evaluate the run again") from None
     head = rows[0] if rows else []
     names = head[3:]
     if head[:3] != ["key", "label", "predicted"] or not names or not all(name.startswith("p") for name in names):
@@ -75,7 +81,14 @@ def read_predictions(path: Path, classes: tuple[str, ...] | None = None) -> Pred
     except ValueError:
         raise UserError(f"{path}: a row is cut or holds what is no number; evaluate the run again") from None
     if numbers.shape != (len(rows) - 1, len(head) - 1):
-        raise UserError(f"{path}: rows have {numbers.shape[-1] + 1} fields; the head has {len(head)}")
+        raise UserError(
+            f"{path}: rows have {numbers.shape[-1] + 1} fields, the head has {len(head)}; evaluate the run again"
+        )
+    whole = numbers[:, :2]
+    if not ((whole >= 0) & (whole < len(names)) & (whole == np.trunc(whole))).all():
+        raise UserError(f"{path}: a label or a prediction is none of the {len(names)} classes; evaluate the run again")
+    if not ((numbers[:, 2:] >= 0) & (numbers[:, 2:] <= 1)).all():
+        raise UserError(f"{path}: a probability is not from 0 to 1; evaluate the run again")
     return Predictions(
         keys=tuple(row[0] for row in rows[1:]),
         labels=numbers[:, 0].astype(np.int64),

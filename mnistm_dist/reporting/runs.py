@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from mnistm_dist.config import read_yaml
 from mnistm_dist.errors import UserError
+from mnistm_dist.reporting import run_fields
 from mnistm_dist.reporting.metrics import Metrics
 from mnistm_dist.reporting.predictions import Predictions, read_predictions
 
@@ -68,14 +68,14 @@ def read_run(path: Path, version: str) -> RunRecord:
         UserError: there is no such folder, or nothing of a run in it.
     """
     if not path.is_dir():
-        raise UserError(f"{path}: no such run folder")
+        raise UserError(f"{path}: no such run folder; name the one that training wrote, such as runs/NAME")
     if not any((path / name).exists() for name in FILES):
         raise UserError(f"{path}: no run in it; a run folder holds {', '.join(FILES)}")
     missing: list[str] = []
-    config = flatten(_mapping(path / "config.yaml", missing))
+    config = _flat(path / "config.yaml", missing)
     environment = _mapping(path / "environment.json", missing)
-    state = _mapping(path / "state.json", missing)
-    summary = _summary(path, state, missing)
+    state = _fitting(_mapping(path / "state.json", missing), run_fields.STATE, "state.json", missing)
+    summary = _fitting(_summary(path, state, missing), run_fields.SUMMARY, "summary.json", missing)
     rows = _rows(path / "log.jsonl", missing)
     architecture = _architecture(path / "architecture.json", missing)
     predictions, metrics = _scores(path, summary, missing)
@@ -110,6 +110,18 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _flat(path: Path, missing: list[str]) -> dict[str, Any]:
+    return {str(name): value for name, value in flatten(_mapping(path, missing)).items()}
+
+
+def _fitting(found: Mapping[str, Any], kinds: run_fields.Kinds, name: str, missing: list[str]) -> Mapping[str, Any]:
+    """A file's fields without those that hold something else than they may."""
+    wrong = run_fields.wrong_fields(found, kinds)
+    if wrong:
+        missing.append(f"{name} does not hold what it should in {', '.join(wrong)}: left out.")
+    return {name: value for name, value in found.items() if name not in wrong}
+
+
 def _text(path: Path, missing: list[str]) -> str | None:
     try:
         return path.read_text(encoding="utf-8", errors="replace")
@@ -125,8 +137,8 @@ def _mapping(path: Path, missing: list[str]) -> Mapping[str, Any]:
     if text is None:
         return {}
     try:
-        found = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
-    except (yaml.YAMLError, ValueError, RecursionError):
+        found = read_yaml(text, path.name) if path.suffix == ".yaml" else json.loads(text)
+    except (ValueError, RecursionError):
         missing.append(f"{path.name} is damaged and was left out.")
         return {}
     if not isinstance(found, Mapping):
@@ -149,9 +161,13 @@ def _rows(path: Path, missing: list[str]) -> list[Mapping[str, Any]]:
     for line in lines:
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(row, Mapping) and isinstance(row.get("step"), int):
+        if (
+            isinstance(row, Mapping)
+            and row.get("step") is not None
+            and not run_fields.wrong_fields(row, run_fields.ROW)
+        ):
             rows.append(row)
     bad = len(lines) - len(rows)
     if bad == 1 and len(rows) + 1 == len(lines) and not (text or "").endswith("\n"):
@@ -167,13 +183,20 @@ def _architecture(path: Path, missing: list[str]) -> list[Mapping[str, Any]]:
         return []
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
-    fields = {"name", "layer", "output_shape", "parameters"}
-    if not isinstance(found, list) or not all(isinstance(row, Mapping) and fields <= set(row) for row in found):
+    if not isinstance(found, list) or not all(map(_is_layer, found)):
         missing.append(f"{path.name} is damaged and was left out.")
         return []
     return found
+
+
+def _is_layer(row: object) -> bool:
+    return (
+        isinstance(row, Mapping)
+        and all(row.get(name) is not None for name in run_fields.LAYER)
+        and not run_fields.wrong_fields(row, run_fields.LAYER)
+    )
 
 
 def _scores(

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mnistm_dist.errors import UserError
+from mnistm_dist.errors import UserError, why
 
 FORMAT = 1
 MODEL, TRAINING, STATE = "model.safetensors", "training_state.safetensors", "state.json"
@@ -123,14 +123,20 @@ def open_checkpoint(path: Path) -> Checkpoint:
         document = json.loads((path / STATE).read_bytes())
         step, files, scalars = int(document["step"]), dict(document["files"]), dict(document["scalars"])
         if document["format"] != FORMAT:
-            raise UserError(f"checkpoint {path}: format {document['format']!r}, this version reads {FORMAT}")
+            raise UserError(
+                f"checkpoint {path}: format {document['format']!r}, this version reads {FORMAT}: "
+                "use the version of mnistm_dist that wrote it"
+            )
         for name in (MODEL, TRAINING):
             if _digest(path / name) != dict(files[name]):
-                raise UserError(f"checkpoint {path}: {name} is not what was written (torn or changed)")
+                raise UserError(
+                    f"checkpoint {path}: {name} is not what was written (torn or changed); take another one"
+                )
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"checkpoint {path}: not whole ({type(error).__name__}: {error})") from error
+        told = why(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        raise UserError(f"checkpoint {path}: not whole ({told}); take another one of the run") from error
     return Checkpoint(path=path, step=step, state=scalars)
 
 
@@ -159,6 +165,8 @@ def restore(
         prefix = f"optimizer.{names[id(parameter)]}."
         for key, value in tensors.items():
             if key.startswith(prefix):
+                if value.shape not in (parameter.shape, ()):
+                    raise UserError(f"checkpoint {path}: {key} has the shape {tuple(value.shape)}: another model's")
                 if value.shape == parameter.shape:
                     # In the parameter's memory format, as the optimizer made it: other strides are slower.
                     value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

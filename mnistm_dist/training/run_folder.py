@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from mnistm_dist.errors import UserError
+from mnistm_dist.errors import UserError, why
 from mnistm_dist.training.checkpoint import write_durably
 
 State = Literal["running", "preempted", "finished", "failed"]
@@ -33,7 +33,7 @@ def writing(run_dir: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"run folder {run_dir}: cannot be written ({error}); make room there and --resume, or choose another"
+            f"run folder {run_dir}: cannot be written ({why(error)}); make room there and --resume, or choose another"
         ) from error
 
 
@@ -59,7 +59,7 @@ class RunLock:
                 continue
             except OSError as error:
                 raise UserError(
-                    f"run folder {self.path.parent}: cannot be written ({error}); choose another --run-dir"
+                    f"run folder {self.path.parent}: cannot be written ({why(error)}); choose another --run-dir"
                 ) from error
             try:
                 with writing(self.path.parent), os.fdopen(descriptor, "w") as file:
@@ -72,7 +72,7 @@ class RunLock:
     def _take_from_dead(self) -> None:
         """Removes the lock of a dead holder; raises `UserError` if it lives."""
         try:
-            content = self.path.read_text()
+            content = self.path.read_text(errors="replace")
         except FileNotFoundError:
             return
         if holder_lives(content, self.path):
@@ -107,7 +107,7 @@ def holder_lives(content: str, path: Path) -> bool:
     try:
         holder = json.loads(content)
         host, pid, started = holder["host"], int(holder["pid"]), holder["started"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         # Cut while it was written: as old as its file says.
         return _touched_within(path)
     if host == socket.gethostname():
@@ -146,7 +146,7 @@ def process_start(pid: int) -> str | None:
 def is_held(run_dir: Path) -> bool:
     """Whether a live run holds the folder."""
     try:
-        content = (run_dir / ".lock").read_text()
+        content = (run_dir / ".lock").read_text(errors="replace")
     except OSError:
         return False
     return holder_lives(content, run_dir / ".lock")
@@ -161,7 +161,7 @@ def read_state(run_dir: Path) -> dict[str, Any] | None:
     """``state.json``, or None where there is none that can be read."""
     try:
         found = json.loads((run_dir / "state.json").read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
 
@@ -219,7 +219,7 @@ class RunFolder:
         self.steps_done = steps_done
         if self.active:
             path = self.path / "log.jsonl"
-            self.rows = [row for row in read_log(path) if row.get("step", 0) <= steps_done] if steps_done else []
+            self.rows = [row for row in read_log(path) if row["step"] <= steps_done] if steps_done else []
             self.write("log.jsonl", lines(self.rows))
 
     def log(self, row: dict[str, Any]) -> None:
@@ -256,8 +256,8 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     for line in lines:
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(row, dict):
+        if isinstance(row, dict) and type(row.get("step")) is int:
             rows.append(row)
     return rows

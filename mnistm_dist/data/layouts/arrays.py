@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pickle
+import struct
 import tokenize
 import zipfile
 import zlib
@@ -34,6 +35,7 @@ _UNREADABLE = (
     tokenize.TokenError,
     pickle.UnpicklingError,
     zlib.error,
+    struct.error,
     zipfile.BadZipFile,
 )
 
@@ -62,7 +64,7 @@ def arrays_source(layout: str, description: str, splits: Mapping[str, ArraySplit
 
 def check_images(origin: str, shape: Sequence[int], dtype: object) -> int:
     """How many images an array holds. Raises UserError unless it is uint8 (n, height, width, 3)."""
-    if len(shape) != 4 or shape[3] != 3 or str(dtype) not in ("uint8", "torch.uint8"):
+    if len(shape) != 4 or shape[3] != 3 or 0 in shape[1:] or str(dtype) not in ("uint8", "torch.uint8"):
         raise UserError(f"{origin}: {dtype} of shape {tuple(shape)}; accepted are images uint8 (n, height, width, 3)")
     return int(shape[0])
 
@@ -84,7 +86,7 @@ def check_labels(origin: str, labels: np.ndarray, count: int) -> np.ndarray:
     if values.ndim != 1 or values.dtype.kind not in "iu":
         raise UserError(f"{origin}: {values.dtype} of shape {values.shape}; accepted are integers (n,), one a label")
     if len(values) != count:
-        raise UserError(f"{origin}: {len(values)} labels for {count} images")
+        raise UserError(f"{origin}: {len(values)} labels for {count} images; each needs one")
     wrong = np.flatnonzero((values < 0) | (values >= len(CLASSES)))
     if wrong.size:
         place = int(wrong[0])

@@ -36,10 +36,11 @@ def open_course(tree: Tree, top: str) -> Source:
         for origin, name, label in _rows(tree, prefix + file):
             found = images.get(name)
             if found is None:
-                raise UserError(f"{origin}: {name}: no such image beside it or in a folder there")
+                raise UserError(f"{origin}: {name}: no such image beside it or in a folder there; leave out the line")
             if found in places:
                 raise UserError(
-                    f"{origin}: {name} is named a second time; it is in the split {places[found].split} already"
+                    f"{origin}: {name} is named a second time; it is in the split {places[found].split} already; "
+                    "leave one of the lines"
                 )
             places[found] = Place(split, counts[split], parse_label(origin, label))
             counts[split] += 1
@@ -77,7 +78,7 @@ def _rows(tree: Tree, file: str) -> Iterator[tuple[str, str, str]]:
             origin = f"{tree.origin(file)}: line {rows.line_num}"
             name, label = row[_NAME], row[_LABEL]
             if not name or label is None or None in row:
-                raise UserError(f"{origin}: not one value for each column")
+                raise UserError(f"{origin}: not one value for each column; correct the line")
             yield origin, name, label.strip()
     except csv.Error as error:
-        raise UserError(f"{tree.origin(file)}: line {rows.line_num}: no CSV ({error})") from error
+        raise UserError(f"{tree.origin(file)}: line {rows.line_num}: no CSV ({error}); correct it") from error

@@ -56,7 +56,7 @@ def unpack(path: Path) -> Iterator[Unpacked]:
         with _open(path) as stream:
             yield Unpacked(path, stream)
     except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
-        raise UserError(f"{path}: cut short or damaged ({error})") from error
+        raise UserError(f"{path}: cut short or damaged ({error}); fetch it again") from error
 
 
 def _open(path: Path) -> IO[bytes]:

@@ -144,9 +144,7 @@ def _set_of(kind: str, path: Path) -> list[Path]:
     for files in _sets(beside):
         if path in files:
             return files
-    raise UserError(
-        f"{path}: of the layout {kind}, but its name says of no split: put the word train, val or test in it"
-    )
+    raise UserError(f"{path}: of the layout {kind}, but its name tells no split: put the word train, val or test in it")
 
 
 def _files(kind: str, files: list[Path]) -> Iterator[Detected]:

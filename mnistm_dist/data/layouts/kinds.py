@@ -82,7 +82,7 @@ def _kind_of_zip(path: Path) -> str:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise UserError(f"{path}: cut short or damaged, no whole zip ({error})") from error
+        raise UserError(f"{path}: cut short or damaged, no whole zip ({error}); fetch it again") from error
     if names and all(name.endswith(".npy") for name in names):
         return "npz"
     return "pt" if any(name.rpartition("/")[2] == "data.pkl" for name in names) else "zip"

@@ -40,7 +40,7 @@ def open_official(tree: Tree, top: str) -> Source:
         if labels_file in listing.files:
             labels = _read_labels(tree, prefix + labels_file)
         elif folder in listing.folders:
-            raise UserError(f"{tree.origin(prefix + folder)}: images without labels; {labels_file} is not beside it")
+            raise UserError(f"{tree.origin(prefix + folder)}: images without labels; put {labels_file} beside it")
         else:
             continue
         names = image_names(tree, prefix + folder)
@@ -66,7 +66,7 @@ def _read_labels(tree: Tree, file: str) -> dict[str, int]:
         if len(words) != 2:
             raise UserError(f"{origin}: {line[:60]!r}; accepted are lines NAME.png LABEL")
         if words[0] in labels:
-            raise UserError(f"{origin}: {words[0]} is labelled twice")
+            raise UserError(f"{origin}: {words[0]} is labelled twice; leave one of the lines")
         labels[words[0]] = parse_label(origin, words[1])
     return labels
 
@@ -76,8 +76,14 @@ def _match(tree: Tree, labels_file: str, folder: str, labels: Mapping[str, int],
     absent = [name for name in labels if name not in known]
     if absent:
         more = f" ({len(absent)} labels without an image)" if len(absent) > 1 else ""
-        raise UserError(f"{tree.origin(f'{folder}/{absent[0]}')}: labelled in {labels_file}, but not there{more}")
+        raise UserError(
+            f"{tree.origin(f'{folder}/{absent[0]}')}: labelled in {labels_file}, but not there{more}; "
+            "put it there, or leave out its line"
+        )
     nameless = [name for name in names if name not in labels]
     if nameless:
         more = f" ({len(nameless)} images without one)" if len(nameless) > 1 else ""
-        raise UserError(f"{tree.origin(f'{folder}/{nameless[0]}')}: no label for it in {labels_file}{more}")
+        raise UserError(
+            f"{tree.origin(f'{folder}/{nameless[0]}')}: no label for it in {labels_file}{more}; "
+            "add its line, or leave out the image"
+        )

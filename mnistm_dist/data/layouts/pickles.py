@@ -11,7 +11,7 @@ import struct
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 
@@ -56,7 +56,10 @@ def open_pickle(file: Path, *, mnist: Path | None) -> Source:
         if images is None:
             continue
         if split == "val":
-            raise UserError(f"{file}: val: images without labels that are not known to be any part of MNIST")
+            raise UserError(
+                f"{file}: val: images without labels that are not known to be any part of MNIST; "
+                "accepted are train and test"
+            )
         count = check_images(f"{file}: {split}", images.shape, images.dtype)
         labels = check_labels(f"{mnist}: {split} labels, for {file}", read_digits(mnist, split).labels, count)
         splits[split] = ArraySplit(origin=f"{file}: {split}", labels=labels, images=partial(_itself, images))
@@ -79,10 +82,19 @@ def _load(file: Path) -> dict[str, np.ndarray]:
             if isinstance(error, UserError):
                 raise
             reason = " ".join(str(error).split())[:120] or type(error).__name__
-            raise UserError(f"{file}: no whole pickle of arrays ({reason})") from error
+            raise UserError(f"{file}: no whole pickle of arrays ({reason}); fetch it again") from error
     if not isinstance(found, dict) or not all(isinstance(value, _Array) for value in found.values()):
         raise UserError(f"{file}: a {type(found).__name__}; accepted is a dict of arrays")
     return {key.decode("latin-1") if isinstance(key, bytes) else str(key): value.array for key, value in found.items()}
+
+
+def _load_bytearray(unpickler: Any) -> None:
+    """Bytes of protocol 5. The stock reader makes room for as many as their size says, before it reads any."""
+    (size,) = struct.unpack("<Q", unpickler.read(8))
+    data = unpickler.read(size)
+    if len(data) != size:
+        raise EOFError(f"{len(data)} bytes where {size} are promised")
+    unpickler.append(bytearray(data))
 
 
 class _ArraysOnly(pickle._Unpickler):
@@ -94,6 +106,8 @@ class _ArraysOnly(pickle._Unpickler):
     def __init__(self, stream: Any, file: Path) -> None:
         super().__init__(stream, encoding="bytes")
         self._origin = file
+
+    dispatch: ClassVar = {**pickle._Unpickler.dispatch, pickle.BYTEARRAY8[0]: _load_bytearray}
 
     def find_class(self, module: str, name: str) -> Any:
         try:

@@ -49,7 +49,8 @@ class Tar(Archive):
     def read_each(self, names: Collection[str]) -> Iterator[tuple[str, bytes]]:
         for tar, member in _members(self.path):
             name = self._names.get(member.name)
-            if name is not None and name in names:
+            # A folder may have the name of a file.
+            if name is not None and name in names and member.isreg():
                 yield name, _data(self.path, tar, member)
 
 
@@ -65,9 +66,9 @@ def _members(path: Path) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
                 pass
             # A tar cut between two members is read without an error.
             if stream.count <= tar.offset:
-                raise UserError(f"{path}: cut short: the mark at the end of a tar is not there")
+                raise UserError(f"{path}: cut short: the mark at the end of a tar is not there; fetch it again")
     except tarfile.TarError as error:
-        raise UserError(f"{path}: cut short, damaged, or no tar ({error})") from error
+        raise UserError(f"{path}: cut short, damaged, or no tar ({error}); fetch it again") from error
 
 
 def _data(path: Path, tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
@@ -75,5 +76,5 @@ def _data(path: Path, tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     assert stream is not None, "only regular files are read"
     data = stream.read()
     if len(data) != member.size:
-        raise UserError(f"{path}: {member.name}: cut short")
+        raise UserError(f"{path}: {member.name}: cut short; fetch the archive again")
     return data

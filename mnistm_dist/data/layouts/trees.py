@@ -69,7 +69,7 @@ class Tree(ABC):
         try:
             return data.decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise UserError(f"{self.origin(name)}: not text in UTF-8, so no labels") from error
+            raise UserError(f"{self.origin(name)}: not text in UTF-8, so no labels; save it as UTF-8") from error
 
 
 class Folder(Tree):
@@ -105,7 +105,7 @@ class Folder(Tree):
         try:
             found = file.stat()
             if not stat.S_ISREG(found.st_mode):
-                raise UserError(f"{file}: no regular file")
+                raise UserError(f"{file}: no regular file; put a copy of the image there")
             check_size(str(file), found.st_size, limit)
             return file.read_bytes()
         except OSError as error:
@@ -131,7 +131,7 @@ class Archive(Tree):
         origin = self.origin(member)
         parts = member.replace("\\", "/").split("/")
         if ".." in parts or not parts[0] or ":" in parts[0]:
-            raise UserError(f"{origin}: a path that climbs out of the archive; refused")
+            raise UserError(f"{origin}: a path that climbs out of the archive; make the archive anew with plain names")
         if problem is not None:
             raise UserError(f"{origin}: {problem}")
         parts = [part for part in parts if part not in ("", ".")]
@@ -139,7 +139,7 @@ class Archive(Tree):
             return None
         name = "/".join(parts)
         if name in self._members:
-            raise UserError(f"{origin}: comes twice in the archive")
+            raise UserError(f"{origin}: comes twice in the archive; leave one of them")
         check_size(origin, size, MAX_TEXT_BYTES if is_text(name) else MAX_IMAGE_BYTES)
         self._members.add(name)
         self._enter(parts)
@@ -171,7 +171,7 @@ class Zip(Archive):
         try:
             self._zip = zipfile.ZipFile(path)
         except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-            raise UserError(f"{path}: not a whole zip ({error})") from error
+            raise UserError(f"{path}: not a whole zip ({error}); fetch it again") from error
         for info in self._zip.infolist():
             if info.filename.endswith("/"):
                 continue
@@ -197,9 +197,14 @@ class Zip(Archive):
         try:
             data = self._zip.read(info)
         except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError) as error:
-            raise UserError(f"{self.origin(name)}: damaged, or packed in an unknown way ({error})") from error
+            raise UserError(
+                f"{self.origin(name)}: damaged, or packed in an unknown way ({error}); fetch the archive again"
+            ) from error
         if len(data) != info.file_size:
-            raise UserError(f"{self.origin(name)}: {len(data)} bytes where {info.file_size} are promised; damaged")
+            raise UserError(
+                f"{self.origin(name)}: {len(data)} bytes where {info.file_size} are promised; damaged: "
+                "fetch the archive again"
+            )
         return data
 
 

@@ -64,7 +64,7 @@ class Spool:
             elif size != self.image_size:
                 raise UserError(
                     f"{sample.origin}: {size[0]} x {size[1]} pixels, where {first} has {self.image_size[0]} x "
-                    f"{self.image_size[1]}: one set holds one image size"
+                    f"{self.image_size[1]}: one set holds one image size, so bring them to one"
                 )
             self._take(sample, sample.png)
             if progress is not None and (done % _CHUNK == 0 or done == total):

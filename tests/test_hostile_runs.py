@@ -1,0 +1,147 @@
+"""What fuzzing found: files of a run, a recipe or a set that hold what they cannot end in one line, plainly."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from packed_sets import tiny_source
+from run_folders import write_run
+
+from mnistm_dist import __version__
+from mnistm_dist import config as configuration
+from mnistm_dist.data.layouts.arrays import check_images
+from mnistm_dist.data.packing import pack
+from mnistm_dist.data.shards import ShardSet
+from mnistm_dist.errors import EXIT_USER_ERROR, UserError, run_door
+from mnistm_dist.report import main as report
+from mnistm_dist.reporting.predictions import read_predictions
+from mnistm_dist.reporting.runs import read_run
+from mnistm_dist.training.checkpoint import Checkpoint
+from mnistm_dist.training.checkpoint_state import check_state
+from mnistm_dist.training.run_folder import read_log, read_state
+
+DEEP = "[" * 100_000
+BOMB = "a: &a [x,x,x]\n" + "".join(f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in pairwise("abcdefghij"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "data: {shards: 2024-13-45}",
+        "data: {window: !!int abc}",
+        "data: {window: !!bool maybe}",
+        "data: {window: !!timestamp never}",
+        "schedule: {epochs: " + "9" * 5000 + "}",
+        "schedule: &a {epochs: *a}",
+        BOMB + "data: {shards: *j}",
+        DEEP,
+    ],
+    ids=["date", "number", "truth", "time", "digits", "itself", "bomb", "deep"],
+)
+def test_yaml_that_says_what_no_type_can_hold_is_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "own.yaml").write_text(text)
+    for read in (configuration.read_recipe, configuration.load):
+        with pytest.raises(UserError, match=r"own\.yaml") as error:
+            read(str(tmp_path / "own.yaml"))
+        assert len(str(error.value)) < 500
+
+
+def test_a_huge_value_of_a_recipe_is_told_in_short() -> None:
+    with pytest.raises(UserError) as error:
+        configuration.flatten({"data": {"shards": [["x" * 1000] * 1000] * 1000}}, "own.yaml")
+    assert len(str(error.value)) < 2_000
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ("a,0,0,1,0\xff", "not text in UTF-8"),
+        ("a,0.5,0,1,0", "none of the 2 classes"),
+        ("a,0,-1,1,0", "none of the 2 classes"),
+        ("a,0,2,1,0", "none of the 2 classes"),
+        ("a,nan,0,1,0", "none of the 2 classes"),
+        ("a,0,0,nan,0", "not from 0 to 1"),
+        ('"' + "x" * 200_000 + '",0,0,1,0', "no CSV"),
+    ],
+)
+def test_predictions_that_are_none_are_refused(tmp_path: Path, rows: str, said: str) -> None:
+    path = tmp_path / "predictions.csv"
+    path.write_bytes(f"key,label,predicted,p0,p1\n{rows}\n".encode("latin-1"))
+    with pytest.raises(UserError, match=said):
+        read_predictions(path)
+
+
+CHANGES = [
+    ("state.json", "state", None, None),
+    ("state.json", "step", "many", "step"),
+    ("summary.json", "train_seconds", [1], "train_seconds"),
+    ("summary.json", "images_per_second", 1e300, "images_per_second"),
+    ("summary.json", "parameters", "few", "parameters"),
+    ("summary.json", "data", {"counts": {"train": {}}}, "data"),
+]
+
+
+@pytest.mark.parametrize(("name", "field", "value", "told"), CHANGES)
+def test_a_report_leaves_out_a_field_of_another_kind_and_says_so(
+    tmp_path: Path, name: str, field: str, value: object, told: str | None
+) -> None:
+    run = write_run(tmp_path / "run", val_size=20, epochs=1, steps_per_epoch=2, resume_at=None)
+    for unused in ("log.jsonl", "predictions_val.csv", "predictions_test.csv"):
+        (run / unused).unlink()
+    document = json.loads((run / name).read_text())
+    document = {key: item for key, item in document.items() if key not in ("val", "test")} | {field: value}
+    (run / name).write_text(json.dumps(document))
+    assert report([str(run)]) == 0
+    if told is not None:
+        assert any(line.startswith(f"{name} does not hold what it should in {told}") for line in missing(run))
+
+
+def missing(run: Path) -> tuple[str, ...]:
+    return read_run(run, __version__).missing
+
+
+def test_files_that_are_nested_without_end_are_read_as_damaged(tmp_path: Path) -> None:
+    for name in ("state.json", "summary.json", "architecture.json", "log.jsonl", "config.yaml"):
+        (tmp_path / name).write_text(DEEP + "\n")
+    assert read_state(tmp_path) is None
+    assert read_log(tmp_path / "log.jsonl") == []
+    assert len(missing(tmp_path)) >= 5
+
+
+def test_a_log_whose_steps_are_no_numbers_is_cut_without_an_error(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text('{"step": "one"}\n{"step": 2}\n{}\n')
+    assert read_log(tmp_path / "log.jsonl") == [{"step": 2}]
+
+
+def test_a_checkpoint_without_a_field_of_its_own_is_refused_by_its_name() -> None:
+    checkpoint = Checkpoint(path=Path("step-00000001"), step=1, state={"shards": "x", "micro_batch": True})
+    with pytest.raises(UserError, match=r"step-00000001: state\.json .*micro_batch"):
+        check_state(checkpoint)
+
+
+def test_an_index_with_keys_that_are_no_text_is_refused(tmp_path: Path) -> None:
+    pack(tiny_source(9, 3, size=(8, 8)), tmp_path / "set", num_shards=1)
+    index = tmp_path / "set" / "train.index.npy"
+    data = bytearray(index.read_bytes())
+    data[data.index(b"00000000")] = 0xFF
+    index.write_bytes(data)
+    with pytest.raises(UserError, match=r"train\.index\.npy: it holds keys that are no ASCII"):
+        ShardSet.open(tmp_path / "set").keys("train", range(8))
+
+
+def test_images_of_no_height_are_refused() -> None:
+    with pytest.raises(UserError, match="accepted are images"):
+        check_images("here", (6, 0, 8, 3), np.dtype(np.uint8))
+
+
+def test_a_path_that_cannot_be_looked_at_is_one_line_that_no_terminal_obeys(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_door(report, ["x" * 5000]) == EXIT_USER_ERROR
+    assert run_door(report, ["\x1b[2J"]) == EXIT_USER_ERROR
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("error: x")
+    assert len(first) < 2_600
+    assert second.startswith("error: \\x1b[2J: no such run folder")

@@ -6,6 +6,8 @@ import os
 import sys
 from collections.abc import Callable
 
+EXIT_LOST_PROCESS = 1
+"""Exit code of a process that another one of its run has left alone."""
 EXIT_USER_ERROR = 2
 """Exit code of a person's mistake."""
 EXIT_INTERRUPTED = 130
@@ -22,6 +24,10 @@ class NodeError(UserError):
     """A mistake that this node may be the only one to find, so that its first process tells it, whatever its rank."""
 
 
+class LostProcess(RuntimeError):
+    """Another process of the run has gone, in one line, which each that is left tells: rank 0 may be the one."""
+
+
 def tell_error(text: str, *, teller: str = "RANK") -> None:
     """``error: ...`` in one line on stderr, from the process whose number in the variable ``teller`` is 0."""
     if os.environ.get(teller, "0") == "0":
@@ -32,13 +38,17 @@ def run_door(main: Callable[[list[str]], int], argv: list[str] | None = None) ->
     """Runs a door's ``main`` and turns a `UserError` into one line on stderr and exit code 2.
 
     Of several processes rank 0 alone speaks: all of them find the same mistake, or share it (`World.together`).
-    Ctrl-C is one line too. Returns the exit code; every other exception passes through, since it is our own mistake.
+    Ctrl-C is one line too, and so is the loss of another process, told by each that is left, with exit code 1. Returns
+    the exit code; every other exception passes through, since it is our own mistake.
     """
     try:
         return main(sys.argv[1:] if argv is None else argv)
     except UserError as error:
         tell_error(str(error), teller="LOCAL_RANK" if isinstance(error, NodeError) else "RANK")
         return EXIT_USER_ERROR
+    except LostProcess as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_LOST_PROCESS
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED

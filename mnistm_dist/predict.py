@@ -14,13 +14,13 @@ import argparse
 import csv
 import io
 import json
-import os
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mnistm_dist.errors import UserError, run_door
 from mnistm_dist.flags import ArgumentParser
+from mnistm_dist.stdout import write_result
 
 if TYPE_CHECKING:
     from mnistm_dist.inference import TrainedModel
@@ -81,13 +81,15 @@ def main(argv: list[str]) -> int:
     for complaint in complaints:
         print(f"passed over: {printable(complaint)}", file=sys.stderr)
     if args.json:
-        write(as_json(results))
+        write_result(as_json(results))
     elif args.csv:
-        write(as_csv(results, model.classes))
+        write_result(as_csv(results, model.classes))
     elif sys.stdout.isatty():
         show_table(results, model.classes)
     else:
-        write("".join(f"{model.classes[r.predicted]}  {r.probability:.4f}  {printable(r.file)}\n" for r in results))
+        write_result(
+            "".join(f"{model.classes[r.predicted]}  {r.probability:.4f}  {printable(r.file)}\n" for r in results)
+        )
     return EXIT_PASSED_OVER if complaints else 0
 
 
@@ -166,16 +168,6 @@ def show_table(results: list[Result], classes: tuple[str, ...]) -> None:
 def printable(text: str) -> str:
     """Text without what a terminal would obey or could not show: a file's name is anybody's."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def write(text: str) -> None:
-    """Text to stdout; a reader that has seen enough (``| head``) is no mistake."""
-    try:
-        sys.stdout.buffer.write(text.encode("utf-8", "surrogateescape"))
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Python flushes stdout once more when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

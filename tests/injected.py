@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mnistm_dist.evaluate
 from mnistm_dist import loop
+from mnistm_dist.data import resident
 from mnistm_dist.errors import UserError
+from mnistm_dist.reporting import figures
+from mnistm_dist.training import checkpoint, evaluation
 
-CLONE_NEWNS, MS_RDONLY, MS_REC, MS_PRIVATE = 0x20000, 1, 0x4000, 0x40000
+CLONE_NEWNS, MS_RDONLY, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 0x20000, 1, 0x20, 0x1000, 0x4000, 0x40000
+
+
+# Disks
 
 
 def read_only_disk() -> None:
@@ -41,6 +51,9 @@ def _mount(folder: str, options: str, flags: int = 0) -> None:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
+# Mistakes
+
+
 def mistake_on_rank_0() -> None:
     """Rank 0 finds a mistake where the others find none, in the middle of the training."""
     original = loop.Trainer.write_row
@@ -51,3 +64,38 @@ def mistake_on_rank_0() -> None:
             raise UserError("a mistake that only rank 0 finds")
 
     loop.Trainer.write_row = write_row  # type: ignore[method-assign]
+
+
+# Signals
+
+SIGNAL, RANK, PHASE = "FAULT_SIGNAL", "FAULT_RANK", "FAULT_PHASE"
+"""Environment variables: the signal that hits a rank when it comes to a phase."""
+
+PHASES: dict[str, tuple[Any, str, int]] = {
+    "decoding": (resident, "_write_card", 1),
+    "training": (loop, "train_step", 9),
+    "saving": (checkpoint, "_digest", 3),
+    "evaluating": (evaluation, "_predict", 1),
+    "predicting": (mnistm_dist.evaluate, "write_split", 1),
+    "drawing": (figures, "mistakes", 1),
+}
+"""Of each phase a function in the middle of it, and at which of its calls the signal comes."""
+
+
+def signal_in_phase() -> None:
+    """A signal hits this process when it comes to a phase, if it is the rank that is meant."""
+    if os.environ.get("RANK", "0") != os.environ[RANK]:
+        return
+    owner, name, at = PHASES[os.environ[PHASE]]
+    original: Callable[..., Any] = getattr(owner, name)
+    calls = 0
+
+    def hit(*arguments: Any, **more: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            sys.stdout.flush()
+            os.kill(os.getpid(), getattr(signal, os.environ[SIGNAL]))
+        return original(*arguments, **more)
+
+    setattr(owner, name, hit)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
-import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ import mnistm_dist.evaluate
 from mnistm_dist import loop
 from mnistm_dist.data import resident
 from mnistm_dist.errors import UserError
-from mnistm_dist.reporting import figures
+from mnistm_dist.reporting import figures, page
 from mnistm_dist.training import checkpoint, evaluation
 
-CLONE_NEWNS, MS_RDONLY, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 0x20000, 1, 0x20, 0x1000, 0x4000, 0x40000
+CLONE_NEWNS, MS_RDONLY, MS_REC, MS_PRIVATE = 0x20000, 1, 0x4000, 0x40000
 
 
 # Disks
@@ -66,25 +67,55 @@ def mistake_on_rank_0() -> None:
     loop.Trainer.write_row = write_row  # type: ignore[method-assign]
 
 
-# Signals
+# What happens to one rank when it comes to a phase
 
-SIGNAL, RANK, PHASE = "FAULT_SIGNAL", "FAULT_RANK", "FAULT_PHASE"
-"""Environment variables: the signal that hits a rank when it comes to a phase."""
+FAULT, RANK, PHASE = "FAULT", "FAULT_RANK", "FAULT_PHASE"
+"""Environment variables: what happens (a name in `FAULTS`, or a signal's), to which rank, in which of the `PHASES`."""
 
 PHASES: dict[str, tuple[Any, str, int]] = {
+    "opening": (resident, "set_entry", 1),
     "decoding": (resident, "_write_card", 1),
     "training": (loop, "train_step", 9),
     "saving": (checkpoint, "_digest", 3),
     "evaluating": (evaluation, "_predict", 1),
     "predicting": (mnistm_dist.evaluate, "write_split", 1),
     "drawing": (figures, "mistakes", 1),
+    "summing up": (mnistm_dist.evaluate, "write_summary", 1),
+    "reporting": (page, "write_report", 1),
 }
-"""Of each phase a function in the middle of it, and at which of its calls the signal comes."""
+"""Of each phase a function in the middle of it, and at which of its calls the fault comes: the 9th step, say, or the
+first file of the second checkpoint."""
 
 
-def signal_in_phase() -> None:
-    """A signal hits this process when it comes to a phase, if it is the rank that is meant."""
-    if os.environ.get("RANK", "0") != os.environ[RANK]:
+def fill_disk() -> None:
+    """Something else takes all that is left of the disk ``disk``."""
+    with Path("disk/filling").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(1 << 12))
+
+
+def alter_shards() -> None:
+    """A byte in the middle of every train shard in ``altered`` becomes another."""
+    for path in Path("altered").glob("train-*.tar"):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+
+
+def wait_for_go() -> None:
+    """The process waits until there is a file ``go``, at most a minute; ``waits`` says that it does."""
+    Path("waits").touch()
+    deadline = time.monotonic() + 60
+    while not Path("go").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+FAULTS: dict[str, Callable[[], None]] = {"full disk": fill_disk, "altered shards": alter_shards, "wait": wait_for_go}
+
+
+def in_phase() -> None:
+    """Something happens to this process when it comes to a phase, if it is the rank that is meant."""
+    if os.environ.get("RANK", "0") != os.environ.get(RANK, "0"):
         return
     owner, name, at = PHASES[os.environ[PHASE]]
     original: Callable[..., Any] = getattr(owner, name)
@@ -94,8 +125,11 @@ def signal_in_phase() -> None:
         nonlocal calls
         calls += 1
         if calls == at:
-            sys.stdout.flush()
-            os.kill(os.getpid(), getattr(signal, os.environ[SIGNAL]))
+            fault = os.environ[FAULT]
+            if fault in FAULTS:
+                FAULTS[fault]()
+            else:
+                os.kill(os.getpid(), getattr(signal, fault))
         return original(*arguments, **more)
 
     setattr(owner, name, hit)

@@ -124,10 +124,10 @@ def pack_sample(console: Console) -> None:
     try:
         with console.progress("packing the bundled sample", None) as bar:
             pack(open_source("sample"), SAMPLE, progress=bar)
-    except UserError:
+    except UserError as error:
         # Another node, or another run, may have been first.
         if not (SAMPLE / "manifest.json").exists():
-            raise
+            raise UserError(f"{error}, or name a packed set with --shards") from error
 
 
 def resolve(config: Config, world: World, manifest: Manifest) -> Config:

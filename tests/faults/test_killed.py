@@ -101,7 +101,7 @@ def test_a_process_that_falls_silent_is_given_up_after_the_collective_timeout(
     """As a node that vanishes from the network: no connection is closed."""
     process = launch(start, small_set, row, "SIGSTOP", "--collective-timeout", "15")
     stderr, deadline = process.command.stderr, time.monotonic() + 90
-    while not stderr.read_text().endswith("\n") and time.monotonic() < deadline:
+    while not (stderr.exists() and stderr.read_text().endswith("\n")) and time.monotonic() < deadline:
         time.sleep(0.1)
     (line,) = error_lines(stderr.read_text())
     assert f"rank {1 - row.rank} on" in line

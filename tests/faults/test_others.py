@@ -101,13 +101,26 @@ def test_shards_that_are_altered_under_a_streaming_run_are_named_and_whole_again
     assert_ended_alike(tmp_path / "run", undisturbed(1, *STREAMING))
 
 
+def test_a_run_whose_wandb_settings_are_refused_says_so_and_ends_the_same(door, small_set, tmp_path, undisturbed):
+    flags = ("--shards", small_set, "--run-dir", "run", *FLAGS, "--track", "wandb")
+    done = door("train", *flags, WANDB_MODE="nonsense", WANDB_API_KEY="0123456789" * 4)
+    assert "W&B is off (1 validation error for Settings mode" in worked(done)
+    assert error_lines(done.stderr) == []
+    assert_ended_alike(tmp_path / "run", undisturbed())
+
+
 @pytest.mark.soak
 def test_a_run_whose_wandb_server_hangs_ends_the_same_half_a_minute_later_at_most(
     door, small_set, tmp_path, undisturbed
 ):
     flags = [flag for flag in FLAGS if flag not in ("--track", "none")]
     with server("stalls") as address:
-        keys = {"WANDB_MODE": "", "WANDB_API_KEY": "0123456789" * 4, "WANDB_BASE_URL": address, "HOME": str(tmp_path)}
+        keys = {
+            "WANDB_MODE": "online",
+            "WANDB_API_KEY": "0123456789" * 4,
+            "WANDB_BASE_URL": address,
+            "HOME": str(tmp_path),
+        }
         done = door("train", "--shards", small_set, "--run-dir", "run", *flags, "--track", "wandb", **keys)
     said = worked(done)
     assert "W&B is offline (" in said

@@ -11,6 +11,8 @@ _MOST_CHARACTERS = 2_500
 """Of a message: what a person gave may be longer than a terminal is high."""
 _UNREACHABLE = (errno.ENAMETOOLONG, errno.EACCES, errno.ELOOP, errno.ENOTDIR)
 """What a path of a person's can be, wherever it is looked at first."""
+EXIT_LOST_PROCESS = 1
+"""Exit code of a process that another one of its run has left alone."""
 EXIT_USER_ERROR = 2
 """Exit code of a person's mistake."""
 EXIT_INTERRUPTED = 130
@@ -25,6 +27,10 @@ class UserError(ValueError):
 
 class NodeError(UserError):
     """A mistake that this node may be the only one to find, so that its first process tells it, whatever its rank."""
+
+
+class LostProcess(RuntimeError):
+    """Another process of the run has gone, in one line, which each that is left tells: rank 0 may be the one."""
 
 
 def tell_error(text: str, *, teller: str = "RANK") -> None:
@@ -51,8 +57,8 @@ def run_door(main: Callable[[list[str]], int], argv: list[str] | None = None) ->
     """Runs a door's ``main`` and turns a `UserError` into one line on stderr and exit code 2.
 
     Of several processes rank 0 alone speaks: all of them find the same mistake, or share it (`World.together`).
-    A path that cannot be looked at is one line too, and Ctrl-C. Returns the exit code; every other exception passes
-    through, since it is our own mistake.
+    A path that cannot be looked at is one line too, and Ctrl-C, and the loss of another process, told by each that is
+    left, with exit code 1. Returns the exit code; every other exception passes through, since it is our own mistake.
     """
     try:
         return main(sys.argv[1:] if argv is None else argv)
@@ -64,6 +70,9 @@ def run_door(main: Callable[[list[str]], int], argv: list[str] | None = None) ->
             raise
         tell_error(f"{os.fsdecode(error.filename)}: cannot be looked at ({error.strerror}); name another path")
         return EXIT_USER_ERROR
+    except LostProcess as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_LOST_PROCESS
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED

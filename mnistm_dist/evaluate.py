@@ -45,6 +45,7 @@ def main(argv: list[str]) -> int:
     from mnistm_dist.launch import open_readers, open_set
     from mnistm_dist.reporting.console import Console
     from mnistm_dist.training import distributed
+    from mnistm_dist.training.lost import lost_processes
     from mnistm_dist.training.run_folder import is_held
 
     run_dir = Path(args.run)
@@ -62,18 +63,20 @@ def main(argv: list[str]) -> int:
     )
     console = Console(enabled=world.is_main)
     try:
-        shards = open_set(config.data, world, console)
-        splits = [split for split in ("val", "test") if split in shards.manifest.splits]
-        if args.split is not None:
-            shards.split(args.split)
-            splits = [args.split]
-        checkpoint, how = choose_checkpoint(run_dir, args.checkpoint, has_test="test" in shards.manifest.splits)
-        readers = open_readers(shards, config.data, splits, world, console)
-        results = evaluate_checkpoint(run_dir, checkpoint, config, world, console, shards, readers)
-        if world.is_main:
-            summary = read_summary(run_dir) | {"checkpoint": how} | results
-            write_summary(run_dir, summary)
-            tell_result(console, run_dir, summary, list(results))
+        with lost_processes(config.run.collective_timeout):
+            shards = open_set(config.data, world, console)
+            splits = [split for split in ("val", "test") if split in shards.manifest.splits]
+            if args.split is not None:
+                shards.split(args.split)
+                splits = [args.split]
+            checkpoint, how = choose_checkpoint(run_dir, args.checkpoint, has_test="test" in shards.manifest.splits)
+            readers = open_readers(shards, config.data, splits, world, console)
+            world = world.set_up()
+            results = evaluate_checkpoint(run_dir, checkpoint, config, world, console, shards, readers)
+            if world.is_main:
+                summary = read_summary(run_dir) | {"checkpoint": how} | results
+                write_summary(run_dir, summary)
+                tell_result(console, run_dir, summary, list(results))
     except UserError:
         world.leave(distributed.FAILURE_PATIENCE)
         raise

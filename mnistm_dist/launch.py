@@ -3,6 +3,7 @@
 1. `choose_start`: the configuration, and the checkpoint to go on from.
 2. `open_set`, `open_readers`: the shards, a reader of each split.
 3. `resolve`: every ``auto``, once; the result is written to the run's ``config.yaml`` and kept at a resume.
+4. `choose_run_dir`, `take_folder`: the run folder, held.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from mnistm_dist.reporting.console import Console
 from mnistm_dist.training import checkpoint as checkpoints
 from mnistm_dist.training.checkpoint import Checkpoint
 from mnistm_dist.training.distributed import World
-from mnistm_dist.training.run_folder import read_state
+from mnistm_dist.training.run_folder import RunFolder, read_state
 
 SAMPLE = Path("shards/sample")
 """Where the bundled sample is packed to, and looked for, when no shards are named."""
@@ -123,10 +124,10 @@ def pack_sample(console: Console) -> None:
     try:
         with console.progress("packing the bundled sample", None) as bar:
             pack(open_source("sample"), SAMPLE, progress=bar)
-    except UserError:
+    except UserError as error:
         # Another node, or another run, may have been first.
         if not (SAMPLE / "manifest.json").exists():
-            raise
+            raise UserError(f"{error}, or name a packed set with --shards") from error
 
 
 def resolve(config: Config, world: World, manifest: Manifest) -> Config:
@@ -162,3 +163,23 @@ def choose_run_dir(config: Config) -> Path:
     name = f"{Path(config.recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     taken = (Path("runs") / (name if n == 1 else f"{name}-{n}") for n in itertools.count(1))
     return next(path for path in taken if not path.exists())
+
+
+def take_folder(run_dir: Path, *, resume: str | None, checkpoint: Checkpoint | None, active: bool) -> RunFolder:
+    """The run's folder, held by the rank that is ``active``.
+
+    Raises `UserError` where it cannot be written, is held, or another job has trained in it since `choose_start` looked
+    (it waited for the data, say): what that job learnt would be thrown away.
+    """
+    folder = RunFolder(run_dir, active=active)
+    if not active or (resume is not None and Path(resume).name.startswith("step-")):
+        return folder
+    newest = checkpoints.newest(run_dir, lambda _: None)
+    before, now = (found.step if found else 0 for found in (checkpoint, newest))
+    if before != now:
+        folder.give_back()
+        raise UserError(
+            f"run folder {run_dir}: another job has trained in it since this one started (step {before} then, "
+            f"{now} now); start this one again with --resume auto, or choose another --run-dir"
+        )
+    return folder

@@ -22,6 +22,7 @@ from mnistm_dist import config as configuration
 from mnistm_dist.config import Config
 from mnistm_dist.errors import UserError, run_door
 from mnistm_dist.flags import ArgumentParser, whole_number
+from mnistm_dist.stdout import write_result
 
 if TYPE_CHECKING:
     import numpy as np
@@ -64,13 +65,14 @@ def main(argv: list[str]) -> int:
     if args.save:
         save_images(args.save, config, shards, np.concatenate(shares), np.concatenate(ids), title)
     if args.json:
-        print(json.dumps({"step": args.step, "epoch": epoch, "ranks": ranks}))
+        write_result(json.dumps({"step": args.step, "epoch": epoch, "ranks": ranks}) + "\n")
         return 0
-    print(title)
+    lines = [title]
     for rank, keys in enumerate(ranks):
-        print(textwrap.fill(" ".join(keys), width=80, initial_indent=f"rank {rank}: ", subsequent_indent="    "))
+        lines.append(textwrap.fill(" ".join(keys), width=80, initial_indent=f"rank {rank}: ", subsequent_indent="    "))
     if args.save:
-        print(f"images: {args.save}")
+        lines.append(f"images: {args.save}")
+    write_result("\n".join(lines) + "\n")
     return 0
 
 

@@ -13,13 +13,13 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mnistm_dist.errors import UserError, printable, run_door
 from mnistm_dist.flags import ArgumentParser, whole_number
+from mnistm_dist.stdout import write_result
 
 if TYPE_CHECKING:
     from mnistm_dist.inference import TrainedModel
@@ -82,13 +82,15 @@ def main(argv: list[str]) -> int:
     for complaint in complaints:
         print(f"passed over: {printable(complaint)}", file=sys.stderr)
     if args.json:
-        write(as_json(results))
+        write_result(as_json(results))
     elif args.csv:
-        write(as_csv(results, model.classes))
+        write_result(as_csv(results, model.classes))
     elif sys.stdout.isatty():
         show_table(results, model.classes)
     else:
-        write("".join(f"{model.classes[r.predicted]}  {r.probability:.4f}  {printable(r.file)}\n" for r in results))
+        write_result(
+            "".join(f"{model.classes[r.predicted]}  {r.probability:.4f}  {printable(r.file)}\n" for r in results)
+        )
     return EXIT_PASSED_OVER if complaints else 0
 
 
@@ -154,16 +156,6 @@ def show_table(results: list[Result], classes: tuple[str, ...]) -> None:
     for r in results:
         table.add_row(Text(printable(r.file)), Text(classes[r.predicted], "bold"), f"{r.probability:.4f}")
     Console().print(table)
-
-
-def write(text: str) -> None:
-    """Text to stdout; a reader that has seen enough (``| head``) is no mistake."""
-    try:
-        sys.stdout.buffer.write(text.encode("utf-8", "surrogateescape"))
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Python flushes stdout once more when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

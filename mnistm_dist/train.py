@@ -35,6 +35,7 @@ def main(argv: list[str]) -> int:
     from mnistm_dist.launch import choose_start
     from mnistm_dist.reporting.console import Console
     from mnistm_dist.training import distributed
+    from mnistm_dist.training.lost import lost_processes
     from mnistm_dist.training.signals import StopRequest, die_with_launcher, parse_signals
 
     config, checkpoint = choose_start(request)
@@ -50,7 +51,7 @@ def main(argv: list[str]) -> int:
     )
     console = Console(enabled=world.is_main)
     try:
-        with console.library_warnings():
+        with console.library_warnings(), lost_processes(config.run.collective_timeout):
             code = train(config, checkpoint, world, console, stop)
     except UserError:
         world.leave(distributed.FAILURE_PATIENCE)
@@ -62,15 +63,19 @@ def main(argv: list[str]) -> int:
 
 def train(config: Config, checkpoint: Checkpoint | None, world: World, console: Console, stop: StopRequest) -> int:
     """Steps 2 to 5 of a run. All ranks take part."""
-    from mnistm_dist.launch import choose_run_dir, open_readers, open_set, resolve
+    from mnistm_dist.launch import choose_run_dir, open_readers, open_set, resolve, take_folder
     from mnistm_dist.loop import Preempted, Trainer
-    from mnistm_dist.training.run_folder import RunFolder
+    from mnistm_dist.training.lost import lost_processes
 
     shards = open_set(config.data, world, console)
     config = world.together(lambda: resolve(config, world, shards.manifest))
     readers = open_readers(shards, config.data, shards.manifest.splits, world, console)
+    world = world.set_up()
     run_dir = world.on_main(lambda: choose_run_dir(config))
-    with world.together(lambda: RunFolder(run_dir, active=world.is_main)) as folder:
+    folder = world.together(
+        lambda: take_folder(run_dir, resume=config.run.resume, checkpoint=checkpoint, active=world.is_main)
+    )
+    with folder, lost_processes(config.run.collective_timeout):
         trainer = Trainer(config, world, console, folder, shards, readers, stop)
         trainer.begin(checkpoint)
         try:

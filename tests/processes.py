@@ -71,7 +71,11 @@ class Started:
     def kill(self) -> None:
         """SIGKILL to the whole group."""
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
+            try:
+                os.killpg(self.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                # It has not come to lead a group yet.
+                os.kill(self.pid, signal.SIGKILL)
         self._process.join()
 
 

@@ -186,13 +186,13 @@ def test_a_head_that_nobody_joins_says_so(door, small_set, free_port):
 def test_a_run_folder_that_cannot_be_written_is_told_in_one_line(door, small_set, tmp_path, disk, reason):
     (tmp_path / "disk").mkdir()
     flags = ("--shards", small_set, "--run-dir", "disk/run", *QUICK)
-    error = refused(door("train", *flags, world_size=2, before=f"faults:{disk}", timeout=120))
+    error = refused(door("train", *flags, world_size=2, before=f"injected:{disk}", timeout=120))
     assert "disk/run" in error
     assert reason in error
 
 
 def test_a_mistake_that_one_rank_finds_ends_all_in_bounded_time(door, small_set, tmp_path):
     flags = ("--shards", small_set, "--run-dir", "run", *QUICK)
-    done = door("train", *flags, world_size=2, before="faults:mistake_on_rank_0", timeout=100)
+    done = door("train", *flags, world_size=2, before="injected:mistake_on_rank_0", timeout=100)
     assert "a mistake that only rank 0 finds" in the_error(done)
     assert read_state(tmp_path / "run")["state"] == "failed"

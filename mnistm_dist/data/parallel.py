@@ -9,8 +9,11 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from typing import TypeVar
+
+from mnistm_dist.errors import UserError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -45,7 +48,8 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], *, wo
     """``map(function, items)`` in ``workers`` processes, results in the order of the items.
 
     At most `_IN_FLIGHT` items per worker are held at once, however many there are. ``function`` is a module's own
-    function; what it raises is raised here. Fewer than two workers: it runs in this process.
+    function; what it raises is raised here. Fewer than two workers: it runs in this process. Raises `UserError` where
+    a worker was killed.
     """
     if workers < 2:
         yield from map(function, items)
@@ -61,6 +65,11 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], *, wo
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+    except BrokenProcessPool as error:
+        raise UserError(
+            f"a worker process of {workers} was killed, as the system does where memory runs out; "
+            "look for what killed it, and run this again"
+        ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

@@ -93,9 +93,16 @@ def bare(axes: Axes) -> None:
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Writes a figure as the suffix says (``.png``, ``.svg``, ``.pdf``), without a date, and returns the path."""
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(path, dpi=PRINT_DPI, metadata={"Software": None} if path.suffix == ".png" else {})
+    """Writes a figure as the suffix says (``.png``, ``.svg``, ``.pdf``), without a date, whole or not at all, and
+    returns the path."""
+    temporary = path.with_name(f".{path.stem}.part{path.suffix}")
+    try:
+        with matplotlib.rc_context(STYLE):
+            figure.savefig(temporary, dpi=PRINT_DPI, metadata={"Software": None} if path.suffix == ".png" else {})
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     return path
 
 

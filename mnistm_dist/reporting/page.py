@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,5 +37,9 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> list[str]:
         temporary.write_text(page, encoding="utf-8")
         temporary.replace(out)
     except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror}); name another place with --out") from None
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"{out}: cannot be written ({error.strerror}); make room there, or name another place with --out"
+        ) from None
     return [f"{run.name}: {line}" if len(runs) > 1 else line for run in runs for line in run.missing]

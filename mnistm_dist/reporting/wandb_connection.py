@@ -79,9 +79,12 @@ def connect(
     """
     import wandb
 
-    # We say ourselves what is to be known; this silences what W&B says before it has a run.
-    wandb.setup(wandb.Settings(silent=True))
     failures = (wandb.Error, OSError, ValueError, RuntimeError)
+    try:
+        # We say ourselves what is to be known; this silences what W&B says before it has a run.
+        wandb.setup(wandb.Settings(silent=True))
+    except failures as error:
+        return None, one_line(error)
     if mode == "online":
         try:
             _probe(base_url(os.environ))

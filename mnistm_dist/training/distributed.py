@@ -13,7 +13,7 @@ import socket
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
@@ -31,7 +31,7 @@ T = TypeVar("T")
 Environment = Mapping[str, str]
 
 SETUP_TIMEOUT = timedelta(hours=12)
-"""Limit of the waits of the control group: one node may decode for long while the others wait for it."""
+"""Limit of the waits until the data is open: one node may decode for long while the others wait for it."""
 HEAD_PATIENCE = 300.0
 """Seconds in which rank 0 must listen: the processes of a job start together, and a slow disk makes it minutes."""
 FAILURE_PATIENCE = timedelta(seconds=10)
@@ -48,6 +48,8 @@ class World:
     one process."""
     precision: Precision
     threads: int
+    collective_timeout: timedelta
+    """How long a collective operation may wait for a process once the data is open; until then `SETUP_TIMEOUT`."""
 
     @property
     def rank(self) -> int:
@@ -125,11 +127,19 @@ class World:
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
 
-    def leave(self, patience: timedelta = SETUP_TIMEOUT) -> None:
-        """Ends the process groups once all ranks are here, or after ``patience``. All ranks take part."""
+    def set_up(self) -> World:
+        """This world once the data is open: from here on no wait for a lost process is longer than
+        ``collective_timeout``. All ranks take part."""
+        if self.control is None:
+            return self
+        return replace(self, control=_control_group(self.collective_timeout))
+
+    def leave(self, patience: timedelta | None = None) -> None:
+        """Ends the process groups once all ranks are here, or after ``patience`` (``collective_timeout`` by default).
+        All ranks take part."""
         if dist.is_initialized():
             with contextlib.suppress(RuntimeError):
-                dist.monitored_barrier(group=self.control, timeout=patience)
+                dist.monitored_barrier(group=self.control, timeout=patience or self.collective_timeout)
             dist.destroy_process_group()
 
 
@@ -208,9 +218,19 @@ def start(machine: MachineConfig, *, expect_world_size: int | None, collective_t
     torch.set_num_threads(threads)
     if accelerator.num_processes != world_size:
         raise UserError(f"world size: the launcher asked for {world_size}, Accelerate has {accelerator.num_processes}")
-    control = dist.new_group(backend="gloo", timeout=SETUP_TIMEOUT) if world_size > 1 else None
-    assert not isinstance(control, int), "every rank is a member of the control group"
-    return World(accelerator=accelerator, control=control, precision=precision, threads=threads)
+    return World(
+        accelerator=accelerator,
+        control=_control_group(SETUP_TIMEOUT) if world_size > 1 else None,
+        precision=precision,
+        threads=threads,
+        collective_timeout=timedelta(seconds=collective_timeout),
+    )
+
+
+def _control_group(timeout: timedelta) -> dist.ProcessGroup:
+    group = dist.new_group(backend="gloo", timeout=timeout)
+    assert isinstance(group, dist.ProcessGroup), "every rank is a member of the control group"
+    return group
 
 
 def wait_for_head(environment: Environment, patience: float) -> None:

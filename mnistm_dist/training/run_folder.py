@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from mnistm_dist.errors import UserError, why
+from mnistm_dist.errors import LostProcess, UserError, why
 from mnistm_dist.training.checkpoint import write_durably
 
 State = Literal["running", "preempted", "finished", "failed"]
@@ -154,7 +154,16 @@ def is_held(run_dir: Path) -> bool:
 
 def write_state(run_dir: Path, state: State, step: int, reason: str | None = None) -> None:
     """``state.json``: how the run stands, for whoever cannot see its exit code."""
-    write_durably(run_dir / "state.json", json.dumps({"state": state, "step": step, "reason": reason}).encode())
+    path, data = run_dir / "state.json", json.dumps({"state": state, "step": step, "reason": reason}).encode()
+    try:
+        write_durably(path, data)
+    except OSError:
+        if not path.exists():
+            raise
+        # A full disk has no room for a second file, but the block that the old one has.
+        with path.open("r+b") as file:
+            file.write(data)
+            file.truncate()
 
 
 def read_state(run_dir: Path) -> dict[str, Any] | None:
@@ -164,6 +173,24 @@ def read_state(run_dir: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
+
+
+def tell_of_dead_holder(run_dir: Path, step: int, reason: str) -> None:
+    """Tells for a holder of this host that was killed what it cannot tell itself: ``failed``, and gives the folder
+    free. Any process of its run may call this; of a holder that lives, or of another host, nothing is told."""
+    try:
+        holder = json.loads((run_dir / ".lock").read_text())
+        dead = holder["host"] == socket.gethostname() and process_start(int(holder["pid"])) != holder["started"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if dead:
+        with suppress(UserError):
+            lock = RunLock(run_dir)
+            try:
+                with writing(run_dir):
+                    write_state(run_dir, "failed", step, f"LostProcess: {reason}")
+            finally:
+                lock.release()
 
 
 class RunFolder:
@@ -185,18 +212,29 @@ class RunFolder:
         with writing(path):
             (path / "checkpoints").mkdir(parents=True, exist_ok=True)
         self._lock = RunLock(path)
+        for leftover in path.glob(".*.[0-9]*"):
+            # What a killed writer left half-written; another's that lives is not touched.
+            if leftover.suffix[1:].isdecimal() and process_start(int(leftover.suffix[1:])) is None:
+                leftover.unlink(missing_ok=True)
 
     def __enter__(self) -> RunFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _traceback: object) -> None:
         if not self.active:
+            if isinstance(error, LostProcess):
+                tell_of_dead_holder(self.path, self.steps_done, str(error))
             return
         if error is not None:
             # On a full disk it cannot be told, and the error that came first is the one to show.
             with suppress(UserError):
                 self.tell("failed", f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
         self._lock.release()
+
+    def give_back(self) -> None:
+        """Gives the folder free as it was found."""
+        if self.active:
+            self._lock.release()
 
     def tell(self, state: State, reason: str | None = None) -> None:
         """Writes ``state.json``."""

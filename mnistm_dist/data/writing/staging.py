@@ -61,7 +61,7 @@ def refuse_existing(out: Path) -> None:
 @contextlib.contextmanager
 def _locked(path: Path, out: Path) -> Iterator[None]:
     while True:
-        with saying_what_fails(path):
+        with saying_what_fails(out):
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
             try:
@@ -82,7 +82,7 @@ def _locked(path: Path, out: Path) -> Iterator[None]:
             if not ours:
                 continue
             try:
-                with saying_what_fails(path):
+                with saying_what_fails(out):
                     os.truncate(descriptor, 0)
                     os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
                 yield

@@ -1,0 +1,129 @@
+"""Others in the same place at the same time: two jobs in one folder or one cache, a hand on the shards, a server that
+hangs."""
+
+import os
+import shutil
+import signal
+import time
+
+import pytest
+from conftest import refused, worked
+from undisturbed import FLAGS, STREAMING, assert_ended_alike, error_lines, undisturbed
+from wandb_files import server
+
+from mnistm_dist.training.run_folder import read_state
+
+__all__ = ["undisturbed"]
+
+
+def wait_for(path) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path.name} did not come in a minute"
+        time.sleep(0.02)
+
+
+def test_of_two_jobs_that_start_in_one_folder_one_trains(start, small_set, tmp_path, undisturbed):
+    flags = ("--shards", small_set, "--run-dir", "run", "--resume", "auto", *FLAGS)
+    jobs = [start("train", *flags), start("train", *flags)]
+    ended = sorted((job.wait(120) for job in jobs), key=lambda done: done.returncode)
+    assert ended[0].returncode == 0, ended[0].stderr
+    if ended[1].returncode == 0:
+        # It came when the other had finished.
+        assert "is finished" in ended[1].stderr
+    else:
+        line = refused(ended[1])
+        assert "held by a live run" in line or "another job has trained in it" in line
+    assert_ended_alike(tmp_path / "run", undisturbed())
+
+
+def test_a_job_that_comes_late_to_a_folder_throws_nothing_away(start, door, small_set, tmp_path, undisturbed):
+    """It looked into the folder before the other began, and waited for its data while the other trained."""
+    flags = ("--shards", small_set, "--run-dir", "run", "--resume", "auto", *FLAGS)
+    late = start("train", *flags, before="injected:in_phase", FAULT="wait", FAULT_PHASE="opening")
+    wait_for(tmp_path / "waits")
+    worked(door("train", *flags))
+    (tmp_path / "go").touch()
+    assert "another job has trained in it since this one started (step 0 then, 20 now)" in refused(late.wait(60))
+    assert_ended_alike(tmp_path / "run", undisturbed())
+
+
+def test_a_job_that_waits_for_a_cache_takes_over_when_the_one_that_writes_it_is_killed(
+    start, small_set, tmp_path, undisturbed
+):
+    flags = ("--shards", small_set, "--cache-dir", "cache", *FLAGS)
+    first = start(
+        "train", *flags, "--run-dir", "first", before="injected:in_phase", FAULT="wait", FAULT_PHASE="decoding"
+    )
+    wait_for(tmp_path / "waits")
+    second = start("train", *flags, "--run-dir", "run")
+    time.sleep(3)
+    assert second.poll() is None
+    assert not (tmp_path / "run").exists()
+    os.kill(first.pid, signal.SIGKILL)
+    worked(second.wait(100))
+    assert_ended_alike(tmp_path / "run", undisturbed())
+    assert not list((tmp_path / "cache").rglob("*.partial"))
+
+
+def altered_run(door, small_set, tmp_path, *more: str):
+    """A run whose shards are altered at its ninth step, and how it ended."""
+    shutil.copytree(small_set, tmp_path / "altered")
+    flags = ("--shards", "altered", "--run-dir", "run", "--cache-dir", "cache", "--resume", "auto", *FLAGS, *more)
+    fault = {"FAULT": "altered shards", "FAULT_PHASE": "training"}
+    return flags, door("train", *flags, before="injected:in_phase", timeout=100, **fault)
+
+
+def test_shards_that_are_altered_under_a_resident_run_change_nothing_and_the_next_launch_names_one(
+    door, small_set, tmp_path, undisturbed
+):
+    flags, done = altered_run(door, small_set, tmp_path)
+    worked(done)
+    assert_ended_alike(tmp_path / "run", undisturbed())
+    assert "altered/train-" in refused(door("train", *flags, "--run-dir", "another"))
+    assert not (tmp_path / "another").exists()
+
+
+def test_shards_that_are_altered_under_a_streaming_run_are_named_and_whole_again_it_ends_the_same(
+    door, small_set, tmp_path, undisturbed
+):
+    flags, done = altered_run(door, small_set, tmp_path, *STREAMING)
+    line = refused(done)
+    assert "altered/train-" in line
+    assert "copy the set again" in line
+    state = read_state(tmp_path / "run")
+    assert state["state"] == "failed"
+    assert 8 <= state["step"] < 20
+    assert "altered/train-" in refused(door("train", *flags))
+    shutil.rmtree(tmp_path / "altered")
+    shutil.copytree(small_set, tmp_path / "altered")
+    worked(door("train", *flags))
+    assert_ended_alike(tmp_path / "run", undisturbed(1, *STREAMING))
+
+
+def test_a_run_whose_wandb_settings_are_refused_says_so_and_ends_the_same(door, small_set, tmp_path, undisturbed):
+    flags = ("--shards", small_set, "--run-dir", "run", *FLAGS, "--track", "wandb")
+    done = door("train", *flags, WANDB_MODE="nonsense", WANDB_API_KEY="0123456789" * 4)
+    assert "W&B is off (1 validation error for Settings mode" in worked(done)
+    assert error_lines(done.stderr) == []
+    assert_ended_alike(tmp_path / "run", undisturbed())
+
+
+@pytest.mark.soak
+def test_a_run_whose_wandb_server_hangs_ends_the_same_half_a_minute_later_at_most(
+    door, small_set, tmp_path, undisturbed
+):
+    flags = [flag for flag in FLAGS if flag not in ("--track", "none")]
+    with server("stalls") as address:
+        keys = {
+            "WANDB_MODE": "online",
+            "WANDB_API_KEY": "0123456789" * 4,
+            "WANDB_BASE_URL": address,
+            "HOME": str(tmp_path),
+        }
+        done = door("train", "--shards", small_set, "--run-dir", "run", *flags, "--track", "wandb", **keys)
+    said = worked(done)
+    assert "W&B is offline (" in said
+    assert error_lines(done.stderr) == []
+    shutil.rmtree(tmp_path / "run" / "wandb")
+    assert_ended_alike(tmp_path / "run", undisturbed())

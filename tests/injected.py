@@ -1,0 +1,135 @@
+"""Faults that a test puts under a run, in its own process: `processes.py` calls one of these before the door."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mnistm_dist.evaluate
+from mnistm_dist import loop
+from mnistm_dist.data import resident
+from mnistm_dist.errors import UserError
+from mnistm_dist.reporting import figures, page
+from mnistm_dist.training import checkpoint, evaluation
+
+CLONE_NEWNS, MS_RDONLY, MS_REC, MS_PRIVATE = 0x20000, 1, 0x4000, 0x40000
+
+
+# Disks
+
+
+def read_only_disk() -> None:
+    """The folder ``disk`` is a file system that cannot be written."""
+    _mount("disk", "size=64m", MS_RDONLY)
+
+
+def full_disk() -> None:
+    """The folder ``disk`` has room for not even a small file."""
+    _mount("disk", "size=4k")
+    Path("disk/filling").write_bytes(bytes(4096))
+
+
+def small_disk() -> None:
+    """The folder ``disk`` has room for a run's small files, and for no checkpoint."""
+    _mount("disk", "size=1m")
+
+
+def _mount(folder: str, options: str, flags: int = 0) -> None:
+    """Mounts a tmpfs in a mount namespace of this process, with which it ends."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    for failed in (
+        libc.unshare(CLONE_NEWNS),
+        libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None),
+        libc.mount(b"tmpfs", folder.encode(), b"tmpfs", flags, options.encode()),
+    ):
+        if failed:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+# Mistakes
+
+
+def mistake_on_rank_0() -> None:
+    """Rank 0 finds a mistake where the others find none, in the middle of the training."""
+    original = loop.Trainer.write_row
+
+    def write_row(self: loop.Trainer, *arguments: Any) -> None:
+        original(self, *arguments)
+        if self.world.is_main:
+            raise UserError("a mistake that only rank 0 finds")
+
+    loop.Trainer.write_row = write_row  # type: ignore[method-assign]
+
+
+# What happens to one rank when it comes to a phase
+
+FAULT, RANK, PHASE = "FAULT", "FAULT_RANK", "FAULT_PHASE"
+"""Environment variables: what happens (a name in `FAULTS`, or a signal's), to which rank, in which of the `PHASES`."""
+
+PHASES: dict[str, tuple[Any, str, int]] = {
+    "opening": (resident, "set_entry", 1),
+    "decoding": (resident, "_write_card", 1),
+    "training": (loop, "train_step", 9),
+    "saving": (checkpoint, "_digest", 3),
+    "evaluating": (evaluation, "_predict", 1),
+    "predicting": (mnistm_dist.evaluate, "write_split", 1),
+    "drawing": (figures, "mistakes", 1),
+    "summing up": (mnistm_dist.evaluate, "write_summary", 1),
+    "reporting": (page, "write_report", 1),
+}
+"""Of each phase a function in the middle of it, and at which of its calls the fault comes: the 9th step, say, or the
+first file of the second checkpoint."""
+
+
+def fill_disk() -> None:
+    """Something else takes all that is left of the disk ``disk``."""
+    with Path("disk/filling").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(1 << 12))
+
+
+def alter_shards() -> None:
+    """A byte in the middle of every train shard in ``altered`` becomes another."""
+    for path in Path("altered").glob("train-*.tar"):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+
+
+def wait_for_go() -> None:
+    """The process waits until there is a file ``go``, at most a minute; ``waits`` says that it does."""
+    Path("waits").touch()
+    deadline = time.monotonic() + 60
+    while not Path("go").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+FAULTS: dict[str, Callable[[], None]] = {"full disk": fill_disk, "altered shards": alter_shards, "wait": wait_for_go}
+
+
+def in_phase() -> None:
+    """Something happens to this process when it comes to a phase, if it is the rank that is meant."""
+    if os.environ.get("RANK", "0") != os.environ.get(RANK, "0"):
+        return
+    owner, name, at = PHASES[os.environ[PHASE]]
+    original: Callable[..., Any] = getattr(owner, name)
+    calls = 0
+
+    def hit(*arguments: Any, **more: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            fault = os.environ[FAULT]
+            if fault in FAULTS:
+                FAULTS[fault]()
+            else:
+                os.kill(os.getpid(), getattr(signal, fault))
+        return original(*arguments, **more)
+
+    setattr(owner, name, hit)

@@ -20,11 +20,12 @@ import numpy as np
 import pytest
 import yaml
 from conftest import ROOT, Door, worked
-from layouts import noise
+from layouts import noise, write_folder, write_tar
 from packed_sets import tiny_source
 
 from mnistm_dist.config import AugmentConfig
 from mnistm_dist.data.packing import pack
+from mnistm_dist.data.png import encode_png
 
 TABLE = re.compile(r"^\| an? ([\w -]+?) +\| (.+?) \|", re.MULTILINE)
 TINY = ("--batch-size", 8, "--image-size", 16, "--epochs", 2, "--threads", 1, "--track", "none")
@@ -107,7 +108,7 @@ def metric(copy: Copy) -> None:
     copy.replace("reporting/page_run.py", anchor, rf"\1\2\1{tile}")
 
 
-READER = '''"""NumPy archives as Keras has them: one file with x_train, y_train, x_test and y_test."""
+IN_ONE_FILE = '''"""NumPy archives as Keras has them: one file with x_train, y_train, x_test and y_test."""
 
 from __future__ import annotations
 
@@ -138,16 +139,49 @@ def open_keras(file: Path) -> Source:
 '''
 
 
+IN_FOLDERS = '''"""PNGs whose names say all: SPLIT_NUMBER_LABEL.png, in a folder, a tar or a zip."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import partial
+
+from mnistm_dist.data.layouts.labels import Place, image_names, parse_label, read_places
+from mnistm_dist.data.layouts.trees import Tree
+from mnistm_dist.data.samples import SPLITS, Source
+
+
+def is_named(tree: Tree, top: str) -> bool:
+    """Whether a folder of a tree holds such images."""
+    return any(name.startswith("train_") and name.endswith(".png") for name in tree.listing(top).files)
+
+
+def open_named(tree: Tree, top: str) -> Source:
+    """Opens the images of a folder of a tree. Raises UserError for a foreign file and for a label that is no class."""
+    places: dict[str, Place] = {}
+    counts: Counter[str] = Counter()
+    for name in image_names(tree, top):
+        split, _, label = name.removesuffix(".png").split("_")
+        places[f"{top}/{name}".lstrip("/")] = Place(split, counts[split], parse_label(tree.origin(name), label))
+        counts[split] += 1
+    order = {split: counts[split] for split in SPLITS if split in counts}
+    return Source(layout="named", description=str(tree.path), counts=order, read=partial(read_places, tree, places))
+'''
+
+
 def layout(copy: Copy) -> None:
-    """A ``.npz`` with other names in it."""
-    copy.make("data/layouts/keras.py", READER)
+    """A ``.npz`` with other names in it, and images that are named by split and label."""
+    copy.make("data/layouts/keras.py", IN_ONE_FILE)
+    copy.make("data/layouts/named.py", IN_FOLDERS)
     file = "data/layouts/detection.py"
-    imported = "from mnistm_dist.data.layouts.keras import is_keras, open_keras\n"
-    copy.replace(file, r"^(from mnistm_dist\.data\.layouts\.kinds import .*\n)", rf"{imported}\1")
-    copy.replace(
-        file, r'^(    "pickle": "one .*\n)', r'\1    "keras": "one .npz: x_train, y_train, x_test, y_test",' + "\n"
+    imported = "".join(
+        f"from mnistm_dist.data.layouts.{name} import is_{name}, open_{name}\n" for name in ("keras", "named")
     )
+    copy.replace(file, r"^(from mnistm_dist\.data\.layouts\.kinds import .*\n)", rf"{imported}\1")
+    known = '    "keras": "one .npz: x_train, y_train, x_test, y_test",\n    "named": "SPLIT_NUMBER_LABEL.png",\n'
+    copy.replace(file, r"^(    \"pickle\": \"one .*\n)", rf"\1{known}")
     copy.replace(file, r"^(    \"mat\": .*open_mat\),\n)", r'\1    "keras": ((".npz",), is_keras, open_keras),' + "\n")
+    copy.replace(file, r"^(    \"course\": \(is_.*\n)", r'\1    "named": (is_named, open_named),' + "\n")
 
 
 ADDITIONS: dict[str, Callable[[Copy], None]] = {
@@ -174,7 +208,7 @@ def added(tmp_path: Path) -> Callable[[str], Copy]:
         ADDITIONS[what](copy)
         files = dict(TABLE.findall((ROOT / "CONTRIBUTING.md").read_text()))[what]
         named = {name.removeprefix("mnistm_dist/") for name in re.findall(r"`([\w/]+\.(?:py|yaml))`", files)}
-        kind = {re.sub(r"(recipes|layouts)/(taste|keras)\.", r"\1/NAME.", file) for file in copy.touched}
+        kind = {re.sub(r"(recipes|layouts)/(taste|keras|named)\.", r"\1/NAME.", file) for file in copy.touched}
         assert kind == named
         assert len(named) <= 2
         return copy
@@ -280,12 +314,28 @@ def test_a_metric_takes_a_field_with_its_formula_and_a_place_on_the_page(added, 
 
 
 def test_a_layout_takes_a_reader_and_what_tells_it_apart(added, door: Door, tmp_path) -> None:
-    copy, parts, source = added("layout of MNIST-M"), noise(), tmp_path / "source"
-    arrays = {f"x_{split}": part.images for split, part in parts.items()}
+    copy, parts = added("layout of MNIST-M"), noise()
+    source = tmp_path / "source"
     source.mkdir()
+    arrays = {f"x_{split}": part.images for split, part in parts.items()}
     np.savez(source / "mnistm.npz", **arrays, **{f"y_{split}": part.labels for split, part in parts.items()})
-    for name, path in {"of-a-folder": source, "of-a-file": source / "mnistm.npz"}.items():
-        out = tmp_path / name
+    images = {
+        f"mnistm/{split}_{index:05d}_{label}.png": encode_png(image)
+        for split, part in parts.items()
+        for index, (image, label) in enumerate(zip(part.images, part.labels, strict=True))
+    }
+    sources = {
+        "keras, in a folder": source,
+        "keras": source / "mnistm.npz",
+        "named": write_folder(tmp_path / "named", images),
+        "named, in a tar": write_tar(tmp_path / "named.tar.gz", images),
+    }
+    pixels = []
+    for name, path in sources.items():
+        out = tmp_path / f"set of {name}"
         worked(door("pack", path, "--out", out, before="test_adding:take_the_copy", PYTHONPATH=str(copy.root)))
         manifest = json.loads((out / "manifest.json").read_text())
-        assert (manifest["layout"], manifest["splits"]["test"]["count"]) == ("keras", len(parts["test"].labels))
+        assert manifest["layout"] == name.partition(",")[0]
+        assert manifest["splits"]["test"]["count"] == len(parts["test"].labels)
+        pixels.append({split: found["pixels_sha256"] for split, found in manifest["splits"].items()})
+    assert pixels == [pixels[0]] * 4

@@ -138,7 +138,9 @@ def at_resume(stored: Config, request: Request) -> Config:
     Raises `UserError`, showing the difference, where the command line asks for another order, model or schedule than
     the run began with. An ``auto`` on the command line keeps what was resolved at the first launch.
     """
-    before = fields_of(stored)
+    # What a launch asked of itself does not bind the next one, which may ask for the same again.
+    launch = {**dict.fromkeys(("resume", "max_steps", "expect_world_size")), "profile": 0}
+    before = {**fields_of(stored), **launch}
     asked = {name: value for name, value in request.given.items() if value != "auto" and value != before[name]}
     refused = {
         name: value
@@ -151,9 +153,7 @@ def at_resume(stored: Config, request: Request) -> Config:
         )
         raise UserError(f"resume: {differences}; a run goes on as it began: leave these out, or start a new --run-dir")
     recipe = stored.recipe if request.recipe is None else request.recipe
-    # What a launch asked of itself does not bind the next one.
-    launch = {**dict.fromkeys(("resume", "max_steps", "expect_world_size")), "profile": 0}
-    return build(recipe, {**before, **launch, **asked})
+    return build(recipe, {**before, **asked})
 
 
 def _shown(value: Any) -> str:

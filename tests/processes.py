@@ -18,7 +18,10 @@ import subprocess
 import sys
 import traceback
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
+
+import pytest
 
 from mnistm_dist.errors import run_door
 
@@ -82,6 +85,10 @@ class Started:
 def _server() -> multiprocessing.context.BaseContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["processes_preload"])
+    # Python 3.11's server does not take over sys.path, and says nothing of a module that it does not find.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        forkserver.ensure_running()
     return context
 
 

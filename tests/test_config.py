@@ -130,6 +130,15 @@ def test_a_resume_goes_on_as_the_run_began():
     assert at_resume(stored, parse_flags(["--micro-batch", "32"])).schedule.micro_batch == 32
 
 
+def test_a_resume_may_ask_for_the_steps_that_the_launch_before_asked_for():
+    flags = ["--max-steps", "7", "--expect-world-size", "2"]
+    stored = from_request(parse_flags(flags))
+    assert (at_resume(stored, parse_flags([])).run.max_steps, at_resume(stored, parse_flags(flags)).run) == (
+        None,
+        stored.run,
+    )
+
+
 @pytest.mark.parametrize(
     ("flags", "difference"),
     [

@@ -64,7 +64,7 @@ class Augment:
     def __call__(self, images: Tensor, positions: np.ndarray, size: int) -> Tensor:
         """uint8 (B, H, W, 3) at training ``positions`` int64 (B,) to float32 (B, 3, size, size)."""
         config = self.config
-        if not (self.moves or config.invert or config.permute_channels or config.cutout):
+        if config == AugmentConfig():
             return self.preprocess(images, size)
         draws = torch.from_numpy(uniform(self.seed, positions, DRAWS)).to(images.device, non_blocking=True)
         if config.invert:

@@ -78,25 +78,11 @@ class Metrics:
     """Expected calibration error, 0 to 1."""
 
     def to_json(self) -> dict[str, Any]:
-        """The fields of a split in ``summary.json``; ``worst_cell`` is None where there is no mistake."""
-        per_class = []
-        for scores in self.per_class:
-            row = asdict(scores)
-            per_class.append({"class": row.pop("name"), **row})
-        confusions = [asdict(confusion) for confusion in self.worst_confusions]
-        return {
-            "accuracy": self.accuracy,
-            "correct": self.correct,
-            "total": self.total,
-            "interval95": list(self.interval95),
-            "log_loss": self.log_loss,
-            "calibration_error": self.calibration_error,
-            "worst_cell": confusions[0] if confusions else None,
-            "worst_confusions": confusions,
-            "per_class": per_class,
-            "confusion_matrix": [list(row) for row in self.confusion_matrix],
-            "classes": list(self.classes),
-        }
+        """The fields of a split in ``summary.json``, and ``worst_cell``, which is None where there is no mistake."""
+        fields = asdict(self)
+        per_class = [{"class": row.pop("name"), **row} for row in fields["per_class"]]
+        worst = fields["worst_confusions"]
+        return {**fields, "per_class": per_class, "worst_cell": worst[0] if worst else None}
 
     @staticmethod
     def from_json(fields: dict[str, Any]) -> Metrics:

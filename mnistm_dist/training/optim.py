@@ -7,7 +7,7 @@ import copy
 import math
 from collections.abc import Callable
 from itertools import groupby
-from typing import Any
+from typing import Any, assert_never
 
 import torch
 from torch import Tensor, nn
@@ -40,9 +40,11 @@ def create_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optim
     groups = [{"params": weights, "weight_decay": config.weight_decay}, free]
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=fused or None)
-    return torch.optim.SGD(
-        groups, lr=config.learning_rate, momentum=config.momentum, nesterov=config.momentum > 0, fused=fused or None
-    )
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(
+            groups, lr=config.learning_rate, momentum=config.momentum, nesterov=config.momentum > 0, fused=fused or None
+        )
+    assert_never(config.optimizer)
 
 
 class Muon(torch.optim.AdamW):

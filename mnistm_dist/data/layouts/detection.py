@@ -59,15 +59,18 @@ _IN_TREES: Mapping[str, TreeReader] = {
 }
 _FAMILIES = ("official", "image")
 """Names that stand for a layout in a folder, a tar or a zip."""
+FileReader = tuple[tuple[str, ...], Callable[[Path], bool], Callable[[Path], Source]]
+"""How files that hold a whole set are named in a folder, whether a file is one, by what is in it, and what opens it."""
+_IN_ONE_FILE: Mapping[str, FileReader] = {
+    "hdf5": ((".h5", ".hdf5"), lambda file: kind_of(file) == "hdf5", open_hdf5),
+    "mat": ((".mat",), lambda file: kind_of(file) == "mat", open_mat),
+}
 _SUFFIXES: Mapping[str, tuple[str, ...]] = {
     "parquet": (".parquet",),
     "pt": (".pt", ".pth"),
     "npz": (".npz",),
-    "hdf5": (".h5", ".hdf5"),
-    "mat": (".mat",),
     "pickle": (".pkl", ".pkl.gz", ".pickle", ".pickle.gz"),
 }
-_ALL_IN_ONE_FILE = ("hdf5", "mat", "pickle")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +107,8 @@ def _candidates(path: Path, layout: str | None) -> Iterator[Detected]:
     kind = kind_of(path)
     if kind in ("tar", "zip"):
         yield from _in_tree(Tar(path) if kind == "tar" else Zip(path), layout)
+    elif found := [one for name in _IN_ONE_FILE for one in _whole_set(name, path, layout)]:
+        yield from found
     elif kind is not None and layout in (None, kind):
         yield from _files(kind, _set_of(kind, path))
 
@@ -120,16 +125,29 @@ def _in_tree(tree: Tree, layout: str | None) -> Iterator[Detected]:
 
 def _at(tree: Tree, top: str, layout: str | None) -> Iterator[Detected]:
     for family, (fits, opener) in _IN_TREES.items():
-        name = family if family == "course" else f"{family}-{tree.kind}"
+        name = f"{family}-{tree.kind}" if family in _FAMILIES else family
         if layout in (None, name, family) and fits(tree, top):
             yield Detected(layout=name, where=tree.origin(top or "."), open=partial(_open_tree, opener, tree, top))
     if not isinstance(tree, Folder):
         return
+    for name, (suffixes, _, _) in _IN_ONE_FILE.items():
+        for file in _named(tree, top, suffixes):
+            yield from _whole_set(name, file, layout)
     for kind, suffixes in _SUFFIXES.items():
         if layout in (None, kind):
-            files = [tree.path / top / name for name in tree.listing(top).files if name.lower().endswith(suffixes)]
-            for one_set in [[file] for file in files] if kind in _ALL_IN_ONE_FILE else _sets(files):
+            files = _named(tree, top, suffixes)
+            for one_set in [[file] for file in files] if kind == "pickle" else _sets(files):
                 yield from _files(kind, one_set)
+
+
+def _named(tree: Tree, top: str, suffixes: tuple[str, ...]) -> list[Path]:
+    return [tree.path / top / name for name in tree.listing(top).files if name.lower().endswith(suffixes)]
+
+
+def _whole_set(name: str, file: Path, layout: str | None) -> Iterator[Detected]:
+    _, fits, opener = _IN_ONE_FILE[name]
+    if layout in (None, name) and fits(file):
+        yield Detected(layout=name, where=str(file), open=partial(_open_file, opener, file))
 
 
 def _sets(files: list[Path]) -> list[list[Path]]:
@@ -138,7 +156,7 @@ def _sets(files: list[Path]) -> list[list[Path]]:
 
 def _set_of(kind: str, path: Path) -> list[Path]:
     """The files of the set that one of them was named of."""
-    if kind in _ALL_IN_ONE_FILE:
+    if kind == "pickle":
         return [path]
     beside = [file for file in path.parent.iterdir() if file.suffix == path.suffix and file.is_file()]
     for files in _sets(beside):
@@ -156,13 +174,13 @@ def _open_tree(opener: Callable[[Tree, str], Source], tree: Tree, top: str, mnis
     return opener(tree, top)
 
 
+def _open_file(opener: Callable[[Path], Source], file: Path, mnist: Path | None) -> Source:
+    return opener(file)
+
+
 def _open_files(kind: str, files: list[Path], mnist: Path | None) -> Source:
     if kind == "pickle":
         return open_pickle(files[0], mnist=mnist)
-    if kind == "hdf5":
-        return open_hdf5(files[0])
-    if kind == "mat":
-        return open_mat(files[0])
     splits = sets_of_files(files)[0]
     if kind == "parquet":
         return open_parquet(splits)

@@ -1,0 +1,341 @@
+"""CONTRIBUTING.md's table "How to add", done: each addition in a copy of the package, in the files of its row alone.
+
+The additions are examples, and no part of the product. Where an anchor is gone, the table may be wrong too: reread it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from conftest import ROOT, Door, worked
+from layouts import noise, write_folder, write_tar
+from packed_sets import tiny_source
+
+from mnistm_dist.config import AugmentConfig
+from mnistm_dist.data.packing import pack
+from mnistm_dist.data.png import encode_png
+
+TABLE = re.compile(r"^\| an? ([\w -]+?) +\| (.+?) \|", re.MULTILINE)
+TINY = ("--batch-size", 8, "--image-size", 16, "--epochs", 2, "--threads", 1, "--track", "none")
+OLD = AugmentConfig(shift=3, rotate=15, scale=0.1, invert=0.5, permute_channels=0.5, cutout=6)
+"""Everything that images can be changed by without the addition."""
+IMAGES, POSITIONS = np.random.default_rng(0).integers(0, 256, (8, 28, 28, 3), dtype=np.uint8), np.arange(8)
+
+
+@dataclass
+class Copy:
+    """A copy of the package, and which of its files were changed or made."""
+
+    root: Path
+    touched: set[str]
+
+    def replace(self, file: str, anchor: str, text: str) -> None:
+        """Puts ``text`` in the place of the only text that the regular expression ``anchor`` matches."""
+        path = self.root / "mnistm_dist" / file
+        changed, found = re.subn(anchor, text, path.read_text(), flags=re.MULTILINE)
+        assert found == 1, f"{file}: {found} places match {anchor!r}; mend the anchor, and CONTRIBUTING.md if need be"
+        path.write_text(changed)
+        self.touched.add(file)
+
+    def make(self, file: str, text: str) -> None:
+        """A new file."""
+        path = self.root / "mnistm_dist" / file
+        assert not path.exists(), f"{file} is there already; name the example otherwise"
+        path.write_text(text)
+        self.touched.add(file)
+
+    def says(self, *arguments: object, code: int = 0) -> str:
+        """What ``python ARGUMENTS`` prints there, in a process of its own: the quick answers, without torch."""
+        environment = {**os.environ, "PYTHONPATH": str(self.root), "COLUMNS": "1000"}
+        command = [sys.executable, *map(str, arguments)]
+        done = subprocess.run(command, cwd=self.root, env=environment, capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+        return done.stdout + done.stderr
+
+
+def recipe(copy: Copy) -> None:
+    """A quarter of an epoch."""
+    text = "schedule: {epochs: 1, batch_size: 8, image_size: [16]}\nrun: {max_steps: 1}\n"
+    copy.make("recipes/taste.yaml", text)
+    copy.replace("config.py", r"^(RECIPES = \(.*)\)$", r'\1, "taste")')
+
+
+def augmentation(copy: Copy) -> None:
+    """Images that are darker or brighter."""
+    field = '    brightness: float = _number(0.0, low=0, high=1)\n    """Largest change of brightness, of 1."""\n'
+    copy.replace("config.py", r'^(    cutout: float = .*\n    """.*"""\n)', rf"\1{field}")
+    draw = int(re.search(r"^DRAWS = (\d+)$", (copy.root / "mnistm_dist/data/transforms.py").read_text(), re.M)[1])
+    copy.replace("data/transforms.py", r"^DRAWS = \d+$", f"DRAWS = {draw + 1}")
+    does = (
+        "        if config.brightness:\n"
+        f"            change = (draws[:, {draw}] * 2 - 1) * config.brightness\n"
+        "            floats = floats + change.view(-1, 1, 1, 1) / self.preprocess.std\n"
+    )
+    copy.replace("data/transforms.py", r"^(        floats = self\.preprocess\.normalise\(images\)\n)", rf"\1{does}")
+
+
+def optimizer(copy: Copy) -> None:
+    """torch's NAdam."""
+    copy.replace("config.py", r"^(    optimizer: Literal\[.*)\] =", r'\1, "nadam"] =')
+    does = (
+        '    if config.optimizer == "nadam":\n'
+        "        return torch.optim.NAdam(groups, lr=config.learning_rate, betas=betas)\n"
+    )
+    copy.replace("training/optim.py", r"^(    assert_never\(config\.optimizer\)\n)", rf"{does}\1")
+
+
+def metric(copy: Copy) -> None:
+    """The mean of the recalls."""
+    file = "reporting/metrics.py"
+    field = '    balanced_accuracy: float\n    """Mean recall of the classes that have images, 0 to 1."""\n'
+    copy.replace(file, r"^(    calibration_error: float\n(    \"\"\".*\n))(?=\n    def to_json)", rf"\1{field}")
+    formula = "        balanced_accuracy=float(np.mean([row.recall for row in per_class if row.recall is not None])),\n"
+    copy.replace(file, r"^(        calibration_error=calibration_error,\n)", rf"\1{formula}")
+    tile = 'values.append((percent(metrics.balanced_accuracy), f"{SPLIT_NAMES[split]} balanced accuracy"))\n'
+    anchor = r"^( +)(values\.append\(\(percent\(metrics\.accuracy\).*\n)"
+    copy.replace("reporting/page_run.py", anchor, rf"\1\2\1{tile}")
+
+
+IN_ONE_FILE = '''"""NumPy archives as Keras has them: one file with x_train, y_train, x_test and y_test."""
+
+from __future__ import annotations
+
+import zipfile
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from mnistm_dist.data.layouts.arrays import ArraySplit, arrays_source, check_images, check_labels, reading
+from mnistm_dist.data.samples import Source
+
+
+def is_keras(file: Path) -> bool:
+    """Whether a file is a NumPy archive with the names of this layout."""
+    return zipfile.is_zipfile(file) and {"x_train.npy", "y_train.npy"} <= set(zipfile.ZipFile(file).namelist())
+
+
+def open_keras(file: Path) -> Source:
+    """Opens such an archive. Raises UserError for anything else."""
+    splits = {}
+    with reading(str(file), "the arrays x_train and y_train"), np.load(file, allow_pickle=False) as arrays:
+        for split in ("train", "test"):
+            images, origin = arrays[f"x_{split}"], f"{file}: x_{split}"
+            labels = check_labels(origin, arrays[f"y_{split}"], check_images(origin, images.shape, images.dtype))
+            splits[split] = ArraySplit(origin=origin, labels=labels, images=partial(np.asarray, images))
+    return arrays_source("keras", f"{file}, NumPy arrays", splits)
+'''
+
+
+IN_FOLDERS = '''"""PNGs whose names say all: SPLIT_NUMBER_LABEL.png, in a folder, a tar or a zip."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import partial
+
+from mnistm_dist.data.layouts.labels import Place, image_names, parse_label, read_places
+from mnistm_dist.data.layouts.trees import Tree
+from mnistm_dist.data.samples import SPLITS, Source
+
+
+def is_named(tree: Tree, top: str) -> bool:
+    """Whether a folder of a tree holds such images."""
+    return any(name.startswith("train_") and name.endswith(".png") for name in tree.listing(top).files)
+
+
+def open_named(tree: Tree, top: str) -> Source:
+    """Opens the images of a folder of a tree. Raises UserError for a foreign file and for a label that is no class."""
+    places: dict[str, Place] = {}
+    counts: Counter[str] = Counter()
+    for name in image_names(tree, top):
+        split, _, label = name.removesuffix(".png").split("_")
+        places[f"{top}/{name}".lstrip("/")] = Place(split, counts[split], parse_label(tree.origin(name), label))
+        counts[split] += 1
+    order = {split: counts[split] for split in SPLITS if split in counts}
+    return Source(layout="named", description=str(tree.path), counts=order, read=partial(read_places, tree, places))
+'''
+
+
+def layout(copy: Copy) -> None:
+    """A ``.npz`` with other names in it, and images that are named by split and label."""
+    copy.make("data/layouts/keras.py", IN_ONE_FILE)
+    copy.make("data/layouts/named.py", IN_FOLDERS)
+    file = "data/layouts/detection.py"
+    imported = "".join(
+        f"from mnistm_dist.data.layouts.{name} import is_{name}, open_{name}\n" for name in ("keras", "named")
+    )
+    copy.replace(file, r"^(from mnistm_dist\.data\.layouts\.kinds import .*\n)", rf"{imported}\1")
+    known = '    "keras": "one .npz: x_train, y_train, x_test, y_test",\n    "named": "SPLIT_NUMBER_LABEL.png",\n'
+    copy.replace(file, r"^(    \"pickle\": \"one .*\n)", rf"\1{known}")
+    copy.replace(file, r"^(    \"mat\": .*open_mat\),\n)", r'\1    "keras": ((".npz",), is_keras, open_keras),' + "\n")
+    copy.replace(file, r"^(    \"course\": \(is_.*\n)", r'\1    "named": (is_named, open_named),' + "\n")
+
+
+ADDITIONS: dict[str, Callable[[Copy], None]] = {
+    "recipe": recipe,
+    "augmentation": augmentation,
+    "optimizer": optimizer,
+    "metric": metric,
+    "layout of MNIST-M": layout,
+}
+"""What the table says can be added, and an example of it."""
+
+
+def test_each_row_of_the_table_has_an_example() -> None:
+    assert {what for what, _ in TABLE.findall((ROOT / "CONTRIBUTING.md").read_text())} == set(ADDITIONS)
+
+
+@pytest.fixture
+def added(tmp_path: Path) -> Callable[[str], Copy]:
+    """Makes an addition in a copy of the package; what it touches is what its row names, two files at most."""
+
+    def make(what: str) -> Copy:
+        copy = Copy(tmp_path / "copy", set())
+        shutil.copytree(ROOT / "mnistm_dist", copy.root / "mnistm_dist")
+        ADDITIONS[what](copy)
+        files = dict(TABLE.findall((ROOT / "CONTRIBUTING.md").read_text()))[what]
+        named = {name.removeprefix("mnistm_dist/") for name in re.findall(r"`([\w/]+\.(?:py|yaml))`", files)}
+        kind = {re.sub(r"(recipes|layouts)/(taste|keras|named)\.", r"\1/NAME.", file) for file in copy.touched}
+        assert kind == named
+        assert len(named) <= 2
+        return copy
+
+    return make
+
+
+@pytest.fixture
+def trained(door: Door, tmp_path: Path, few: Path) -> Callable[..., Path]:
+    """Trains with a copy of the package, and returns the run folder."""
+
+    def train(copy: Copy, name: str, *flags: object, before: str = "test_adding:take_the_copy") -> Path:
+        flags = ("--shards", few, "--run-dir", tmp_path / name, *flags)
+        worked(door("train", *flags, before=before, PYTHONPATH=str(copy.root)))
+        return tmp_path / name
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A packed set of 24 + 9 images."""
+    out = tmp_path_factory.mktemp("few") / "set"
+    pack(tiny_source(33, size=(28, 28)), out, num_shards=2, val_size=9)
+    return out
+
+
+def take_the_copy() -> None:
+    """In the process of a door, before it: the package is the one of PYTHONPATH."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "mnistm_dist"]:
+        del sys.modules[name]
+    sys.path.insert(0, os.environ["PYTHONPATH"])
+    import mnistm_dist
+
+    assert mnistm_dist.__file__ == str(Path(os.environ["PYTHONPATH"], "mnistm_dist", "__init__.py"))
+
+
+def take_the_copy_and_augment() -> None:
+    """`take_the_copy`, and ``images.npz`` of what it makes of images: as before, brightened, and brightened alone."""
+    take_the_copy()
+    np.savez("images.npz", old=augmented(), all=augmented(brightness=0.2), alone=augmented(old=False, brightness=0.2))
+
+
+def augmented(*, old: bool = True, **more: float) -> np.ndarray:
+    """The images by the package that is imported: float32 (8, 3, 28, 28)."""
+    import dataclasses
+
+    import torch
+
+    from mnistm_dist.config import AugmentConfig
+    from mnistm_dist.data.transforms import Augment, Preprocess
+
+    config: Any = AugmentConfig(**(dataclasses.asdict(OLD) if old else {}), **more)
+    return Augment(config, Preprocess((0.5,) * 3, (0.5,) * 3), seed=3)(torch.from_numpy(IMAGES), POSITIONS, 28).numpy()
+
+
+def test_a_recipe_takes_a_file_and_its_name(added, trained) -> None:
+    copy = added("recipe")
+    assert ", taste, or a YAML file" in copy.says("-m", "mnistm_dist.train", "--help")
+    run = trained(copy, "run", "--recipe", "taste", "--no-report", "--track", "none", "--threads", 1)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert (config["recipe"], config["schedule"]["batch_size"], config["run"]["max_steps"]) == ("taste", 8, 1)
+    assert json.loads((run / "summary.json").read_text())["recipe"] == "taste"
+
+
+def test_an_augmentation_takes_a_field_and_what_it_does_and_no_other_run_changes(added, trained, tmp_path) -> None:
+    """And a field is a flag, a line of ``--help``, a key of the YAML and a line of ``config.yaml`` at once."""
+    copy = added("augmentation")
+    shown = " ".join(copy.says("-m", "mnistm_dist.train", "--help").split())
+    assert "--brightness X Largest change of brightness, of 1. (default: 0.0)" in shown
+    refused = copy.says("-m", "mnistm_dist.train", "--brightness", "2", code=2)
+    assert refused == "error: --brightness: '2' is not accepted; use a number from 0 to 1\n"
+    (tmp_path / "own.yaml").write_text("augment: {brightness: 0.125}\n")
+    flags = ("--recipe", "own.yaml", "--max-steps", 1, *TINY, "--no-report")
+    run = trained(copy, "run", *flags, before="test_adding:take_the_copy_and_augment")
+    assert yaml.safe_load((run / "config.yaml").read_text())["augment"]["brightness"] == 0.125
+    images = np.load(tmp_path / "images.npz")
+    assert np.array_equal(images["old"], augmented())
+    assert not np.allclose(images["all"], augmented())
+    change = (images["alone"] - augmented(old=False)).reshape(8, -1)
+    assert np.allclose(change, change[:, :1], atol=1e-5)
+    assert (np.abs(change).max(), len(np.unique(change[:, 0].round(3)))) == (pytest.approx(0.3, abs=0.1), 8)
+
+
+def test_an_optimizer_takes_its_name_and_what_it_is_and_goes_on_from_a_checkpoint(added, trained) -> None:
+    copy = added("optimizer")
+    assert "|nadam" in copy.says("-m", "mnistm_dist.train", "--help")
+    flags = ("--optimizer", "nadam", *TINY, "--no-report", "--checkpoint-every", 1, "--max-steps", 2)
+    run = trained(copy, "run", *flags)
+    assert yaml.safe_load((run / "config.yaml").read_text())["optim"]["optimizer"] == "nadam"
+    weights = (run / "checkpoints/step-00000002/model.safetensors").read_bytes()
+    shutil.rmtree(run / "checkpoints/step-00000002")
+    trained(copy, "run", "--max-steps", 2, "--resume", run / "checkpoints/step-00000001", "--no-report")
+    assert (run / "checkpoints/step-00000002/model.safetensors").read_bytes() == weights
+
+
+def test_a_metric_takes_a_field_with_its_formula_and_a_place_on_the_page(added, trained) -> None:
+    run = trained(added("metric"), "run", "--max-steps", 1, *TINY)
+    val = json.loads((run / "summary.json").read_text())["val"]
+    recalls = [row["recall"] for row in val["per_class"] if row["support"]]
+    assert val["balanced_accuracy"] == pytest.approx(sum(recalls) / len(recalls))
+    assert "validation balanced accuracy" in (run / "report.html").read_text()
+
+
+def test_a_layout_takes_a_reader_and_what_tells_it_apart(added, door: Door, tmp_path) -> None:
+    copy, parts = added("layout of MNIST-M"), noise()
+    source = tmp_path / "source"
+    source.mkdir()
+    arrays = {f"x_{split}": part.images for split, part in parts.items()}
+    np.savez(source / "mnistm.npz", **arrays, **{f"y_{split}": part.labels for split, part in parts.items()})
+    images = {
+        f"mnistm/{split}_{index:05d}_{label}.png": encode_png(image)
+        for split, part in parts.items()
+        for index, (image, label) in enumerate(zip(part.images, part.labels, strict=True))
+    }
+    sources = {
+        "keras, in a folder": source,
+        "keras": source / "mnistm.npz",
+        "named": write_folder(tmp_path / "named", images),
+        "named, in a tar": write_tar(tmp_path / "named.tar.gz", images),
+    }
+    pixels = []
+    for name, path in sources.items():
+        out = tmp_path / f"set of {name}"
+        worked(door("pack", path, "--out", out, before="test_adding:take_the_copy", PYTHONPATH=str(copy.root)))
+        manifest = json.loads((out / "manifest.json").read_text())
+        assert manifest["layout"] == name.partition(",")[0]
+        assert manifest["splits"]["test"]["count"] == len(parts["test"].labels)
+        pixels.append({split: found["pixels_sha256"] for split, found in manifest["splits"].items()})
+    assert pixels == [pixels[0]] * 4

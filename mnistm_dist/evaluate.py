@@ -28,9 +28,6 @@ if TYPE_CHECKING:
     from mnistm_dist.training.distributed import World
     from mnistm_dist.training.evaluation import Predictions
 
-MISTAKES_SHOWN = 40
-"""Mistakes drawn in ``mistakes_SPLIT.png``, the most confident first."""
-
 
 def main(argv: list[str]) -> int:
     """Evaluates a run's checkpoint on its splits. Exit codes: 0, or 2 for a person's mistake."""
@@ -69,7 +66,8 @@ def main(argv: list[str]) -> int:
             if args.split is not None:
                 shards.split(args.split)
                 splits = [args.split]
-            checkpoint, how = choose_checkpoint(run_dir, args.checkpoint, has_test="test" in shards.manifest.splits)
+            has_test = "test" in shards.manifest.splits
+            checkpoint, how = world.together(lambda: choose_checkpoint(run_dir, args.checkpoint, has_test=has_test))
             readers = open_readers(shards, config.data, splits, world, console)
             world = world.set_up()
             results = evaluate_checkpoint(run_dir, checkpoint, config, world, console, shards, readers)
@@ -77,9 +75,8 @@ def main(argv: list[str]) -> int:
                 summary = read_summary(run_dir) | {"checkpoint": how} | results
                 write_summary(run_dir, summary)
                 tell_result(console, run_dir, summary, list(results))
-    except UserError:
-        world.leave(distributed.FAILURE_PATIENCE)
-        raise
+    except UserError as error:
+        raise world.leave_with(error) from error
     world.leave()
     return 0
 
@@ -203,7 +200,7 @@ def draw_split(run_dir: Path, split: str, metrics: Metrics | None, reader: Reade
     from mnistm_dist.training.run_folder import writing
 
     wrong = mistakes(read_predictions(run_dir / f"predictions_{split}.csv", metrics.classes))
-    shown = wrong[:MISTAKES_SHOWN]
+    shown = wrong[: figures.MOST_MISTAKES]
     images = list(reader.gather(np.array([m.id for m in shown], dtype=np.int64))[0].cpu().numpy()) if shown else []
     with writing(run_dir):
         save(figures.confusion_matrix(metrics, f"Confusion matrix, {split}"), run_dir / f"confusion_matrix_{split}.png")

@@ -55,14 +55,14 @@ def _mount(folder: str, options: str, flags: int = 0) -> None:
 # Mistakes
 
 
-def mistake_on_rank_0() -> None:
-    """Rank 0 finds a mistake where the others find none, in the middle of the training."""
+def mistake_on_one_rank() -> None:
+    """Rank FAULT_RANK finds a mistake where the others find none, in the middle of the training."""
     original = loop.Trainer.write_row
 
     def write_row(self: loop.Trainer, *arguments: Any) -> None:
         original(self, *arguments)
-        if self.world.is_main:
-            raise UserError("a mistake that only rank 0 finds")
+        if self.world.rank == int(os.environ["FAULT_RANK"]):
+            raise UserError(f"a mistake that only rank {self.world.rank} finds")
 
     loop.Trainer.write_row = write_row  # type: ignore[method-assign]
 

@@ -191,8 +191,10 @@ def test_a_run_folder_that_cannot_be_written_is_told_in_one_line(door, small_set
     assert reason in error
 
 
-def test_a_mistake_that_one_rank_finds_ends_all_in_bounded_time(door, small_set, tmp_path):
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_mistake_that_one_rank_finds_is_told_and_ends_all_in_bounded_time(door, small_set, tmp_path, rank):
     flags = ("--shards", small_set, "--run-dir", "run", *QUICK)
-    done = door("train", *flags, world_size=2, before="injected:mistake_on_rank_0", timeout=100)
-    assert "a mistake that only rank 0 finds" in the_error(done)
+    injected = {"before": "injected:mistake_on_one_rank", "FAULT_RANK": str(rank)}
+    done = door("train", *flags, world_size=2, timeout=100, **injected)
+    assert f"error: a mistake that only rank {rank} finds" in done.stderr.splitlines()
     assert read_state(tmp_path / "run")["state"] == "failed"

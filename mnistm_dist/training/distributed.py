@@ -7,7 +7,6 @@ of the package stands in this file or says "all ranks take part".
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
 import time
@@ -24,7 +23,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import Tensor, nn
 
 from mnistm_dist.config import MachineConfig
-from mnistm_dist.errors import NodeError, UserError
+from mnistm_dist.errors import NodeError, RankError, UserError
 
 Precision = Literal["fp32", "bf16", "fp16"]
 T = TypeVar("T")
@@ -134,13 +133,35 @@ class World:
             return self
         return replace(self, control=_control_group(self.collective_timeout))
 
-    def leave(self, patience: timedelta | None = None) -> None:
-        """Ends the process groups once all ranks are here, or after ``patience`` (``collective_timeout`` by default).
-        All ranks take part."""
-        if dist.is_initialized():
-            with contextlib.suppress(RuntimeError):
-                dist.monitored_barrier(group=self.control, timeout=patience or self.collective_timeout)
+    def leave(self, patience: timedelta | None = None) -> bool:
+        """Ends the process groups once all ranks are here, or after ``patience`` (``collective_timeout`` by default);
+        gives whether all were. All ranks take part."""
+        if not dist.is_initialized():
+            return True
+        try:
+            self._wait_for_all(patience or self.collective_timeout)
+            return True
+        except RuntimeError:
+            return False
+        finally:
             dist.destroy_process_group()
+
+    def _wait_for_all(self, patience: timedelta) -> None:
+        """A barrier whose limit holds on every rank: that of torch's monitored_barrier holds on rank 0 alone, and where
+        rank 0 does not come the others would wait for the group's own, of hours."""
+        token = torch.zeros(1)
+        if self.is_main:
+            for rank in range(1, self.size):
+                _wait(dist.irecv(token, rank, group=self.control), patience)
+            for rank in range(1, self.size):
+                _wait(dist.isend(token, rank, group=self.control), patience)
+        else:
+            _wait(dist.isend(token, 0, group=self.control), patience)
+            _wait(dist.irecv(token, 0, group=self.control), patience)
+
+    def leave_with(self, mistake: UserError) -> UserError:
+        """Leaves with a person's mistake; gives the error to raise, a `RankError` where not all ranks came with it."""
+        return mistake if self.leave(FAILURE_PATIENCE) else RankError(str(mistake))
 
 
 class Agreement:
@@ -225,6 +246,11 @@ def start(machine: MachineConfig, *, expect_world_size: int | None, collective_t
         threads=threads,
         collective_timeout=timedelta(seconds=collective_timeout),
     )
+
+
+def _wait(work: dist.Work | None, patience: timedelta) -> None:
+    assert work is not None, "every rank is a member of the control group"
+    work.wait(patience)
 
 
 def _control_group(timeout: timedelta) -> dist.ProcessGroup:
@@ -321,8 +347,8 @@ def prepare(
     """Model and optimizer for training: on the device, wrapped in DDP where there are several processes. All ranks
     take part.
 
-    The model's memory format is set before (FACTS: before the wrapping). Gives the model to call in training; the one
-    passed in stays the unwrapped one, with the same parameters.
+    The model's memory format is set before. Gives the model to call in training; the one passed in stays the unwrapped
+    one, with the same parameters.
     """
     prepared: nn.Module
     prepared_optimizer: torch.optim.Optimizer

@@ -155,8 +155,9 @@ def load_model(
 def class_names(summary: dict[str, Any], *, count: int) -> tuple[str, ...]:
     """The names in a run's ``summary.json``, or digits where it has none for ``count`` classes."""
     for split in ("val", "test"):
-        names = (summary.get(split) or {}).get("classes", ())
-        if len(names) == count:
+        scores = summary.get(split)
+        names = scores.get("classes") if isinstance(scores, dict) else None
+        if isinstance(names, list) and len(names) == count:
             return tuple(map(str, names))
     return tuple(map(str, range(count)))
 

@@ -205,7 +205,11 @@ class Trainer:
                     began = time.monotonic()
                     self.evaluate(step)
                     self.past.evaluate_seconds += time.monotonic() - began
-                wish = agreement.step(self.wish(saved_at))
+                own_wish = self.wish(saved_at)
+                if own_wish == SAVE:
+                    # The answer comes with the next step, which must not ask for a second save.
+                    saved_at = time.monotonic()
+                wish = agreement.step(own_wish)
                 due = run.checkpoint_every and self.steps_done % run.checkpoint_every == 0
                 if evaluates or ends_epoch or due or wish != GO_ON:
                     began = time.monotonic()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import os
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mnistm_dist.evaluate
@@ -50,6 +52,15 @@ def _mount(folder: str, options: str, flags: int = 0) -> None:
     ):
         if failed:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+# Time
+
+
+def a_second_a_look() -> None:
+    """The clock of the training loop goes on by a second whenever it is looked at, and else stands still."""
+    seconds = itertools.count()
+    loop.time = SimpleNamespace(monotonic=lambda: float(next(seconds)))  # type: ignore[attr-defined]
 
 
 # Mistakes

@@ -1,5 +1,6 @@
 """What can go wrong when processes are launched: each time one clear line, in bounded time, and no run folder."""
 
+import itertools
 import json
 import os
 import socket
@@ -189,6 +190,17 @@ def test_a_run_folder_that_cannot_be_written_is_told_in_one_line(door, small_set
     error = refused(door("train", *flags, world_size=2, before=f"injected:{disk}", timeout=120))
     assert "disk/run" in error
     assert reason in error
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_clock_asks_for_a_checkpoint_once(door, small_set, tmp_path, world_size):
+    clock = ("--checkpoint-every", 0, "--checkpoint-minutes", 0.1, "--keep", 100, "--max-steps", 20)
+    flags = ("--shards", small_set, "--run-dir", "run", *QUICK, *clock)
+    worked(door("train", *flags, world_size=world_size, before="injected:a_second_a_look"))
+    steps = sorted(int(path.name.removeprefix("step-")) for path in (tmp_path / "run" / "checkpoints").iterdir())
+    # The tenth and the twentieth step end an epoch.
+    assert steps[0] in (7, 8)
+    assert not any(after - before == 1 for before, after in itertools.pairwise(steps)), steps
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import io
+import pickle
 import random
 import shutil
 import subprocess
@@ -30,7 +32,7 @@ from layouts import (
 from PIL import Image
 
 from mnistm_dist.data.layouts import mat5
-from mnistm_dist.data.samples import Source
+from mnistm_dist.data.samples import Sample, Source
 from mnistm_dist.data.sources import KNOWN_LAYOUTS, open_source
 from mnistm_dist.errors import UserError
 
@@ -157,6 +159,13 @@ def test_a_pickle_says_that_it_needs_the_labels_of_mnist(tmp_path):
         open_source(str(path))
 
 
+@pytest.mark.parametrize("name", ["set.pkl", "set.pickle", "set.pickle.gz"])
+def test_a_pickle_of_the_oldest_protocol_is_told_by_its_name(tmp_path, name):
+    data = pickle.dumps({split: part.images for split, part in PARTS.items()}, protocol=0)
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    assert_same(open_source(str(tmp_path / name), mnist=str(write_mnist(tmp_path / "mnist", PARTS))))
+
+
 @pytest.mark.parametrize("kind", ["folder", "tar", "zip"])
 def test_a_course_may_be_packed_and_its_images_may_stand_beside_its_csvs(tmp_path, kind):
     files = {name.replace("/data/", "/"): data for name, data in course_files(PARTS).items()}
@@ -186,6 +195,14 @@ def test_the_published_size_gives_its_last_4001_as_val_in_any_layout(tmp_path):
     part = Part(images=images, labels=np.arange(59_001) % 10)
     for write in (write_npz, write_pt):
         assert open_source(str(write(tmp_path / write.__name__, {"train": part}))).val_size() == 4_001
+
+
+@pytest.mark.parametrize("index", [-1, 1])
+def test_an_image_beyond_the_counted_ones_is_refused(index):
+    sample = Sample(split="train", index=index, label=0, png=b"", origin="set: image")
+    source = Source(layout="x", description="set", counts={"train": 1}, read=lambda: iter([sample]))
+    with pytest.raises(UserError, match="set: image: not there when set was opened"):
+        list(source.samples())
 
 
 def test_a_source_that_changes_after_it_was_opened_is_refused(tmp_path):

@@ -153,7 +153,7 @@ def entries(cache_dir: Path) -> list[Entry]:
     found = []
     for kind in KINDS:
         for folder in sorted((cache_dir / kind).glob("*/")):
-            files = [file.stat() for file in folder.rglob("*") if file.is_file()]
+            files = [state for file in folder.rglob("*") if (state := _file_state(file)) is not None]
             found.append(
                 Entry(
                     kind=kind,
@@ -164,6 +164,15 @@ def entries(cache_dir: Path) -> list[Entry]:
                 )
             )
     return sorted(found, key=lambda entry: -entry.used)
+
+
+def _file_state(path: Path) -> os.stat_result | None:
+    """What stat says of a file; None of a folder, and of what a process has just renamed or removed."""
+    try:
+        state = path.stat()
+    except FileNotFoundError:
+        return None
+    return state if stat.S_ISREG(state.st_mode) else None
 
 
 def _read_card(path: Path) -> dict[str, str]:

@@ -72,7 +72,7 @@ class Source:
             if not 0 <= sample.label < len(self.classes):
                 raise UserError(f"{sample.origin}: label {sample.label}; accepted are 0 to {len(self.classes) - 1}")
             places = seen[sample.split]
-            if sample.index >= len(places) or places[sample.index]:
+            if not 0 <= sample.index < len(places) or places[sample.index]:
                 raise UserError(f"{sample.origin}: not there when {self.description} was opened; it changed meanwhile")
             places[sample.index] = True
             yield sample

@@ -3,8 +3,9 @@
 ``RUN/checkpoints/step-00000640/`` is the state after 640 steps::
 
     model.safetensors           the weights to evaluate and to use (the averaged ones where the recipe averages)
-    training_state.safetensors  the optimizer's tensors by parameter name; the trained weights where they are not the
-    model's state.json                  step, scalars, and size and sha256 of the two files
+    training_state.safetensors  the optimizer's tensors by parameter name; the trained weights where the model's are
+                                averaged
+    state.json                  step, scalars, and size and sha256 of the two files
 
 A folder is whole when state.json is there and both files have their hashes. Nothing random is saved: the order and
 every augmentation are functions of (seed, step).

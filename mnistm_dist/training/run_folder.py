@@ -86,7 +86,11 @@ class RunLock:
             self.path.rename(taken)
         except FileNotFoundError:
             return
-        taken.unlink()
+        if taken.read_text(errors="replace") == content:
+            taken.unlink()
+        else:
+            # The other one had it by then: this is its lock, and it lives.
+            taken.rename(self.path)
 
     def _beat(self) -> None:
         while not self._released.wait(HEARTBEAT_SECONDS):
@@ -99,7 +103,10 @@ class RunLock:
         """Gives the folder free."""
         self._released.set()
         self._thread.join()
-        self.path.unlink(missing_ok=True)
+        # A holder that was suspended for long has lost the folder to another.
+        with suppress(FileNotFoundError):
+            if self.path.read_text(errors="replace") == self.identity:
+                self.path.unlink()
 
 
 def holder_lives(content: str, path: Path) -> bool:

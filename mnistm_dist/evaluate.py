@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,12 +54,18 @@ def main(argv: list[str]) -> int:
     config = configuration.load(run_dir / "config.yaml")
     if args.shards:
         config = configuration.replace(config, shards=args.shards)
+    machine = replace(config.machine, threads="auto")
+    emulated = machine.precision not in ("auto", *distributed.native_precisions())
+    if emulated:
+        machine = replace(machine, precision="fp32")
     world = distributed.start(
-        configuration.replace(config, threads="auto").machine,
+        machine,
         expect_world_size=None,
         collective_timeout=config.run.collective_timeout,
     )
     console = Console(enabled=world.is_main)
+    if emulated:
+        console.warn(f"precision: the run's {config.machine.precision} is not native here; scored in fp32")
     try:
         with lost_processes(config.run.collective_timeout):
             shards = open_set(config.data, world, console)
@@ -129,30 +136,24 @@ def evaluate_checkpoint(
 ) -> dict[str, Any]:
     """Predicts every split that has a reader and writes what it shows; gives the splits' numbers on rank 0. All ranks
     take part."""
-    import torch
-
-    from mnistm_dist.data.loader import evaluation_batches
     from mnistm_dist.data.transforms import Preprocess
     from mnistm_dist.training import checkpoint as checkpoints
-    from mnistm_dist.training.evaluation import BATCH_SIZE, predict_split
-    from mnistm_dist.training.model import create_model
+    from mnistm_dist.training.evaluation import predict_split
+    from mnistm_dist.training.model import create_model, place
 
     classes = shards.manifest.classes
-    layout = torch.channels_last if config.machine.memory_format == "channels_last" else torch.contiguous_format
-    model = create_model(len(classes), config.schedule.seed).to(world.device).to(memory_format=layout)
+    model = place(create_model(len(classes), config.schedule.seed), world.device, config.machine.memory_format)
     world.together(lambda: checkpoints.load_model(checkpoint.path, model))
     # Normalised as in training, also where the images of another set are scored.
     preprocess = Preprocess(checkpoint.state["mean"], checkpoint.state["std"], world.device)
     results: dict[str, Any] = {}
     for split, reader in readers.items():
-        count = shards.split(split).count
-        with console.progress(f"evaluating {split}", count) as bar:
+        with console.progress(f"evaluating {split}", reader.size) as bar:
             predictions = predict_split(
                 world,
                 model,
                 preprocess,
-                evaluation_batches(reader, batch_size=BATCH_SIZE, world_size=world.size, rank=world.rank),
-                size=count,
+                reader,
                 image_size=checkpoint.state["image_size"],
                 progress=bar,
             )
@@ -227,7 +228,8 @@ def write_summary(run_dir: Path, summary: dict[str, Any]) -> None:
 
 def tell_result(console: Console, run_dir: Path, summary: dict[str, Any], splits: list[str]) -> None:
     """The result on the console: accuracy, the worst confusions in words, the paths."""
-    from mnistm_dist.reporting.metrics import Metrics, describe
+    from mnistm_dist.reporting.metrics import Metrics
+    from mnistm_dist.reporting.words import describe
 
     words = "\n\n".join(f"{split}: {describe(Metrics.from_json(summary[split]))}" for split in splits)
     paths = {f"predictions, {split}": str(run_dir / f"predictions_{split}.csv") for split in splits}

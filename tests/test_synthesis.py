@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from layouts import noise, write_mnist
 from PIL import Image
 
+from mnistm_dist.data.hashing import uniform
 from mnistm_dist.data.idx import read_digits
-from mnistm_dist.data.order import uniform
 from mnistm_dist.data.sources import Source, open_source
 from mnistm_dist.data.synthesis import blend, read_photos
 from mnistm_dist.errors import UserError

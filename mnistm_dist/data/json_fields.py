@@ -42,6 +42,7 @@ class Fields:
         return UserError(f"{self.where}: {key} is {found}, it must be {needed}: {AGAIN}")
 
     def only(self, *keys: str) -> None:
+        """Refuses every field that is none of ``keys``."""
         for key in self.value:
             if key not in keys:
                 raise UserError(f"{self.where}: unknown field {_show(key)}: {AGAIN}")
@@ -95,6 +96,7 @@ class Fields:
         return value
 
     def integers(self, key: str, length: int, low: int, high: int) -> list[int]:
+        """``length`` whole numbers, each from ``low`` to ``high``."""
         value = self.items(key)
         numbers = [item for item in value if type(item) is int and low <= item <= high]
         if not len(numbers) == len(value) == length:
@@ -102,6 +104,7 @@ class Fields:
         return numbers
 
     def fractions(self, key: str) -> tuple[float, float, float]:
+        """Three numbers from 0 to 1, one a colour channel."""
         value = self.items(key)
         numbers = [float(item) for item in value if isinstance(item, int | float) and 0 <= item <= 1]
         if not len(numbers) == len(value) == 3 or any(isinstance(item, bool) for item in value):

@@ -23,6 +23,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import Tensor, nn
 
 from mnistm_dist.config import MachineConfig
+from mnistm_dist.data.parallel import available_cores
 from mnistm_dist.errors import NodeError, RankError, UserError
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -294,7 +295,7 @@ def default_threads(local_world_size: int, environment: Environment) -> int:
         # A task is one process of slurm/train.sh, or a launcher of several.
         processes = int(environment.get("WORLD_SIZE", "1")) // int(environment["SLURM_STEP_NUM_TASKS"])
         return max(1, int(environment["SLURM_CPUS_PER_TASK"]) // max(1, processes))
-    return max(1, len(os.sched_getaffinity(0)) // local_world_size)
+    return max(1, available_cores() // local_world_size)
 
 
 def check_gpus(local_world_size: int, gpus: int) -> None:
@@ -323,22 +324,27 @@ def check_world_size(world_size: int, expected: int | None, environment: Environ
         )
 
 
+def native_precisions() -> tuple[Precision, ...]:
+    """What this machine computes in without emulation."""
+    if not torch.cuda.is_available():
+        return ("fp32",)
+    return ("fp32", "fp16", "bf16") if torch.cuda.is_bf16_supported(including_emulation=False) else ("fp32", "fp16")
+
+
 def choose_precision(asked: str, launcher: str | None) -> Precision:
     """The precision to train in: never one that the hardware emulates. Raises `UserError` where one was asked for by
     name."""
-    native = {
-        "fp32": True,
-        "fp16": torch.cuda.is_available(),
-        "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False),
-    }
+    native = native_precisions()
     if asked == "auto":
-        wish = {"no": "fp32", "fp16": "fp16", "bf16": "bf16"}.get(launcher or "", "bf16")
-        return wish if native[wish] else "bf16" if native["bf16"] else "fp32"  # type: ignore[return-value]  # keys above
-    if not native[asked]:
+        wishes: tuple[Precision, ...] = ("bf16", "fp32")
+        if launcher in ("no", "fp16"):
+            wishes = ("fp32" if launcher == "no" else "fp16", *wishes)
+        return next(wish for wish in wishes if wish in native)
+    if asked not in native:
         raise UserError(
             f"precision: {asked} would be emulated on this machine, many times slower; use --precision auto or fp32"
         )
-    return asked  # type: ignore[return-value]  # a key of native
+    return asked  # type: ignore[return-value]  # one of native
 
 
 def prepare(

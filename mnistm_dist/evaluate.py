@@ -44,6 +44,7 @@ def main(argv: list[str]) -> int:
     from mnistm_dist.reporting.console import Console
     from mnistm_dist.training import distributed
     from mnistm_dist.training.lost import lost_processes
+    from mnistm_dist.training.resources import native_precisions
     from mnistm_dist.training.run_folder import is_held
 
     run_dir = Path(args.run)
@@ -55,7 +56,7 @@ def main(argv: list[str]) -> int:
     if args.shards:
         config = configuration.replace(config, shards=args.shards)
     machine = replace(config.machine, threads="auto")
-    emulated = machine.precision not in ("auto", *distributed.native_precisions())
+    emulated = machine.precision not in ("auto", *native_precisions())
     if emulated:
         machine = replace(machine, precision="fp32")
     world = distributed.start(

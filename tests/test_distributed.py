@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, launcher, refused, worked
 
 from mnistm_dist.errors import NodeError, UserError
-from mnistm_dist.training.distributed import check_gpus, check_world_size, default_threads
+from mnistm_dist.training.resources import check_gpus, check_world_size, default_threads
 from mnistm_dist.training.run_folder import read_state
 
 QUICK = (

@@ -26,9 +26,10 @@ from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.data.transforms import Augment, Preprocess
 from mnistm_dist.loop import Trainer
 from mnistm_dist.reporting.console import Console
-from mnistm_dist.training.distributed import Precision, World
+from mnistm_dist.training.distributed import World
 from mnistm_dist.training.model import create_model
 from mnistm_dist.training.optim import create_optimizer
+from mnistm_dist.training.resources import Precision
 from mnistm_dist.training.run_folder import RunFolder
 from mnistm_dist.training.signals import StopRequest
 

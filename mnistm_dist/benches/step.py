@@ -13,7 +13,7 @@ from mnistm_dist.benches.setting import Setting, has_compiler, open_set, open_tr
 from mnistm_dist.config import Config
 from mnistm_dist.launch import resolve
 from mnistm_dist.training import distributed
-from mnistm_dist.training.distributed import native_precisions
+from mnistm_dist.training.resources import native_precisions
 
 PLAIN, BARE, TRAINER = "plain script", "bare loop", "trainer"
 STEPS = {"cpu": 10, "cuda": 500}

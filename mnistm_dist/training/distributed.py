@@ -11,10 +11,10 @@ import os
 import socket
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,12 +23,17 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import Tensor, nn
 
 from mnistm_dist.config import MachineConfig
-from mnistm_dist.data.parallel import available_cores
 from mnistm_dist.errors import NodeError, RankError, UserError
+from mnistm_dist.training.resources import (
+    Environment,
+    Precision,
+    check_gpus,
+    check_world_size,
+    choose_precision,
+    default_threads,
+)
 
-Precision = Literal["fp32", "bf16", "fp16"]
 T = TypeVar("T")
-Environment = Mapping[str, str]
 
 SETUP_TIMEOUT = timedelta(hours=12)
 """Limit of the waits until the data is open: one node may decode for long while the others wait for it."""
@@ -284,67 +289,6 @@ def wait_for_head(environment: Environment, patience: float) -> None:
                     "the network between"
                 ) from error
         time.sleep(0.5)
-
-
-def default_threads(local_world_size: int, environment: Environment) -> int:
-    """CPU threads of one process: its share of the CPUs of Slurm's task, else of the cores that this process may use.
-
-    A launcher exports OMP_NUM_THREADS=1 even for one process, so the choice is made here.
-    """
-    if "SLURM_STEP_NUM_TASKS" in environment and "SLURM_CPUS_PER_TASK" in environment:
-        # A task is one process of slurm/train.sh, or a launcher of several.
-        processes = int(environment.get("WORLD_SIZE", "1")) // int(environment["SLURM_STEP_NUM_TASKS"])
-        return max(1, int(environment["SLURM_CPUS_PER_TASK"]) // max(1, processes))
-    return max(1, available_cores() // local_world_size)
-
-
-def check_gpus(local_world_size: int, gpus: int) -> None:
-    """Raises `UserError` where this node has more processes than GPUs: two on one GPU train no faster, and NCCL refuses
-    them."""
-    if local_world_size > gpus:
-        raise NodeError(
-            f"processes: {local_world_size} on {socket.gethostname()}, where torch finds {gpus} GPUs; "
-            "use at most one process per GPU (--num_processes; under Slurm --gpus-per-node and --ntasks-per-node)"
-        )
-
-
-def check_world_size(world_size: int, expected: int | None, environment: Environment) -> None:
-    """Raises `UserError` unless the world is as large as the flag and Slurm's step say: 1 where 2 were asked for is no
-    slow run."""
-    if expected is not None and world_size != expected:
-        raise UserError(
-            f"world size: found {world_size}, --expect-world-size is {expected}; "
-            "check --num_processes and that every node started (on a machine without GPUs: --multi_gpu, see README.md)"
-        )
-    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
-    if world_size < tasks:
-        raise UserError(
-            f"world size: found {world_size}, Slurm's step has {tasks} tasks; the tasks do not know of each other: "
-            "start them by slurm/train.sh, or set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
-        )
-
-
-def native_precisions() -> tuple[Precision, ...]:
-    """What this machine computes in without emulation."""
-    if not torch.cuda.is_available():
-        return ("fp32",)
-    return ("fp32", "fp16", "bf16") if torch.cuda.is_bf16_supported(including_emulation=False) else ("fp32", "fp16")
-
-
-def choose_precision(asked: str, launcher: str | None) -> Precision:
-    """The precision to train in: never one that the hardware emulates. Raises `UserError` where one was asked for by
-    name."""
-    native = native_precisions()
-    if asked == "auto":
-        wishes: tuple[Precision, ...] = ("bf16", "fp32")
-        if launcher in ("no", "fp16"):
-            wishes = ("fp32" if launcher == "no" else "fp16", *wishes)
-        return next(wish for wish in wishes if wish in native)
-    if asked not in native:
-        raise UserError(
-            f"precision: {asked} would be emulated on this machine, many times slower; use --precision auto or fp32"
-        )
-    return asked  # type: ignore[return-value]  # one of native
 
 
 def prepare(

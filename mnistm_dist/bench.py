@@ -43,13 +43,13 @@ def main(argv: list[str]) -> int:
 
     from mnistm_dist.benches.setting import Setting, conditions, open_set
     from mnistm_dist.benches.table import show
-    from mnistm_dist.data.loader import default_cache_dir
+    from mnistm_dist.data.cache import choose_cache_dir
     from mnistm_dist.data.output import saying_what_fails
     from mnistm_dist.reporting.console import Console
 
     setting = Setting(
         shards=args.shards,
-        cache_dir=Path(args.cache_dir) if args.cache_dir else default_cache_dir(),
+        cache_dir=choose_cache_dir(args.cache_dir),
         rounds=args.rounds,
         threads=threads,
         cores=cores,

@@ -12,10 +12,10 @@ from __future__ import annotations
 import json
 import sys
 import time
-from pathlib import Path
 
-from mnistm_dist.errors import UserError, run_door
+from mnistm_dist.errors import UserError, printable, run_door
 from mnistm_dist.flags import ArgumentParser
+from mnistm_dist.stdout import write_result
 
 
 def main(argv: list[str]) -> int:
@@ -29,9 +29,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="list: print a JSON array")
     args = parser.parse_args(argv)
 
-    from mnistm_dist.data.cache import clear, default_cache_dir, entries
+    from mnistm_dist.data.cache import choose_cache_dir, clear, entries
 
-    cache_dir = Path(args.cache_dir) if args.cache_dir else default_cache_dir()
+    cache_dir = choose_cache_dir(args.cache_dir)
     found = entries(cache_dir)
     for name in args.names:
         if not any(entry.path.name.startswith(name) for entry in found):
@@ -40,13 +40,15 @@ def main(argv: list[str]) -> int:
 
     if args.action == "list" and args.json:
         rows = [{"name": e.path.name, "kind": e.kind, "bytes": e.size, "used": e.used, **e.about} for e in chosen]
-        print(json.dumps(rows))
+        write_result(json.dumps(rows) + "\n")
         return 0
     if args.action == "list":
-        print(f"{cache_dir}: {len(chosen)} entries, {sum(entry.size for entry in chosen) / 1e6:,.1f} MB")
+        lines = [f"{cache_dir}: {len(chosen)} entries, {sum(entry.size for entry in chosen) / 1e6:,.1f} MB"]
         for e in chosen:
             used = time.strftime("%Y-%m-%d %H:%M", time.localtime(e.used))
-            print(f"{e.path.name}  {e.kind:<9}  {e.size / 1e6:10,.1f} MB  {used}  {e.about.get('source', '')}")
+            source = printable(e.about.get("source", ""))
+            lines.append(f"{e.path.name}  {e.kind:<9}  {e.size / 1e6:10,.1f} MB  {used}  {source}")
+        write_result("\n".join(lines) + "\n")
         return 0
     busy = [entry for entry in chosen if not clear(entry)]
     removed = sum(entry.size for entry in chosen) - sum(entry.size for entry in busy)

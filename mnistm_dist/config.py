@@ -18,6 +18,8 @@ from mnistm_dist.errors import UserError, printable, why
 from mnistm_dist.values import parse_value, shown
 
 Auto = Literal["auto"]
+LARGEST_IMAGE_SIZE = 1024
+"""Of a training, pixels."""
 
 
 def _number(default: Any, *, low: float, high: float = math.inf) -> Any:
@@ -109,7 +111,7 @@ class ScheduleConfig:
     """Images per step, over all processes."""
     micro_batch: Auto | int = _number("auto", low=1)
     """Images per forward (BatchNorm's batch). auto: batch_size / world size at the first launch, kept at a resume."""
-    image_size: tuple[int, ...] = _number((64,), low=16, high=1024)
+    image_size: tuple[int, ...] = _number((64,), low=16, high=LARGEST_IMAGE_SIZE)
     """Training sizes of equal parts of the run, pixels: 32,48,64 trains a third of the epochs at each."""
     seed: int = _number(0, low=0, high=2**63 - 1)
     """Decides the initial weights, the order and every augmentation."""

@@ -29,13 +29,18 @@ class NodeError(UserError):
     """A mistake that this node may be the only one to find, so that its first process tells it, whatever its rank."""
 
 
+class RankError(UserError):
+    """A mistake that this process alone has found, so that it tells it, whatever its rank."""
+
+
 class LostProcess(RuntimeError):
     """Another process of the run has gone, in one line, which each that is left tells: rank 0 may be the one."""
 
 
-def tell_error(text: str, *, teller: str = "RANK") -> None:
-    """``error: ...`` in one line on stderr, from the process whose number in the variable ``teller`` is 0."""
-    if os.environ.get(teller, "0") == "0":
+def tell_error(text: str, *, teller: str | None = "RANK") -> None:
+    """``error: ...`` in one line on stderr, from the process whose number in the variable ``teller`` is 0; without a
+    variable, from this one."""
+    if teller is None or os.environ.get(teller, "0") == "0":
         line = printable(" ".join(text.split()))
         shown = line if len(line) <= _MOST_CHARACTERS else f"{line[:_MOST_CHARACTERS]} ..."
         print(f"error: {shown}", file=sys.stderr, flush=True)
@@ -56,14 +61,16 @@ def why(error: Exception) -> str:
 def run_door(main: Callable[[list[str]], int], argv: list[str] | None = None) -> int:
     """Runs a door's ``main`` and turns a `UserError` into one line on stderr and exit code 2.
 
-    Of several processes rank 0 alone speaks: all of them find the same mistake, or share it (`World.together`).
+    Of several processes rank 0 alone speaks: all of them find the same mistake, or share it (`World.together`). One
+    that found it alone says so itself (`World.leave_with`).
     A path that cannot be looked at is one line too, and Ctrl-C, and the loss of another process, told by each that is
     left, with exit code 1. Returns the exit code; every other exception passes through, since it is our own mistake.
     """
     try:
         return main(sys.argv[1:] if argv is None else argv)
     except UserError as error:
-        tell_error(str(error), teller="LOCAL_RANK" if isinstance(error, NodeError) else "RANK")
+        alone = isinstance(error, RankError)
+        tell_error(str(error), teller=None if alone else "LOCAL_RANK" if isinstance(error, NodeError) else "RANK")
         return EXIT_USER_ERROR
     except OSError as error:
         if error.errno not in _UNREACHABLE or error.filename is None:

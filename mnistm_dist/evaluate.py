@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,9 +29,6 @@ if TYPE_CHECKING:
     from mnistm_dist.training.distributed import World
     from mnistm_dist.training.evaluation import Predictions
 
-MISTAKES_SHOWN = 40
-"""Mistakes drawn in ``mistakes_SPLIT.png``, the most confident first."""
-
 
 def main(argv: list[str]) -> int:
     """Evaluates a run's checkpoint on its splits. Exit codes: 0, or 2 for a person's mistake."""
@@ -46,6 +44,7 @@ def main(argv: list[str]) -> int:
     from mnistm_dist.reporting.console import Console
     from mnistm_dist.training import distributed
     from mnistm_dist.training.lost import lost_processes
+    from mnistm_dist.training.resources import native_precisions
     from mnistm_dist.training.run_folder import is_held
 
     run_dir = Path(args.run)
@@ -56,12 +55,18 @@ def main(argv: list[str]) -> int:
     config = configuration.load(run_dir / "config.yaml")
     if args.shards:
         config = configuration.replace(config, shards=args.shards)
+    machine = replace(config.machine, threads="auto")
+    emulated = machine.precision not in ("auto", *native_precisions())
+    if emulated:
+        machine = replace(machine, precision="fp32")
     world = distributed.start(
-        configuration.replace(config, threads="auto").machine,
+        machine,
         expect_world_size=None,
         collective_timeout=config.run.collective_timeout,
     )
     console = Console(enabled=world.is_main)
+    if emulated:
+        console.warn(f"precision: the run's {config.machine.precision} is not native here; scored in fp32")
     try:
         with lost_processes(config.run.collective_timeout):
             shards = open_set(config.data, world, console)
@@ -69,7 +74,8 @@ def main(argv: list[str]) -> int:
             if args.split is not None:
                 shards.split(args.split)
                 splits = [args.split]
-            checkpoint, how = choose_checkpoint(run_dir, args.checkpoint, has_test="test" in shards.manifest.splits)
+            has_test = "test" in shards.manifest.splits
+            checkpoint, how = world.together(lambda: choose_checkpoint(run_dir, args.checkpoint, has_test=has_test))
             readers = open_readers(shards, config.data, splits, world, console)
             world = world.set_up()
             results = evaluate_checkpoint(run_dir, checkpoint, config, world, console, shards, readers)
@@ -77,9 +83,8 @@ def main(argv: list[str]) -> int:
                 summary = read_summary(run_dir) | {"checkpoint": how} | results
                 write_summary(run_dir, summary)
                 tell_result(console, run_dir, summary, list(results))
-    except UserError:
-        world.leave(distributed.FAILURE_PATIENCE)
-        raise
+    except UserError as error:
+        raise world.leave_with(error) from error
     world.leave()
     return 0
 
@@ -132,30 +137,24 @@ def evaluate_checkpoint(
 ) -> dict[str, Any]:
     """Predicts every split that has a reader and writes what it shows; gives the splits' numbers on rank 0. All ranks
     take part."""
-    import torch
-
-    from mnistm_dist.data.loader import evaluation_batches
     from mnistm_dist.data.transforms import Preprocess
     from mnistm_dist.training import checkpoint as checkpoints
-    from mnistm_dist.training.evaluation import BATCH_SIZE, predict_split
-    from mnistm_dist.training.model import create_model
+    from mnistm_dist.training.evaluation import predict_split
+    from mnistm_dist.training.model import create_model, place
 
     classes = shards.manifest.classes
-    layout = torch.channels_last if config.machine.memory_format == "channels_last" else torch.contiguous_format
-    model = create_model(len(classes), config.schedule.seed).to(world.device).to(memory_format=layout)
+    model = place(create_model(len(classes), config.schedule.seed), world.device, config.machine.memory_format)
     world.together(lambda: checkpoints.load_model(checkpoint.path, model))
     # Normalised as in training, also where the images of another set are scored.
     preprocess = Preprocess(checkpoint.state["mean"], checkpoint.state["std"], world.device)
     results: dict[str, Any] = {}
     for split, reader in readers.items():
-        count = shards.split(split).count
-        with console.progress(f"evaluating {split}", count) as bar:
+        with console.progress(f"evaluating {split}", reader.size) as bar:
             predictions = predict_split(
                 world,
                 model,
                 preprocess,
-                evaluation_batches(reader, batch_size=BATCH_SIZE, world_size=world.size, rank=world.rank),
-                size=count,
+                reader,
                 image_size=checkpoint.state["image_size"],
                 progress=bar,
             )
@@ -203,7 +202,7 @@ def draw_split(run_dir: Path, split: str, metrics: Metrics | None, reader: Reade
     from mnistm_dist.training.run_folder import writing
 
     wrong = mistakes(read_predictions(run_dir / f"predictions_{split}.csv", metrics.classes))
-    shown = wrong[:MISTAKES_SHOWN]
+    shown = wrong[: figures.MOST_MISTAKES]
     images = list(reader.gather(np.array([m.id for m in shown], dtype=np.int64))[0].cpu().numpy()) if shown else []
     with writing(run_dir):
         save(figures.confusion_matrix(metrics, f"Confusion matrix, {split}"), run_dir / f"confusion_matrix_{split}.png")
@@ -230,7 +229,8 @@ def write_summary(run_dir: Path, summary: dict[str, Any]) -> None:
 
 def tell_result(console: Console, run_dir: Path, summary: dict[str, Any], splits: list[str]) -> None:
     """The result on the console: accuracy, the worst confusions in words, the paths."""
-    from mnistm_dist.reporting.metrics import Metrics, describe
+    from mnistm_dist.reporting.metrics import Metrics
+    from mnistm_dist.reporting.words import describe
 
     words = "\n\n".join(f"{split}: {describe(Metrics.from_json(summary[split]))}" for split in splits)
     paths = {f"predictions, {split}": str(run_dir / f"predictions_{split}.csv") for split in splits}

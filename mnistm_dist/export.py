@@ -133,7 +133,8 @@ def real_images(run_dir: Path) -> tuple[np.ndarray, str]:
     import numpy as np
 
     from mnistm_dist import config as configuration
-    from mnistm_dist.data.shards import ShardSet, decode_png
+    from mnistm_dist.data.png import decode_png
+    from mnistm_dist.data.shards import ShardSet
     from mnistm_dist.data.sources import open_source
 
     path = configuration.load(run_dir / "config.yaml").data.shards

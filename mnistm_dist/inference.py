@@ -30,7 +30,7 @@ from mnistm_dist.data.transforms import Preprocess
 from mnistm_dist.errors import UserError
 from mnistm_dist.evaluate import choose_checkpoint, read_summary
 from mnistm_dist.training import checkpoint as checkpoints
-from mnistm_dist.training.model import create_model
+from mnistm_dist.training.model import create_model, place
 
 BATCH_SIZE = 250
 """Images in a forward pass: that of the evaluation, so that on a GPU the numbers are too."""
@@ -139,9 +139,8 @@ def load_model(
     last_bias = checkpoints.load_tensors(found.path / checkpoints.MODEL).get(LAST_BIAS, torch.empty(1))
     module = create_model(len(last_bias), seed=0)
     checkpoints.load_model(found.path, module)
-    layout = torch.channels_last if machine.memory_format == "channels_last" else torch.contiguous_format
     return TrainedModel(
-        module=module.to(target).to(memory_format=layout).eval(),
+        module=place(module, target, machine.memory_format).eval(),
         preprocess=Preprocess(found.state["mean"], found.state["std"], target),
         image_size=found.state["image_size"],
         classes=class_names(summary, count=len(last_bias)),
@@ -155,8 +154,9 @@ def load_model(
 def class_names(summary: dict[str, Any], *, count: int) -> tuple[str, ...]:
     """The names in a run's ``summary.json``, or digits where it has none for ``count`` classes."""
     for split in ("val", "test"):
-        names = (summary.get(split) or {}).get("classes", ())
-        if len(names) == count:
+        scores = summary.get(split)
+        names = scores.get("classes") if isinstance(scores, dict) else None
+        if isinstance(names, list) and len(names) == count:
             return tuple(map(str, names))
     return tuple(map(str, range(count)))
 

@@ -18,13 +18,16 @@ from pathlib import Path
 
 from mnistm_dist import config as configuration
 from mnistm_dist.config import Config, DataConfig
-from mnistm_dist.data import loader
-from mnistm_dist.data.loader import Reader
+from mnistm_dist.data.cache import choose_cache_dir
+from mnistm_dist.data.loader import Reader, open_reader
+from mnistm_dist.data.manifest import Manifest
 from mnistm_dist.data.order import accumulation, accumulation_share
 from mnistm_dist.data.packing import pack
 from mnistm_dist.data.remote import is_address
-from mnistm_dist.data.shards import Manifest, ShardSet
+from mnistm_dist.data.settling import choose_reading, open_shards
+from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.data.sources import open_source
+from mnistm_dist.data.writing.staging import BeingWritten
 from mnistm_dist.errors import UserError
 from mnistm_dist.flags import Request, at_resume, from_request
 from mnistm_dist.reporting.console import Console
@@ -35,6 +38,8 @@ from mnistm_dist.training.run_folder import RunFolder, read_state
 
 SAMPLE = Path("shards/sample")
 """Where the bundled sample is packed to, and looked for, when no shards are named."""
+SAMPLE_POLL_SECONDS = 1.0
+"""Between two looks at whether another process has packed it."""
 
 
 def choose_start(request: Request) -> tuple[Config | None, Checkpoint | None]:
@@ -84,13 +89,13 @@ def open_set(data: DataConfig, world: World, console: Console) -> ShardSet:
     """
     if data.shards is None:
         world.together(lambda: pack_sample(console) if world.local_rank == 0 else None)
-    shards = data.shards or str(SAMPLE)
+    shards, cache_dir = data.shards or str(SAMPLE), choose_cache_dir(data.cache_dir)
 
     def open_here() -> ShardSet:
         if not is_address(shards):
-            return loader.open_shards(shards, cache_dir=cache_dir(data))
+            return open_shards(shards, cache_dir=cache_dir)
         with console.progress(f"fetching {shards}", None, "bytes") as bar:
-            return loader.open_shards(shards, cache_dir=cache_dir(data), progress=bar)
+            return open_shards(shards, cache_dir=cache_dir, progress=bar)
 
     return world.together(open_here)
 
@@ -102,32 +107,29 @@ def open_readers(
 
     All ranks take part.
     """
+    cache_dir = choose_cache_dir(data.cache_dir)
 
     def open_here(split: str) -> Reader:
         with console.progress(f"opening {split}", shards.split(split).count) as bar:
-            return loader.open_reader(
-                shards, split, data, cache_dir=cache_dir(data), device=world.device, threads=world.threads, progress=bar
+            return open_reader(
+                shards, split, data, cache_dir=cache_dir, device=world.device, threads=world.threads, progress=bar
             )
 
     return {split: world.together(functools.partial(open_here, split)) for split in splits}
 
 
-def cache_dir(data: DataConfig) -> Path:
-    """Where decoded and fetched sets lie."""
-    return Path(data.cache_dir) if data.cache_dir else loader.default_cache_dir()
-
-
 def pack_sample(console: Console) -> None:
-    """Packs the bundled sample to `SAMPLE` unless it is there."""
-    if (SAMPLE / "manifest.json").exists():
-        return
-    try:
-        with console.progress("packing the bundled sample", None) as bar:
-            pack(open_source("sample"), SAMPLE, progress=bar)
-    except UserError as error:
-        # Another node, or another run, may have been first.
-        if not (SAMPLE / "manifest.json").exists():
-            raise UserError(f"{error}, or name a packed set with --shards") from error
+    """Packs the bundled sample to `SAMPLE` unless it is there; waits while another node, or another run, does."""
+    while not (SAMPLE / "manifest.json").exists():
+        try:
+            with console.progress("packing the bundled sample", None) as bar:
+                pack(open_source("sample"), SAMPLE, progress=bar)
+        except BeingWritten:
+            # Its lock is free when it has ended, well or not.
+            time.sleep(SAMPLE_POLL_SECONDS)
+        except UserError as error:
+            if not (SAMPLE / "manifest.json").exists():
+                raise UserError(f"{error}, or name a packed set with --shards") from error
 
 
 def resolve(config: Config, world: World, manifest: Manifest) -> Config:
@@ -142,7 +144,7 @@ def resolve(config: Config, world: World, manifest: Manifest) -> Config:
         raise UserError(
             f"micro_batch: {micro_batch} image per forward; BatchNorm needs at least 2: use a larger --batch-size"
         )
-    order, data, streams = loader.choose_reading(config.data, manifest, batch_size=batch_size, world_size=world.size)
+    order, data, streams = choose_reading(config.data, manifest, batch_size=batch_size, world_size=world.size)
     return configuration.replace(
         config,
         shards=config.data.shards or str(SAMPLE),

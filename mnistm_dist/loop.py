@@ -15,8 +15,9 @@ import torch
 
 from mnistm_dist import config as configuration
 from mnistm_dist.config import Config
-from mnistm_dist.data.loader import Batch, Reader, create_order, evaluation_batches, train_batches
+from mnistm_dist.data.loader import Batch, Reader, train_batches
 from mnistm_dist.data.order import epoch_ends, epochs_done, part_of_run, step_positions, steps_for
+from mnistm_dist.data.settling import create_order
 from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.data.transforms import Augment, Preprocess
 from mnistm_dist.errors import EXIT_PREEMPTED, UserError
@@ -30,8 +31,8 @@ from mnistm_dist.training.checkpoint_state import Past, check_state
 from mnistm_dist.training.checks import check_model_learns
 from mnistm_dist.training.distributed import Agreement, World, prepare
 from mnistm_dist.training.environment import describe_environment
-from mnistm_dist.training.evaluation import BATCH_SIZE, predict_split
-from mnistm_dist.training.model import architecture, create_model
+from mnistm_dist.training.evaluation import predict_split
+from mnistm_dist.training.model import architecture, create_model, place
 from mnistm_dist.training.optim import WeightAverage, create_optimizer, learning_rate
 from mnistm_dist.training.pace import Pace
 from mnistm_dist.training.profiling import traced
@@ -80,8 +81,7 @@ class Trainer:
         if config.machine.sync_batchnorm:
             model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
         # Before the wrapping: DDP lays its buckets out by the strides that it finds.
-        layout = torch.channels_last if config.machine.memory_format == "channels_last" else torch.contiguous_format
-        self.model = model.to(world.device).to(memory_format=layout)
+        self.model = place(model, world.device, config.machine.memory_format)
         self.wrapped, self.optimizer = prepare(
             world, self.model, create_optimizer(self.model, config.optim), config.machine
         )
@@ -205,7 +205,11 @@ class Trainer:
                     began = time.monotonic()
                     self.evaluate(step)
                     self.past.evaluate_seconds += time.monotonic() - began
-                wish = agreement.step(self.wish(saved_at))
+                own_wish = self.wish(saved_at)
+                if own_wish == SAVE:
+                    # The answer comes with the next step, which must not ask for a second save.
+                    saved_at = time.monotonic()
+                wish = agreement.step(own_wish)
                 due = run.checkpoint_every and self.steps_done % run.checkpoint_every == 0
                 if evaluates or ends_epoch or due or wish != GO_ON:
                     began = time.monotonic()
@@ -331,10 +335,7 @@ class Trainer:
                 self.world,
                 self.evaluated,
                 self.preprocess,
-                evaluation_batches(
-                    self.readers["val"], batch_size=BATCH_SIZE, world_size=self.world.size, rank=self.world.rank
-                ),
-                size=split.count,
+                self.readers["val"],
                 image_size=image_size,
                 progress=bar,
             )
@@ -344,30 +345,12 @@ class Trainer:
         best = self.past.best is None or metrics.accuracy > self.past.best["accuracy"]
         if best:
             self.past.best = {"step": self.steps_done, "accuracy": metrics.accuracy, "image_size": image_size}
-        row = {"val/loss": metrics.log_loss, "val/accuracy": metrics.accuracy}
-        self.folder.log(
-            {
-                "kind": "evaluation",
-                "step": self.steps_done,
-                "epoch": epoch,
-                "split": "val",
-                **row,
-                "image_size": image_size,
-            }
-        )
-        self.tracker.log(row, step=self.steps_done)
-        self.console.evaluation(
-            {
-                "epoch": epoch,
-                "step": self.steps_done,
-                "split": "val",
-                **row,
-                "train/loss": self.train_loss,
-                "image_size": image_size,
-                "full_image_size": max(self.config.schedule.image_size),
-                "best": best,
-            }
-        )
+        scores = {"val/loss": metrics.log_loss, "val/accuracy": metrics.accuracy}
+        row = {"step": self.steps_done, "epoch": epoch, "split": "val", **scores, "image_size": image_size}
+        self.folder.log({"kind": "evaluation", **row})
+        self.tracker.log(scores, step=self.steps_done)
+        full_size = max(self.config.schedule.image_size)
+        self.console.evaluation({**row, "train/loss": self.train_loss, "full_image_size": full_size, "best": best})
 
     def save(self) -> None:
         """Writes a checkpoint, then prunes old ones. All ranks take part; rank 0 writes."""

@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
     if (args.source is None) == (args.download is None):
         parser.error("either SOURCE or --download official is needed, and not both")
 
-    from mnistm_dist.data.cache import default_cache_dir
+    from mnistm_dist.data.cache import choose_cache_dir
     from mnistm_dist.data.download import download
     from mnistm_dist.data.packing import pack
     from mnistm_dist.data.sources import open_source
@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
     refuse_existing(args.out)  # before anything long begins
     started = time.monotonic()
     console = Console()
-    cache_dir = args.cache_dir or default_cache_dir()
+    cache_dir = choose_cache_dir(args.cache_dir)
     path = args.source
     if args.download is not None:
         with console.progress("download", None, "bytes") as bar:

@@ -43,12 +43,11 @@ def main(argv: list[str]) -> int:
 
     import numpy as np
 
-    from mnistm_dist.data.cache import default_cache_dir
+    from mnistm_dist.data.cache import choose_cache_dir
     from mnistm_dist.data.order import step_positions
     from mnistm_dist.data.settling import choose_reading, create_order, open_shards
 
-    cache_dir = Path(config.data.cache_dir) if config.data.cache_dir else default_cache_dir()
-    shards = open_shards(str(config.data.shards), cache_dir=cache_dir)
+    shards = open_shards(str(config.data.shards), cache_dir=choose_cache_dir(config.data.cache_dir))
     batch_size, world_size = config.schedule.batch_size, args.world_size
     order_name, data, streams = choose_reading(
         config.data, shards.manifest, batch_size=batch_size, world_size=world_size

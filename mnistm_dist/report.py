@@ -1,6 +1,6 @@
 """Write the report of a run, or of several beside one another, as one HTML file.
 
-python -m mnistm_dist.report runs/NAME                        writes runs/NAME/report.html
+python -m mnistm_dist.report runs/NAME                           writes runs/NAME/report.html
 python -m mnistm_dist.report runs/A runs/B --out compare.html
 """
 

@@ -53,9 +53,8 @@ def main(argv: list[str]) -> int:
     try:
         with console.library_warnings(), lost_processes(config.run.collective_timeout):
             code = train(config, checkpoint, world, console, stop)
-    except UserError:
-        world.leave(distributed.FAILURE_PATIENCE)
-        raise
+    except UserError as error:
+        raise world.leave_with(error) from error
     stop.close()
     world.leave()
     return code
@@ -103,7 +102,7 @@ def finish(trainer: Trainer) -> None:
     world, folder, console = trainer.world, trainer.folder, trainer.console
     readers = {split: reader for split, reader in trainer.readers.items() if split != "train"}
     # All ranks read the same files: rank 0 has written the last checkpoint before `save` let any of them go on.
-    checkpoint, how = choose_checkpoint(folder.path, "chosen", has_test="test" in readers)
+    checkpoint, how = world.together(lambda: choose_checkpoint(folder.path, "chosen", has_test="test" in readers))
     results = evaluate_checkpoint(folder.path, checkpoint, trainer.config, world, console, trainer.shards, readers)
     if not world.is_main:
         return

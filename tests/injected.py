@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import os
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mnistm_dist.evaluate
@@ -52,17 +54,26 @@ def _mount(folder: str, options: str, flags: int = 0) -> None:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
+# Time
+
+
+def a_second_a_look() -> None:
+    """The clock of the training loop goes on by a second whenever it is looked at, and else stands still."""
+    seconds = itertools.count()
+    loop.time = SimpleNamespace(monotonic=lambda: float(next(seconds)))  # type: ignore[attr-defined]
+
+
 # Mistakes
 
 
-def mistake_on_rank_0() -> None:
-    """Rank 0 finds a mistake where the others find none, in the middle of the training."""
+def mistake_on_one_rank() -> None:
+    """Rank FAULT_RANK finds a mistake where the others find none, in the middle of the training."""
     original = loop.Trainer.write_row
 
     def write_row(self: loop.Trainer, *arguments: Any) -> None:
         original(self, *arguments)
-        if self.world.is_main:
-            raise UserError("a mistake that only rank 0 finds")
+        if self.world.rank == int(os.environ["FAULT_RANK"]):
+            raise UserError(f"a mistake that only rank {self.world.rank} finds")
 
     loop.Trainer.write_row = write_row  # type: ignore[method-assign]
 

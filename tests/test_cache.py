@@ -17,7 +17,7 @@ from conftest import TRAIN, refused, worked
 from packed_sets import flip_byte, tiny_source
 
 from mnistm_dist.data import resident as resident_module
-from mnistm_dist.data.cache import default_cache_dir, entries, entry_lock
+from mnistm_dist.data.cache import choose_cache_dir, entries, entry_lock
 from mnistm_dist.data.packing import pack
 from mnistm_dist.data.resident import Resident, open_resident
 from mnistm_dist.data.shards import ShardSet
@@ -207,7 +207,7 @@ def test_the_place_of_the_cache(variables, place, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert default_cache_dir() == Path(place)
+    assert choose_cache_dir(None) == Path(place)
 
 
 def test_the_door_lists_and_clears(door, small_set, tmp_path):

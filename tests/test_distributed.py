@@ -1,5 +1,6 @@
 """What can go wrong when processes are launched: each time one clear line, in bounded time, and no run folder."""
 
+import itertools
 import json
 import os
 import socket
@@ -11,7 +12,7 @@ import pytest
 from conftest import ROOT, launcher, refused, worked
 
 from mnistm_dist.errors import NodeError, UserError
-from mnistm_dist.training.distributed import check_gpus, check_world_size, default_threads
+from mnistm_dist.training.resources import check_gpus, check_world_size, default_threads
 from mnistm_dist.training.run_folder import read_state
 
 QUICK = (
@@ -191,8 +192,21 @@ def test_a_run_folder_that_cannot_be_written_is_told_in_one_line(door, small_set
     assert reason in error
 
 
-def test_a_mistake_that_one_rank_finds_ends_all_in_bounded_time(door, small_set, tmp_path):
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_clock_asks_for_a_checkpoint_once(door, small_set, tmp_path, world_size):
+    clock = ("--checkpoint-every", 0, "--checkpoint-minutes", 0.1, "--keep", 100, "--max-steps", 20)
+    flags = ("--shards", small_set, "--run-dir", "run", *QUICK, *clock)
+    worked(door("train", *flags, world_size=world_size, before="injected:a_second_a_look"))
+    steps = sorted(int(path.name.removeprefix("step-")) for path in (tmp_path / "run" / "checkpoints").iterdir())
+    # The tenth and the twentieth step end an epoch.
+    assert steps[0] in (7, 8)
+    assert not any(after - before == 1 for before, after in itertools.pairwise(steps)), steps
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_mistake_that_one_rank_finds_is_told_and_ends_all_in_bounded_time(door, small_set, tmp_path, rank):
     flags = ("--shards", small_set, "--run-dir", "run", *QUICK)
-    done = door("train", *flags, world_size=2, before="injected:mistake_on_rank_0", timeout=100)
-    assert "a mistake that only rank 0 finds" in the_error(done)
+    injected = {"before": "injected:mistake_on_one_rank", "FAULT_RANK": str(rank)}
+    done = door("train", *flags, world_size=2, timeout=100, **injected)
+    assert f"error: a mistake that only rank {rank} finds" in done.stderr.splitlines()
     assert read_state(tmp_path / "run")["state"] == "failed"

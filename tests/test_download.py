@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from layouts import noise, official_files, write_parquet, write_tar
-from test_remote import LocalServer
+from local_server import LocalServer
 
 from mnistm_dist.data import download as module
 from mnistm_dist.data import transfer

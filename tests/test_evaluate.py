@@ -1,9 +1,11 @@
 """Exact evaluation: every image once, the same file at every world size."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import VAL, refused, worked
 
 FILES = ("predictions_val.csv", "predictions_test.csv")
@@ -67,3 +69,16 @@ def test_a_checkpoint_and_a_split_can_be_named(run, door):
 )
 def test_a_mistake_is_one_line(run, door, arguments, named):
     assert named in refused(door("evaluate", *(run if a == "RUN" else a for a in arguments)))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has more precisions")
+def test_a_run_in_a_precision_that_this_machine_lacks_is_scored_in_fp32(run, door, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    said = worked(door("evaluate", copy, "--split", "val"))
+    assert "warning" not in said
+    predictions = (copy / "predictions_val.csv").read_bytes()
+    text = (copy / "config.yaml").read_text()
+    (copy / "config.yaml").write_text(text.replace("precision: fp32", "precision: bf16"))
+    said = worked(door("evaluate", copy, "--split", "val"))
+    assert "warning: precision: the run's bf16 is not native here; scored in fp32" in said
+    assert (copy / "predictions_val.csv").read_bytes() == predictions

@@ -116,6 +116,7 @@ def test_an_error_of_one_in_a_thousand_is_as_visible_as_the_largest() -> None:
         (0, 0, "Mistakes: none"),
         (1, 1, "Mistakes: the only one"),
         (5, 5, "Mistakes: all 5"),
+        (36, 38, "Mistakes: the 36 most confident of 38"),
         (36, 400, "Mistakes: the 36 most confident of 400"),
     ],
 )

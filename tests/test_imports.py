@@ -1,4 +1,5 @@
-"""Imports run one way: doors -> training -> data -> config, and doors -> reporting -> config."""
+"""Imports run one way: doors -> training -> data -> config, and doors -> reporting -> config; benches look at all of it
+and are looked at by their door alone."""
 
 import ast
 import subprocess
@@ -17,6 +18,7 @@ ALLOWED = {
     "data": {"data"} | BOTTOM,
     "training": {"training", "data"} | BOTTOM,
     "reporting": {"reporting"} | BOTTOM,
+    "benches": {"benches", "data", "training", "reporting", "loop", "launch", "flags"} | BOTTOM,
 }
 DOORS = ("pack", "verify", "plan", "train", "evaluate", "predict", "report", "export", "cache", "bench")
 LOGGERS_PLOTS_FLAGS = {"argparse", "logging", "rich", "matplotlib", "wandb"}
@@ -47,6 +49,11 @@ def test_imports_run_one_way(path):
         assert rooms_of(path) <= ALLOWED[room]
     elif room.removesuffix(".py") in BOTTOM:
         assert rooms_of(path) <= BOTTOM
+
+
+def test_benches_are_imported_by_their_door_alone():
+    importers = {path.relative_to(PACKAGE).parts[0] for path in FILES if "benches" in rooms_of(path)}
+    assert importers == {"bench.py", "benches"}
 
 
 QUIET = [path for path in FILES if path.relative_to(PACKAGE).parts[0] in ("data", "training")]

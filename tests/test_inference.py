@@ -114,6 +114,13 @@ def test_the_classes_have_their_names(trained_run, tmp_path):
     assert load_model(run).classes[3] == "digit 3"
 
 
+@pytest.mark.parametrize("scores", [3, "text", [], {"classes": 3}, {"classes": ["a"]}])
+def test_a_summary_that_holds_something_else_gives_no_names(trained_run, tmp_path, scores):
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    (run / "summary.json").write_text(json.dumps({"val": scores}))
+    assert load_model(run).classes == tuple("0123456789")
+
+
 def test_a_run_that_is_none_is_named(trained_run, tmp_path):
     with pytest.raises(UserError, match="nowhere: no run folder"):
         load_model(tmp_path / "nowhere")

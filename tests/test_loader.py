@@ -18,22 +18,16 @@ from hypothesis import strategies as st
 from packed_sets import flip_byte, png_with, tiny_source
 
 from mnistm_dist.config import DataConfig, ScheduleConfig
-from mnistm_dist.data.loader import (
-    Batch,
-    Order,
-    Reader,
-    choose_reading,
-    create_order,
-    evaluation_batches,
-    open_resident,
-    open_shards,
-    open_streaming,
-    train_batches,
-)
-from mnistm_dist.data.order import FullOrder, WindowedOrder, steps_for
+from mnistm_dist.data.loader import Batch, Reader, evaluation_batches, train_batches
+from mnistm_dist.data.manifest import Manifest
+from mnistm_dist.data.order import FullOrder, Order, WindowedOrder, steps_for
 from mnistm_dist.data.packing import pack
+from mnistm_dist.data.png import decode_png
 from mnistm_dist.data.reading import Block, SplitReader
-from mnistm_dist.data.shards import Manifest, ShardSet, decode_png
+from mnistm_dist.data.resident import open_resident
+from mnistm_dist.data.settling import choose_reading, create_order, open_shards
+from mnistm_dist.data.shards import ShardSet
+from mnistm_dist.data.streaming import open_streaming
 from mnistm_dist.errors import UserError
 
 OPEN = {"resident": open_resident, "streaming": open_streaming}

@@ -15,12 +15,11 @@ from mnistm_dist.errors import UserError
 from mnistm_dist.reporting.metrics import (
     Metrics,
     calibration_bins,
-    describe,
     measure,
     wilson_interval,
 )
 from mnistm_dist.reporting.predictions import mistakes, read_predictions
-from mnistm_dist.reporting.words import listed, percent
+from mnistm_dist.reporting.words import describe, listed, percent
 
 Matrix = list[list[int]]
 

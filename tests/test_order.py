@@ -8,11 +8,11 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.stats import chi2
 
-from mnistm_dist.data.hashing import derive_key
+from mnistm_dist.data.hashing import derive_key, permute, uniform
 from mnistm_dist.data.order import (
     FullOrder,
     Order,
@@ -20,10 +20,8 @@ from mnistm_dist.data.order import (
     accumulation,
     epoch_ends,
     epochs_done,
-    permute,
     step_positions,
     steps_for,
-    uniform,
 )
 from mnistm_dist.errors import UserError
 
@@ -149,16 +147,11 @@ def test_an_epoch_ends_with_the_first_step_that_reaches_its_last_position(size, 
 
 @quick
 @given(st.integers(1, 10), st.integers(1, 10**6), st.integers(1, 5000))
+@example(10, 55_000, 256)
 def test_a_run_of_whole_epochs_ends_with_its_last_epoch(epochs, size, batch):
     steps = steps_for(epochs, size=size, batch_size=batch)
     assert steps * batch >= epochs * size > (steps - 1) * batch
     assert epoch_ends(steps - 1, size=size, batch_size=batch)
-
-
-def test_parts_of_an_epoch_count_as_decimal_numbers():
-    assert steps_for(0.1, size=1000, batch_size=10) == 10  # 0.1 as a binary fraction is a little more
-    assert steps_for(2.5, size=55_000, batch_size=256) == 538
-    assert steps_for(10, size=55_000, batch_size=256) == 2149
 
 
 @quick

@@ -12,7 +12,8 @@ from PIL import Image
 
 from mnistm_dist import config as configuration
 from mnistm_dist import plan
-from mnistm_dist.data.loader import choose_reading, create_order, open_reader, open_shards, train_batches
+from mnistm_dist.data.loader import open_reader, train_batches
+from mnistm_dist.data.settling import choose_reading, create_order, open_shards
 
 
 def run_folder(place: Path, shards: Path, **fields: object) -> Path:

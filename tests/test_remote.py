@@ -2,92 +2,23 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from local_server import LocalServer
 from packed_sets import edit_manifest, flip_byte, tiny_source
 
 from mnistm_dist.data import transfer
-from mnistm_dist.data.loader import open_shards
 from mnistm_dist.data.packing import pack
 from mnistm_dist.data.remote import fetch, is_address
+from mnistm_dist.data.settling import open_shards
 from mnistm_dist.errors import UserError
-
-
-class LocalServer:
-    """An HTTP server of one folder on this machine, with ways to misbehave."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.ranges = True
-        self.cut_once: dict[str, int] = {}
-        """File -> bytes after which its first answer breaks off."""
-        self.lies: dict[str, bytes] = {}
-        """File -> what is sent in its place."""
-        self.statuses: dict[str, list[int]] = {}
-        """File -> status codes of its first answers."""
-        self.length = True
-        """Whether Content-Length is sent."""
-        self.requests: list[tuple[str, str | None]] = []
-        """(file, Range) of every request."""
-        server = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                server.answer(self)
-
-            def log_message(self, format: str, *args: object) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.address = f"http://127.0.0.1:{self._server.server_port}/sets/tiny"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
-        self._thread.start()
-
-    def stop(self) -> None:
-        if not self._thread.is_alive():
-            return
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
-
-    def answer(self, request: BaseHTTPRequestHandler) -> None:
-        name, wanted = request.path.rsplit("/", 1)[1], request.headers.get("Range")
-        self.requests.append((name, wanted))
-        if self.statuses.get(name):
-            request.send_error(self.statuses[name].pop(0))
-            return
-        path = self.folder / name
-        if not path.exists():
-            request.send_error(404)
-            return
-        data, start = self.lies.get(name, path.read_bytes()), 0
-        if self.ranges and wanted:
-            start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1])
-            if start >= len(data):
-                request.send_error(416)
-                return
-        request.send_response(206 if start else 200)
-        if self.length:
-            request.send_header("Content-Length", str(len(data) - start))
-        request.end_headers()
-        body = data[start:]
-        if name in self.cut_once:
-            request.wfile.write(body[: self.cut_once.pop(name)])
-            request.wfile.flush()
-            time.sleep(0.2)  # the client has read what was sent: what lies unread when a connection breaks is lost
-        else:
-            request.wfile.write(body)
-        request.close_connection = True
 
 
 @pytest.fixture(scope="module")
@@ -241,6 +172,7 @@ def test_a_manifest_whose_names_climb_out_is_refused(served, tmp_path):
         ("file:///etc", "https://, http://, s3://"),
         ("memory://set", "https://, http://, s3://"),
         ("https:", "https://, http://, s3://"),
+        ("https://[not-ipv6/set", "https://, http://, s3://"),
         ("https://user:secret@example.org/set", "without password"),
         ("https://example.org/set?token=secret", "without password, ? and #"),
         ("http://127.0.0.1:1/set", "cannot be reached"),

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import launcher, refused, worked
 from safetensors.torch import load_file
+from trainers import alive, wait_until_gone
 
 from mnistm_dist.training.model import create_model
 from mnistm_dist.training.run_folder import read_log, read_state
@@ -152,26 +153,6 @@ def test_a_run_goes_on_at_another_number_of_processes(environment, tmp_path, sma
     ours = load_file(run / "checkpoints" / f"step-{STEPS:08d}" / "model.safetensors")
     theirs = load_file(reference / "checkpoints" / f"step-{STEPS:08d}" / "model.safetensors")
     assert all(torch.equal(ours[name], theirs[name]) for name, _ in create_model(10, 0).named_parameters())
-
-
-def alive(run: Path) -> list[int]:
-    """Trainers of a run that live."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            command = path.read_bytes().replace(b"\0", b" ").decode()
-        except OSError:
-            continue
-        if "mnistm_dist.train" in command and str(run) in command:
-            found.append(int(path.parent.name))
-    return found
-
-
-def wait_until_gone(run: Path, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while alive(run) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not alive(run)
 
 
 def interrupted(environment, tmp_path, small_set, world_size: int, number: signal.Signals, **more: str) -> Path:

@@ -45,6 +45,31 @@ def test_a_dead_holder_of_this_host_is_replaced_at_once(tmp_path):
         pass
 
 
+def test_of_two_that_see_a_dead_holder_one_takes_its_place(tmp_path, monkeypatch):
+    """The other one is as slow as can be: it looks at the dead holder's lock and comes back when that is replaced."""
+    lock_of(tmp_path, host=socket.gethostname(), pid=os.getpid(), started="1")
+    looked, first = run_folder.holder_lives, []
+
+    def overtaken(content, path):
+        monkeypatch.setattr(run_folder, "holder_lives", looked)
+        first.append(RunFolder(tmp_path, active=True))
+        return False
+
+    monkeypatch.setattr(run_folder, "holder_lives", overtaken)
+    with pytest.raises(UserError, match="held by a live run"):
+        RunFolder(tmp_path, active=True)
+    assert is_held(tmp_path)
+    first[0].give_back()
+    assert not list(tmp_path.glob(".lock*"))
+
+
+def test_a_holder_that_lost_its_folder_leaves_the_next_ones_lock_alone(tmp_path):
+    suspended = RunFolder(tmp_path, active=True)
+    lock_of(tmp_path, host="elsewhere", pid=1, started="1")
+    suspended.give_back()
+    assert json.loads((tmp_path / ".lock").read_text())["host"] == "elsewhere"
+
+
 def test_a_new_process_with_a_dead_holders_number_does_not_hold_its_folder(tmp_path):
     lock_of(tmp_path, host=socket.gethostname(), pid=os.getpid(), started="1")
     assert not is_held(tmp_path)

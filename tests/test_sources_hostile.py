@@ -151,6 +151,14 @@ def test_a_path_that_climbs_out_of_an_archive_is_refused(tmp_path, kind, member)
     )
 
 
+def test_a_name_of_thousands_of_digits_is_no_number(tmp_path):
+    files = image_folder_files(PARTS)
+    first = next(name for name in files if name.startswith("MNIST-M/training/"))
+    files[f"{first.rpartition('/')[0]}/{'9' * 5_000}.png"] = files.pop(first)
+    source = open_source(str(write_tar(tmp_path / "set.tar", files)))
+    assert sum(1 for _ in source.samples()) == len(files)
+
+
 def test_a_member_that_comes_twice_is_refused(tmp_path):
     files = [*official_files(PARTS).items(), (f"./{IMAGE}", b"another")]
     assert "00000003.png: comes twice in the archive" in refusal(write_tar(tmp_path / "set", files))

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from packed_sets import names_in, tiny_source, write_official
 
+from mnistm_dist import launch
 from mnistm_dist.data.packing import pack
 from mnistm_dist.data.samples import Sample
 from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.data.writing.staging import staged_folder
 from mnistm_dist.errors import UserError
+from mnistm_dist.reporting.console import Console
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -151,3 +156,27 @@ def test_an_interrupted_pack_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         pack(tiny_source(), tmp_path / "new" / "set", progress=interrupt)
     assert names_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("ends_well", [True, False])
+def test_the_bundled_sample_is_waited_for_while_another_packs_it(tmp_path, monkeypatch, ends_well):
+    """Two nodes of a run, or two runs, may begin at once in one folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(launch, "SAMPLE_POLL_SECONDS", 0.05)
+    monkeypatch.setattr(launch, "open_source", lambda _: tiny_source())
+    writes = threading.Event()
+
+    def other() -> None:
+        with contextlib.suppress(KeyError), staged_folder(launch.SAMPLE) as folder:
+            writes.set()
+            time.sleep(0.5)
+            if not ends_well:
+                raise KeyError("it fails")
+            (folder / "manifest.json").write_text("the other's")
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    writes.wait()
+    launch.pack_sample(Console(enabled=False))
+    thread.join()
+    assert ((launch.SAMPLE / "manifest.json").read_text() == "the other's") == ends_well

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from layouts import noise, write_mnist
 from PIL import Image
 
+from mnistm_dist.data.hashing import uniform
 from mnistm_dist.data.idx import read_digits
-from mnistm_dist.data.order import uniform
 from mnistm_dist.data.sources import Source, open_source
 from mnistm_dist.data.synthesis import blend, read_photos
 from mnistm_dist.errors import UserError
@@ -127,11 +127,16 @@ def test_grey_photos_are_turned_into_colour_and_small_or_broken_ones_named(tmp_p
     Image.fromarray(rng.integers(0, 256, (27, 90, 3), np.uint8)).save(tmp_path / "low.jpg")
     (tmp_path / "text.jpg").write_text("no photo")
     (tmp_path / "cut.png").write_bytes((tmp_path / "grey.png").read_bytes()[:900])
+    Image.fromarray(rng.integers(0, 256, (60, 60, 3), np.uint8)).save(tmp_path / "changed.tif")
+    changed = bytearray((tmp_path / "changed.tif").read_bytes())
+    changed[changed.index(b"\x16\x01\x04\x00") + 2] = 10  # rows of a strip, given as a fraction: Pillow's TypeError
+    (tmp_path / "changed.tif").write_bytes(changed)
     (tmp_path / "README.txt").write_text("passed over")
     source = open_source("mnist+photos", mnist=str(mnist), photos=str(tmp_path))
     assert source.description.endswith("over 2 photos")
     notes = "\n".join(source.notes)
-    assert len(source.notes) == 3
+    assert len(source.notes) == 4
+    assert "photo changed.tif left out: broken (" in notes
     assert "photo low.jpg left out: 90 x 27 pixels, smaller than a digit of 28" in notes
     assert "photo cut.png left out: broken (" in notes
     assert "photo text.jpg left out: broken (" in notes

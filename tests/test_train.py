@@ -10,8 +10,8 @@ from conftest import TEST, TRAIN, VAL, refused, worked
 from safetensors.torch import load_file
 from torch.nn import functional
 
-from mnistm_dist.data.loader import open_resident
 from mnistm_dist.data.order import FullOrder
+from mnistm_dist.data.resident import open_resident
 from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.training.model import create_model
 from mnistm_dist.training.run_folder import read_log

@@ -59,10 +59,15 @@ def launch(command: Sequence[str], run_dir: Path, until: Callable[[list[LogRow]]
             if process.returncode is None:
                 _leave(process)
     if process.returncode not in (0, EXIT_PREEMPTED):
-        lines = said.read_text(errors="replace").splitlines() or ["it said nothing"]
-        words = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1])
-        raise UserError(f"{' '.join(command)}: exit code {process.returncode}: {words.removeprefix('error: ')}")
+        words = last_words(said.read_text(errors="replace"))
+        raise UserError(f"{' '.join(command)}: exit code {process.returncode}: {words}")
     return Launched(rows=read_log(run_dir / "log.jsonl"), launched=launched, peak_megabytes=peak_megabytes(usage))
+
+
+def last_words(output: str) -> str:
+    """What a process that failed said: its first line on an error, else its last line."""
+    lines = output.splitlines() or ["it said nothing"]
+    return next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), lines[-1])
 
 
 def _leave(process: subprocess.Popen[bytes]) -> None:

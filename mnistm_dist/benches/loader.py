@@ -17,19 +17,19 @@ from torch import Tensor
 
 from mnistm_dist.benches import other_formats, other_readers
 from mnistm_dist.benches.clock import Stopwatch
-from mnistm_dist.benches.rounds import Contender, Measured, Output, Result, choose, interleave, result
+from mnistm_dist.benches.rounds import ENDLESS, Contender, Measured, Output, Result, choose, interleave, result
 from mnistm_dist.benches.setting import Setting, device_here, open_set, open_train
 from mnistm_dist.config import DataConfig, ScheduleConfig
-from mnistm_dist.data import loader
-from mnistm_dist.data.loader import Reader
+from mnistm_dist.data.loader import Reader, train_batches
 from mnistm_dist.data.order import FullOrder, Order
+from mnistm_dist.data.resident import open_resident
+from mnistm_dist.data.settling import auto_streams, create_order
 from mnistm_dist.data.shards import ShardSet
+from mnistm_dist.data.streaming import open_streaming
 from mnistm_dist.data.transforms import Preprocess
 
 USED_UP = 4
 """Batches at the start of a round that do not count: more than streaming prepares ahead."""
-ENDLESS = 2**40
-"""Steps that no round ever reaches."""
 WEBDATASET, WEBDATASET_UINT8 = "WebDataset, as its docs show it", "WebDataset, to uint8"
 """The references of the two groups."""
 
@@ -131,17 +131,15 @@ def draw(batches: Iterator[Tensor], seconds: float, device: torch.device) -> Mea
 
 def batches_of(reader: Reader, order: Order, batch_size: int) -> Iterator[Tensor]:
     """The training batches of a reader without end, as the trainer gets them."""
-    steps = loader.train_batches(reader, order, batch_size=batch_size, micro_batch=batch_size, stop_step=ENDLESS)
+    steps = train_batches(reader, order, batch_size=batch_size, micro_batch=batch_size, stop_step=ENDLESS)
     return (batch.images for (batch,) in steps)
 
 
 def stream(setting: Setting, shards: ShardSet, device: torch.device, batch_size: int) -> Iterator[Tensor]:
     """The same, streamed in windowed order."""
-    data = DataConfig(
-        order="windowed", data="streaming", streams=loader.auto_streams(batch_size=batch_size, world_size=1)
-    )
-    reader = loader.open_streaming(shards, "train", cache_dir=setting.cache_dir, device=device, workers=setting.threads)
-    order = loader.create_order(data, ScheduleConfig(batch_size=batch_size), shards.manifest)
+    data = DataConfig(order="windowed", data="streaming", streams=auto_streams(batch_size=batch_size, world_size=1))
+    reader = open_streaming(shards, "train", cache_dir=setting.cache_dir, device=device, workers=setting.threads)
+    order = create_order(data, ScheduleConfig(batch_size=batch_size), shards.manifest)
     return batches_of(reader, order, batch_size)
 
 
@@ -149,6 +147,6 @@ def first_launch(setting: Setting, shards: ShardSet, device: torch.device) -> Me
     """Opens the training split with an empty cache: every shard is hashed and decoded, the result written to disk."""
     with tempfile.TemporaryDirectory(prefix="bench-", dir=setting.cache_dir) as empty:
         watch, cpu = Stopwatch(device), time.process_time()
-        reader = loader.open_resident(shards, "train", cache_dir=Path(empty), device=device, workers=len(setting.cores))
+        reader = open_resident(shards, "train", cache_dir=Path(empty), device=device, workers=len(setting.cores))
         seconds, cpu = watch.stop(), time.process_time() - cpu
     return Measured(images=reader.size, seconds=seconds, more={"images_per_cpu_second": reader.size / cpu})

@@ -16,21 +16,23 @@ from torch import Tensor
 from torch.nn import functional
 
 from mnistm_dist.benches.clock import Gaps, Stopwatch
-from mnistm_dist.benches.rounds import Measured
+from mnistm_dist.benches.rounds import ENDLESS, Measured
 from mnistm_dist.config import Config
-from mnistm_dist.data.loader import Batch, Resident, create_order, train_batches
-from mnistm_dist.data.shards import Manifest, ShardSet
+from mnistm_dist.data.loader import Batch, train_batches
+from mnistm_dist.data.manifest import Manifest
+from mnistm_dist.data.resident import Resident
+from mnistm_dist.data.settling import create_order
+from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.data.transforms import Augment, Preprocess
 from mnistm_dist.loop import Trainer
 from mnistm_dist.reporting.console import Console
-from mnistm_dist.training.distributed import Precision, World
+from mnistm_dist.training.distributed import World
 from mnistm_dist.training.model import create_model
 from mnistm_dist.training.optim import create_optimizer
+from mnistm_dist.training.resources import Precision
 from mnistm_dist.training.run_folder import RunFolder
 from mnistm_dist.training.signals import StopRequest
 
-ENDLESS = 2**40
-"""Steps that no round ever reaches."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

@@ -18,12 +18,13 @@ from pathlib import Path
 import torch
 
 from mnistm_dist import config as configuration
+from mnistm_dist.benches.launches import last_words
 from mnistm_dist.benches.loops import PlainScript
 from mnistm_dist.benches.rounds import Contender, Measured, Result, choose, interleave, result
 from mnistm_dist.benches.setting import Setting, device_here, open_set, open_train
 from mnistm_dist.config import Config
-from mnistm_dist.data.loader import choose_reading
 from mnistm_dist.data.order import accumulation_share
+from mnistm_dist.data.settling import choose_reading
 from mnistm_dist.errors import UserError
 
 STEPS = {"cpu": 5, "cuda": 500}
@@ -109,9 +110,7 @@ def run_worker(config: Config, folder: Path, *, world_size: int, steps: int) -> 
     )
     found = folder / "result.json"
     if done.returncode or not found.is_file():
-        lines = done.stderr.splitlines() or ["it said nothing"]
-        words = next((line for line in lines if line.startswith("error: ")), lines[-1])
-        raise UserError(f"ranks: {world_size} processes ended with {done.returncode}: {words.removeprefix('error: ')}")
+        raise UserError(f"ranks: {world_size} processes ended with {done.returncode}: {last_words(done.stderr)}")
     told = json.loads(found.read_bytes())
     if told["world_size"] != world_size:
         raise RuntimeError(f"asked for {world_size} processes, the launcher started {told['world_size']}")

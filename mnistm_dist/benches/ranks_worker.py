@@ -14,8 +14,8 @@ from statistics import median
 
 from mnistm_dist import config as configuration
 from mnistm_dist.benches.loops import TrainerInRounds
-from mnistm_dist.data import loader
 from mnistm_dist.data.resident import open_resident
+from mnistm_dist.data.settling import open_shards
 from mnistm_dist.errors import run_door
 from mnistm_dist.training import distributed
 from mnistm_dist.training.signals import die_with_launcher
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
         config = configuration.replace(config, memory_format="channels_last")
     assert config.data.cache_dir is not None
     cache_dir = Path(config.data.cache_dir)
-    shards = loader.open_shards(str(config.data.shards), cache_dir=cache_dir)
+    shards = open_shards(str(config.data.shards), cache_dir=cache_dir)
     data = world.together(
         lambda: open_resident(shards, "train", cache_dir=cache_dir, device=world.device, workers=world.threads)
     )

@@ -11,11 +11,12 @@ from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any, Literal
 
+from mnistm_dist.data.telling import Progress
 from mnistm_dist.errors import UserError
 
 Output = Literal["uint8", "model-ready"]
-Tell = Callable[[int, int], None]
-"""Called with (done, total) measurements."""
+ENDLESS = 2**40
+"""Steps that no round ever reaches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +85,13 @@ def choose(contenders: Sequence[Contender], only: Sequence[str]) -> list[Contend
     return [c for c in contenders if not only or any(text in c.name for text in only)]
 
 
-def interleave(contenders: Sequence[Contender], *, rounds: int, warm_up: int, tell: Tell) -> dict[str, list[Measured]]:
-    """Every contender's rounds, by name, after ``warm_up`` rounds that do not count."""
+def interleave(
+    contenders: Sequence[Contender], *, rounds: int, warm_up: int, tell: Progress
+) -> dict[str, list[Measured]]:
+    """Every contender's rounds, by name, after ``warm_up`` rounds that do not count.
+
+    ``tell(done, total)`` counts measurements.
+    """
     measured: dict[str, list[Measured]] = {contender.name: [] for contender in contenders}
     assert len(measured) == len(contenders), "two contenders have one name"
     total = (warm_up + rounds) * len(contenders)

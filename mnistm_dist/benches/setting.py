@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from mnistm_dist.data import loader
+from mnistm_dist.data.resident import Resident, open_resident
+from mnistm_dist.data.settling import open_shards
 from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.launch import SAMPLE, pack_sample
 from mnistm_dist.reporting.console import Console
@@ -39,7 +40,7 @@ class Setting:
     batch_size: int
     """Images of a batch; in training, over all processes."""
     only: tuple[str, ...]
-    """Texts of which a contender's name must hold one. None: all contenders."""
+    """Texts of which a contender's name must hold one. Empty: all contenders."""
     console: Console
 
 
@@ -47,13 +48,13 @@ def open_set(setting: Setting) -> ShardSet:
     """The packed set. Raises `UserError`."""
     if setting.shards is None:
         pack_sample(setting.console)
-    return loader.open_shards(setting.shards or str(SAMPLE), cache_dir=setting.cache_dir)
+    return open_shards(setting.shards or str(SAMPLE), cache_dir=setting.cache_dir)
 
 
-def open_train(setting: Setting, shards: ShardSet, device: torch.device) -> loader.Resident:
+def open_train(setting: Setting, shards: ShardSet, device: torch.device) -> Resident:
     """The training split, decoded first if it is not in the cache. Raises `UserError`."""
     with setting.console.progress("opening train", shards.split("train").count) as bar:
-        return loader.open_resident(
+        return open_resident(
             shards,
             "train",
             cache_dir=setting.cache_dir,

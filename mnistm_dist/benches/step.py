@@ -5,17 +5,15 @@ from __future__ import annotations
 import tempfile
 from functools import partial
 from pathlib import Path
-from typing import get_args
 
 from mnistm_dist.benches.launches import launch, train_command, whole_run
 from mnistm_dist.benches.loops import BareLoop, Loop, PlainScript, TrainerInRounds
 from mnistm_dist.benches.rounds import Contender, Result, choose, interleave, result
 from mnistm_dist.benches.setting import Setting, has_compiler, open_set, open_train
 from mnistm_dist.config import Config
-from mnistm_dist.errors import UserError
 from mnistm_dist.launch import resolve
 from mnistm_dist.training import distributed
-from mnistm_dist.training.distributed import Precision, choose_precision
+from mnistm_dist.training.resources import native_precisions
 
 PLAIN, BARE, TRAINER = "plain script", "bare loop", "trainer"
 STEPS = {"cpu": 10, "cuda": 500}
@@ -52,7 +50,8 @@ def bench(setting: Setting, config: Config, *, steps: int | None, compiled: bool
             *(
                 (f"{BARE}, {precision}", loop(precision=precision), (BARE,))
                 for precision in native_precisions()
-                if precision != world.precision
+                # fp16 needs a loss scale.
+                if precision not in (world.precision, "fp16")
             ),
         ]
         compiles = compiled and has_compiler()
@@ -80,17 +79,6 @@ def bench(setting: Setting, config: Config, *, steps: int | None, compiled: bool
         memory="of a training of that many steps and its final evaluation, with the pages of the mapped training set "
         "that they touched; a whole epoch touches all of training_set_megabytes, once per node",
     )
-
-
-def native_precisions() -> list[Precision]:
-    """What the hardware computes in without emulation, without fp16, which needs a loss scale."""
-    found = []
-    for precision in get_args(Precision):
-        try:
-            found.append(choose_precision(precision, None))
-        except UserError:
-            continue
-    return [precision for precision in found if precision != "fp16"]
 
 
 def peak_memory(setting: Setting, config: Config, run_dir: Path, steps: int) -> float:

@@ -39,15 +39,16 @@ _ELSEWHERE = f"name another folder with --cache-dir or ${CACHE_VARIABLE}"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
-def default_cache_dir() -> Path:
-    """The cache folder where none is named.
+def choose_cache_dir(named: str | Path | None) -> Path:
+    """The cache folder: the one that is named, if any.
 
-    ``$MNISTM_DIST_CACHE``; in a Slurm job a node-local folder (below ``$SLURM_TMPDIR``, ``$TMPDIR`` or
+    Else ``$MNISTM_DIST_CACHE``; in a Slurm job a node-local folder (below ``$SLURM_TMPDIR``, ``$TMPDIR`` or
     ``/tmp``); else ``$XDG_CACHE_HOME/mnistm_dist`` or ``~/.cache/mnistm_dist``.
     """
-    named = os.environ.get(CACHE_VARIABLE)
     if named:
-        return Path(named).expanduser()
+        return Path(named)
+    if os.environ.get(CACHE_VARIABLE):
+        return Path(os.environ[CACHE_VARIABLE]).expanduser()
     if "SLURM_JOB_ID" in os.environ:
         local = os.environ.get("SLURM_TMPDIR") or os.environ.get("TMPDIR") or tempfile.gettempdir()
         return Path(local) / f"mnistm_dist-{os.getuid()}"
@@ -153,7 +154,7 @@ def entries(cache_dir: Path) -> list[Entry]:
     found = []
     for kind in KINDS:
         for folder in sorted((cache_dir / kind).glob("*/")):
-            files = [file.stat() for file in folder.rglob("*") if file.is_file()]
+            files = [state for file in folder.rglob("*") if (state := _file_state(file)) is not None]
             found.append(
                 Entry(
                     kind=kind,
@@ -164,6 +165,15 @@ def entries(cache_dir: Path) -> list[Entry]:
                 )
             )
     return sorted(found, key=lambda entry: -entry.used)
+
+
+def _file_state(path: Path) -> os.stat_result | None:
+    """What stat says of a file; None of a folder, and of what a process has just renamed or removed."""
+    try:
+        state = path.stat()
+    except FileNotFoundError:
+        return None
+    return state if stat.S_ISREG(state.st_mode) else None
 
 
 def _read_card(path: Path) -> dict[str, str]:

@@ -84,8 +84,8 @@ def fetch_mnist(cache_dir: Path) -> Path:
 
 
 def _copy_at(address: str) -> Copy:
-    parts = urlsplit(address)
-    if parts.scheme.lower() not in transfer.SCHEMES or not parts.netloc:
+    parts = transfer.split_address(address)
+    if parts is None:
         known = ", ".join(f"{scheme}://..." for scheme in transfer.SCHEMES)
         raise UserError(f"--download {address}: accepted are {OFFICIAL} and addresses {known}")
     name = unquote(parts.path).rpartition("/")[2]
@@ -139,7 +139,7 @@ def _fetch_file(file: RemoteFile, target: Path, tell: Callable[[int], None]) -> 
 
 def _fetch_all(file: RemoteFile, partial: Path, start: int, tell: Callable[[int], None]) -> None:
     """Fetches from `start` on to the end, trying again after a cut as long as something comes."""
-    server = transfer.Server(urlsplit(file.address).scheme.lower())
+    server = transfer.Server(urlsplit(file.address).scheme)
     tries = 0
     while True:
         end = start

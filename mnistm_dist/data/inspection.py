@@ -18,7 +18,7 @@ import numpy as np
 
 from mnistm_dist.data.manifest import MANIFEST_NAME
 from mnistm_dist.data.parallel import ordered_map, workers_for
-from mnistm_dist.data.pixels import Encoded, PixelSummer, PixelSums, decode_in_order
+from mnistm_dist.data.pixels import Encoded, PixelSums, sum_pixels
 from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.data.telling import Progress, stage
 from mnistm_dist.data.wholeness import CHANGED, WHOLE, FileClaim, examine
@@ -149,8 +149,11 @@ def _find_others(shards: ShardSet) -> Iterator[Finding]:
 
 def _inspect_samples(shards: ShardSet, progress: Progress) -> Finding:
     """What the manifest says of the samples, against all of them."""
+    count, size = sum(split.count for split in shards.manifest.splits.values()), shards.manifest.image_size
     try:
-        wrong = _wrong_keys(shards) or _wrong_claims(shards, _sum_pixels(shards, progress))
+        wrong = _wrong_keys(shards)
+        if not wrong:
+            wrong = _wrong_claims(shards, sum_pixels(_in_key_order(shards), count=count, size=size, progress=progress))
     except UserError as error:
         return Finding(name=MANIFEST_NAME, status=CHANGED, detail=str(error))
     if wrong:
@@ -186,17 +189,6 @@ def _wrong_keys(shards: ShardSet) -> list[str]:
             wrong.append(f"the keys of {name}")
         last = keys[-1]
     return wrong
-
-
-def _sum_pixels(shards: ShardSet, progress: Progress) -> PixelSums:
-    manifest = shards.manifest
-    total, done = sum(split.count for split in manifest.splits.values()), 0
-    summer = PixelSummer()
-    for name, pixels, histogram in decode_in_order(_in_key_order(shards), count=total, size=manifest.image_size):
-        summer.add(name, pixels, histogram)
-        done += len(pixels)
-        progress(done, total)
-    return summer.result()
 
 
 def _in_key_order(shards: ShardSet) -> Iterator[Encoded]:

@@ -42,28 +42,33 @@ class Fields:
         return UserError(f"{self.where}: {key} is {found}, it must be {needed}: {AGAIN}")
 
     def only(self, *keys: str) -> None:
+        """Refuses every field that is none of ``keys``."""
         for key in self.value:
             if key not in keys:
                 raise UserError(f"{self.where}: unknown field {_show(key)}: {AGAIN}")
 
     def fields(self, key: str) -> Fields:
+        """An object."""
         if not isinstance(self.value.get(key), Mapping):
             raise self._wrong(key, "an object")
         return Fields(self.value[key], f"{self.where}: {key}")
 
     def items(self, key: str) -> list[object]:
+        """A list of anything."""
         value = self.value.get(key)
         if not isinstance(value, list):
             raise self._wrong(key, "a list")
         return value
 
     def text(self, key: str) -> str:
+        """One line of text."""
         value = self.value.get(key)
         if not isinstance(value, str) or not value.isprintable():
             raise self._wrong(key, "one line of text")
         return value
 
     def texts(self, key: str) -> list[str]:
+        """Different texts of one line, one at least."""
         value = self.items(key)
         texts = [item for item in value if isinstance(item, str) and item and item.isprintable()]
         if not texts or len(set(texts)) != len(value):
@@ -71,30 +76,35 @@ class Fields:
         return texts
 
     def choice(self, key: str, choices: tuple[str, ...]) -> str:
+        """One of ``choices``."""
         value = self.text(key)
         if value not in choices:
             raise self._wrong(key, f"one of {', '.join(choices)}")
         return value
 
     def name(self, key: str) -> str:
+        """A file name that leads out of no folder."""
         value = self.text(key)
         if not _PLAIN_NAME.fullmatch(value):
             raise self._wrong(key, "a plain file name, with no folder")
         return value
 
     def sha256(self, key: str) -> str:
+        """A sha256, hexadecimal."""
         value = self.text(key)
         if not _SHA256.fullmatch(value):
             raise self._wrong(key, "a sha256 of 64 hexadecimal digits")
         return value
 
     def integer(self, key: str) -> int:
+        """A whole number from 0 to `MAX_INTEGER`."""
         value = self.value.get(key)
         if type(value) is not int or not 0 <= value <= MAX_INTEGER:
             raise self._wrong(key, "a whole number of 0 or more")
         return value
 
     def integers(self, key: str, length: int, low: int, high: int) -> list[int]:
+        """``length`` whole numbers, each from ``low`` to ``high``."""
         value = self.items(key)
         numbers = [item for item in value if type(item) is int and low <= item <= high]
         if not len(numbers) == len(value) == length:
@@ -102,6 +112,7 @@ class Fields:
         return numbers
 
     def fractions(self, key: str) -> tuple[float, float, float]:
+        """Three numbers from 0 to 1, one a colour channel."""
         value = self.items(key)
         numbers = [float(item) for item in value if isinstance(item, int | float) and 0 <= item <= 1]
         if not len(numbers) == len(value) == 3 or any(isinstance(item, bool) for item in value):

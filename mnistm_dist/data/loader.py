@@ -3,8 +3,6 @@
 1. `open_reader`: a split, checked and ready, resident or streaming.
 2. `train_batches`: what one rank trains on, step by step: a pure function of (configuration, shards, step).
 3. `evaluation_batches`: a split in manifest order, each image once over all ranks.
-
-What comes before, the set and its order, is in ``data/settling.py`` and can be had from here too.
 """
 
 from __future__ import annotations
@@ -19,33 +17,12 @@ import torch
 from torch import Tensor
 
 from mnistm_dist.config import DataConfig
-from mnistm_dist.data.cache import default_cache_dir
 from mnistm_dist.data.order import Order, accumulation, step_positions
 from mnistm_dist.data.parallel import available_cores
 from mnistm_dist.data.resident import Resident, open_resident
-from mnistm_dist.data.settling import auto_streams, choose_reading, create_order, open_shards
 from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.data.streaming import Streaming, open_streaming
 from mnistm_dist.data.telling import Progress
-
-__all__ = [
-    "Batch",
-    "EvalBatch",
-    "Order",
-    "Reader",
-    "Resident",
-    "Streaming",
-    "auto_streams",
-    "choose_reading",
-    "create_order",
-    "default_cache_dir",
-    "evaluation_batches",
-    "open_reader",
-    "open_resident",
-    "open_shards",
-    "open_streaming",
-    "train_batches",
-]
 
 Reader = Resident | Streaming
 """A split, ready to be read."""
@@ -147,9 +124,7 @@ def train_batches(
         yield [Batch(images=images[at], labels=labels[at], positions=positions[at], ids=ids[at]) for at in parts]
 
 
-def evaluation_batches(
-    reader: Reader, *, batch_size: int = 250, world_size: int = 1, rank: int = 0
-) -> Iterator[EvalBatch]:
+def evaluation_batches(reader: Reader, *, batch_size: int, world_size: int = 1, rank: int = 0) -> Iterator[EvalBatch]:
     """One rank's canonical batches of a split: batch i holds the samples from ``i * batch_size`` on and belongs
     to rank ``i mod world_size``; the last one is padded. Raises `UserError` for damaged shards."""
     indices = range(rank, -(-reader.size // batch_size), world_size)

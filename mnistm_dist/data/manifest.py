@@ -15,13 +15,12 @@ from typing import Any
 
 from mnistm_dist.data.json_fields import MAX_INTEGER, Fields, read_json
 from mnistm_dist.data.png import MAX_SIDE
+from mnistm_dist.data.samples import SPLITS
 from mnistm_dist.errors import UserError
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
 """Version of the format; a reader takes its own only."""
-SPLITS = ("train", "val", "test")
-"""The splits that a set can hold, in manifest order."""
 LINEAGES = ("official", "regenerated", "unknown")
 PIXEL_GROUPS = {"train+val": ("train", "val"), "test": ("test",)}
 """The groups of splits whose pixels are summed in key order, across the splits of a group."""

@@ -9,29 +9,11 @@ Nothing is read and nothing drawn: the id at any position is a closed form, the 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
-from math import ceil
 
 import numpy as np
 
-from mnistm_dist.data.hashing import derive_key, permute, uniform
+from mnistm_dist.data.hashing import derive_key, permute
 from mnistm_dist.errors import UserError
-
-__all__ = [
-    "FullOrder",
-    "Located",
-    "Order",
-    "WindowedOrder",
-    "accumulation",
-    "accumulation_share",
-    "epoch_ends",
-    "epochs_done",
-    "part_of_run",
-    "permute",
-    "step_positions",
-    "steps_for",
-    "uniform",
-]
 
 # They keep the keys of one seed apart; 1 is that of hashing.uniform.
 _TAG_FULL, _TAG_SHARDS, _TAG_WINDOWS = 2, 3, 4
@@ -83,12 +65,9 @@ def _nearest_divisors(value: int, near: int) -> str:
     return str(below) if above == below else f"{below} and {above}"
 
 
-def steps_for(epochs: float, *, size: int, batch_size: int) -> int:
-    """The number of steps of a run of ``epochs`` epochs over ``size`` images: ``ceil(E * N / B)``.
-
-    A float counts as the decimal number that it prints as, so 0.1 epoch of 1,000 images is 100 images.
-    """
-    return ceil(Fraction(str(epochs)) * size / batch_size)
+def steps_for(epochs: int, *, size: int, batch_size: int) -> int:
+    """The number of steps of a run of ``epochs`` epochs over ``size`` images: ``ceil(E * N / B)``."""
+    return -(-epochs * size // batch_size)
 
 
 def epochs_done(steps: int, *, size: int, batch_size: int) -> int:

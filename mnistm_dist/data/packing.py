@@ -18,7 +18,7 @@ from mnistm_dist.data.hashing import derive_key, permute
 from mnistm_dist.data.index import index_bytes, index_dtype
 from mnistm_dist.data.manifest import FORMAT_VERSION, MANIFEST_NAME, PIXEL_GROUPS, Manifest, Shard, Split, parse, render
 from mnistm_dist.data.output import OutputFile
-from mnistm_dist.data.pixels import Encoded, PixelSummer, PixelSums, decode_in_order
+from mnistm_dist.data.pixels import Encoded, PixelSums, sum_pixels
 from mnistm_dist.data.samples import SPLITS, Source
 from mnistm_dist.data.telling import Progress, stage
 from mnistm_dist.data.writing.lineage import find_lineage
@@ -63,7 +63,12 @@ def pack(
         with OutputFile(folder / "spool") as file:
             spool = Spool(file, source)
             spool.fill(stage(progress, 0, 3))
-            sums = _sum_pixels(spool, parts, stage(progress, 1, 3))
+            sums = sum_pixels(
+                _in_key_order(spool, parts),
+                count=sum(part.count for part in parts.values()),
+                size=spool.image_size,
+                progress=stage(progress, 1, 3),
+            )
             found = find_lineage(sums.groups, _labels_of_groups(spool, parts), source.lineage)
             if lineage not in (None, found):
                 raise UserError(
@@ -87,16 +92,6 @@ def pack(
         with OutputFile(folder / MANIFEST_NAME) as file:
             file.append(text)
     return manifest
-
-
-def _sum_pixels(spool: Spool, parts: dict[str, Part], progress: Progress) -> PixelSums:
-    total, done = sum(part.count for part in parts.values()), 0
-    summer = PixelSummer()
-    for split, pixels, histogram in decode_in_order(_in_key_order(spool, parts), count=total, size=spool.image_size):
-        summer.add(split, pixels, histogram)
-        done += len(pixels)
-        progress(done, total)
-    return summer.result()
 
 
 def _in_key_order(spool: Spool, parts: dict[str, Part]) -> Iterator[Encoded]:

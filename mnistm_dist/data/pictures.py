@@ -27,7 +27,7 @@ SUFFIXES = (
 LARGE_SIDE = 4096
 """Pixels of a side from which it is averaged down as soon as it is decoded, to no less than half of this."""
 
-_DECODING_ERRORS = (
+DECODING_ERRORS = (
     *(OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError, RuntimeError, MemoryError),
     *(struct.error, zlib.error, Image.DecompressionBombError),
 )
@@ -67,7 +67,7 @@ def read_picture(path: str | Path) -> np.ndarray:
         raise UserError(f"{path}: no such file") from error
     except UnidentifiedImageError as error:
         raise UserError(f"{path}: not a picture that can be read; accepted are {', '.join(FORMATS)}") from error
-    except _DECODING_ERRORS as error:
+    except DECODING_ERRORS as error:
         if isinstance(error, UserError):
             raise
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from mnistm_dist.data.manifest import PIXEL_GROUPS
 from mnistm_dist.data.parallel import ordered_map, workers_for
 from mnistm_dist.data.png import check_png, decode_png
+from mnistm_dist.data.telling import Progress
 
 _CHUNK_BYTES = 1 << 20
 """PNGs and pixels that a worker takes on at once: some 200 images of MNIST-M."""
@@ -39,28 +40,29 @@ class PixelSums:
     """(mean, standard deviation) of each split, per channel, on a scale of 0 to 1."""
 
 
-@dataclass(kw_only=True)
-class PixelSummer:
-    """Takes images in key order (train, val, test) and sums them up."""
+def sum_pixels(images: Iterable[Encoded], *, count: int, size: tuple[int, int], progress: Progress) -> PixelSums:
+    """Checks and decodes images in key order (train, val, test), in parallel, and sums them up.
 
-    _groups: dict[str, hashlib._Hash] = field(default_factory=dict)
-    _splits: dict[str, hashlib._Hash] = field(default_factory=dict)
-    _histograms: dict[str, np.ndarray] = field(default_factory=dict)
-
-    def add(self, split: str, pixels: np.ndarray, histogram: np.ndarray) -> None:
-        """Adds images uint8 (n, H, W, 3) of one split and their `channel_histogram`."""
+    ``count`` is how many there are, ``size`` the (height, width) that each must have; what is held at once is bounded.
+    ``progress(done, total)`` counts images. Raises `UserError` naming the first image that is none or of another size.
+    """
+    groups: dict[str, hashlib._Hash] = {}
+    splits: dict[str, hashlib._Hash] = {}
+    histograms: dict[str, np.ndarray] = {}
+    done = 0
+    tasks = ((chunk, size) for chunk in _chunks(images, 3 * size[0] * size[1]))
+    for split, pixels, histogram in ordered_map(_decode_chunk, tasks, workers=workers_for(count)):
         group = next(name for name, members in PIXEL_GROUPS.items() if split in members)
-        for name, hashes in ((group, self._groups), (split, self._splits)):
-            hashes.setdefault(name, hashlib.sha256()).update(np.ascontiguousarray(pixels).data)
-        self._histograms[split] = self._histograms.get(split, 0) + histogram
-
-    def result(self) -> PixelSums:
-        """The sums of all that was added."""
-        return PixelSums(
-            groups={name: digest.hexdigest() for name, digest in self._groups.items()},
-            splits={name: digest.hexdigest() for name, digest in self._splits.items()},
-            moments={name: moments_of(histogram) for name, histogram in self._histograms.items()},
-        )
+        for name, hashes in ((group, groups), (split, splits)):
+            hashes.setdefault(name, hashlib.sha256()).update(pixels.data)
+        histograms[split] = histograms.get(split, 0) + histogram
+        done += len(pixels)
+        progress(done, count)
+    return PixelSums(
+        groups={name: digest.hexdigest() for name, digest in groups.items()},
+        splits={name: digest.hexdigest() for name, digest in splits.items()},
+        moments={name: moments_of(histogram) for name, histogram in histograms.items()},
+    )
 
 
 def channel_histogram(pixels: np.ndarray) -> np.ndarray:
@@ -83,18 +85,6 @@ def moments_of(histogram: np.ndarray) -> tuple[tuple[float, float, float], tuple
     return (means[0], means[1], means[2]), (stds[0], stds[1], stds[2])
 
 
-def decode_in_order(
-    images: Iterable[Encoded], *, count: int, size: tuple[int, int]
-) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Checks and decodes in parallel: yields (split, pixels uint8 (n, H, W, 3), `channel_histogram`), in order.
-
-    ``count`` is about how many there are, ``size`` the (height, width) that each must have; what is held at once is
-    bounded. Raises `UserError` naming the first image that is none or of another size.
-    """
-    tasks = ((chunk, size) for chunk in _chunks(images, 3 * size[0] * size[1]))
-    return ordered_map(_decode_chunk, tasks, workers=workers_for(count))
-
-
 def _chunks(images: Iterable[Encoded], pixel_bytes: int) -> Iterator[list[Encoded]]:
     """The images in lists, each of one split and bounded in what it holds, encoded and decoded together."""
     chunk: list[Encoded] = []
@@ -110,6 +100,7 @@ def _chunks(images: Iterable[Encoded], pixel_bytes: int) -> Iterator[list[Encode
 
 
 def _decode_chunk(task: tuple[list[Encoded], tuple[int, int]]) -> tuple[str, np.ndarray, np.ndarray]:
+    """The split, the pixels uint8 (n, H, W, 3) and their `channel_histogram` of images of one size."""
     images, size = task
     pixels = np.empty((len(images), *size, 3), dtype=np.uint8)
     for place, image in enumerate(images):

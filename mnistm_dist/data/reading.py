@@ -20,12 +20,12 @@ from torch import Tensor
 from torchvision.io import ImageReadMode
 
 from mnistm_dist.data.cache import entry_lock, make_entry
-from mnistm_dist.data.shards import ShardSet, decode_png
-from mnistm_dist.data.telling import Progress
-from mnistm_dist.data.wholeness import WHOLE, examine
+from mnistm_dist.data.png import decode_png
+from mnistm_dist.data.shards import ShardSet, opened_shard
+from mnistm_dist.data.telling import AGAIN, Progress
+from mnistm_dist.data.wholeness import WHOLE, examine, stamp_of
 from mnistm_dist.errors import UserError
 
-_AGAIN = "copy the set again, or pack it again"
 # torch runs a copy of more elements than this in several threads; decoding has threads of its own.
 _SERIAL_COPY = 32_768
 
@@ -69,10 +69,10 @@ class SplitReader:
     shards: ShardSet
     split: str
     index: np.ndarray
-    """The split's index, mapped: rows of `mnistm_dist.data.shards.index_dtype`, (count,)."""
+    """The split's index, mapped: rows of `mnistm_dist.data.index.index_dtype`, (count,)."""
     first_ids: np.ndarray
     """The id of each shard's first sample, and at the end the count: int64 (shards + 1,)."""
-    stamps: list[tuple[int, ...]] = field(repr=False)
+    stamps: list[list[int]] = field(repr=False)
     """Of each shard what stat said of it when it was last known to be whole."""
 
     @property
@@ -137,19 +137,12 @@ class SplitReader:
         )
 
     def _bad_index(self, what: str) -> UserError:
-        return UserError(f"{self.shards.root / self.shards.split(self.split).index_name}: {what}: {_AGAIN}")
+        return UserError(f"{self.shards.root / self.shards.split(self.split).index_name}: {what}: {AGAIN}")
 
     def _fill(self, target: memoryview, span: _Span) -> None:
         path = self.shards.root / self.shards.split(self.split).shards[span.shard].name
-        try:
-            # O_NONBLOCK: a pipe in the file's place must not hang us; it changes nothing for a regular file.
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except FileNotFoundError as error:
-            raise UserError(f"{path}: missing: {_AGAIN}") from error
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror}): {_AGAIN}") from error
-        try:
-            stamp = _stamp(os.fstat(descriptor))
+        with opened_shard(path) as descriptor:
+            stamp = stamp_of(os.fstat(descriptor))
             if stamp != self.stamps[span.shard]:
                 self._check_again(span.shard)
                 self.stamps[span.shard] = stamp
@@ -157,18 +150,14 @@ class SplitReader:
             while done < len(target):
                 count = os.preadv(descriptor, [target[done:]], span.offset + done)
                 if not count:
-                    raise UserError(f"{path}: cut short while it was read: {_AGAIN}")
+                    raise UserError(f"{path}: cut short while it was read: {AGAIN}")
                 done += count
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror}): {_AGAIN}") from error
-        finally:
-            os.close(descriptor)
 
     def _check_again(self, shard: int) -> None:
         claim = self.shards.files([self.split])[1 + shard]
         finding = examine(claim)
         if finding.status != WHOLE:
-            raise UserError(f"{claim.path}: {finding.status} since the launch: {finding.detail}: {_AGAIN}")
+            raise UserError(f"{claim.path}: {finding.status} since the launch: {finding.detail}: {AGAIN}")
 
     def decode(self, block: Block, places: Sequence[int] | np.ndarray, out: Tensor) -> None:
         """Decodes the samples at ``places`` of a block into ``out``, uint8 (len(places), H, W, 3) on the CPU.
@@ -232,7 +221,7 @@ def open_split(shards: ShardSet, split: str, *, record: Path | None, progress: P
     that is missing, cut or changed.
     """
     # Before the check: what changes after it is then told by its stamp.
-    stamps = [_stamp_of(claim.path) for claim in shards.files([split])[1:]]
+    stamps = [_stamp_now(claim.path) for claim in shards.files([split])[1:]]
     count = shards.split(split).count
 
     def tell(done: int, total: int) -> None:
@@ -259,12 +248,8 @@ def _is_plain(data: np.ndarray, offsets: np.ndarray, image_size: tuple[int, int]
     return (data[reach] == np.frombuffer(head, dtype=np.uint8)).all(axis=1)
 
 
-def _stamp(state: os.stat_result) -> tuple[int, ...]:
-    return (state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino)
-
-
-def _stamp_of(path: Path) -> tuple[int, ...]:
+def _stamp_now(path: Path) -> list[int]:
     try:
-        return _stamp(path.stat())
+        return stamp_of(path.stat())
     except OSError:
-        return ()  # the check that follows names the file
+        return []  # the check that follows names the file

@@ -13,13 +13,12 @@ import re
 import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from mnistm_dist.data.cache import cache_failures, entry_lock, make_entry, make_room, write_whole
 from mnistm_dist.data.manifest import MANIFEST_NAME, Manifest, parse
 from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.data.telling import Progress
-from mnistm_dist.data.transfer import SCHEMES, Cut, Server, download, read_small
+from mnistm_dist.data.transfer import SCHEMES, Cut, Server, download, read_small, split_address
 from mnistm_dist.data.wholeness import WHOLE, FileClaim, examine
 from mnistm_dist.errors import UserError
 
@@ -40,20 +39,19 @@ def fetch(address: str, cache_dir: Path, progress: Progress | None = None) -> Pa
     another kind, no manifest there, a server that cannot be reached or sends something else than the manifest
     says, a full disk.
     """
-    scheme = address.split(":", 1)[0].lower()
-    parts = urlsplit(address)
-    if scheme not in SCHEMES or not parts.netloc:
+    parts = split_address(address)
+    if parts is None:
         known = ", ".join(f"{known}://" for known in SCHEMES)
         raise UserError(f"{address}: shards are not read from there; accepted are a folder and addresses of {known}")
     if parts.query or parts.fragment or parts.password is not None:
         raise UserError(
-            f"{scheme}://{parts.hostname}{parts.path}: a plain address is needed, without password, ? and #"
+            f"{parts.scheme}://{parts.hostname}{parts.path}: a plain address is needed, without password, ? and #"
         )
     base = address.rstrip("/")
     name = hashlib.sha256(base.encode()).hexdigest()[:16]
     with entry_lock(cache_dir, "fetched", name):
         folder = make_entry(cache_dir, "fetched", name, {"source": base})
-        server = Server(scheme)
+        server = Server(parts.scheme)
         data, manifest = _fetch_manifest(server, base, folder)
         shards = ShardSet(root=folder, manifest=manifest)
         claims = shards.files(manifest.splits)

@@ -12,7 +12,7 @@ from mnistm_dist.errors import UserError
 CLASSES = ("0", "1", "2", "3", "4", "5", "6", "7", "8", "9")
 """The names of the classes; a label is the place of its class here."""
 SPLITS = ("train", "val", "test")
-"""The names of the splits, in the order in which they are packed."""
+"""The names of the splits, in the order in which they are packed and stand in a manifest."""
 OFFICIAL_TRAIN_SIZE = 59_001
 """Images in the training split that Ganin and Lempitsky published."""
 OFFICIAL_VAL_SIZE = 4_001
@@ -72,7 +72,7 @@ class Source:
             if not 0 <= sample.label < len(self.classes):
                 raise UserError(f"{sample.origin}: label {sample.label}; accepted are 0 to {len(self.classes) - 1}")
             places = seen[sample.split]
-            if sample.index >= len(places) or places[sample.index]:
+            if not 0 <= sample.index < len(places) or places[sample.index]:
                 raise UserError(f"{sample.origin}: not there when {self.description} was opened; it changed meanwhile")
             places[sample.index] = True
             yield sample

@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from mnistm_dist.data.index import index_dtype, open_index
+from mnistm_dist.data.index import open_index
 from mnistm_dist.data.manifest import MANIFEST_NAME, Manifest, Shard, Split, parse
-from mnistm_dist.data.png import decode_png
 from mnistm_dist.data.telling import AGAIN, Progress
 from mnistm_dist.data.wholeness import FileClaim, check_files
 from mnistm_dist.errors import UserError
-
-__all__ = ["Manifest", "Shard", "ShardSet", "Split", "decode_png", "index_dtype"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +66,10 @@ class ShardSet:
         return open_index(self.root / entry.index_name, count=entry.count, size=entry.index_size)
 
     def keys(self, split: str, ids: Iterable[int] | np.ndarray) -> list[str]:
-        """The keys of the samples ``ids``, in the given order."""
+        """The keys of the samples ``ids``, in the given order.
+
+        Raises `UserError` for a key that is no ASCII, `IndexError` for an id that is none.
+        """
         keys = self.index(split)["key"][_as_ids(ids, self.split(split))].tolist()
         try:
             return [key.decode("ascii") for key in keys]
@@ -137,23 +138,30 @@ def _as_ids(ids: Iterable[int] | np.ndarray, split: Split) -> np.ndarray:
 
 
 def _read_spans(root: Path, shard: Shard, spans: Iterable[tuple[int, int]]) -> list[bytes]:
-    path = root / shard.name
+    path, found = root / shard.name, []
+    with opened_shard(path) as descriptor:
+        state = os.fstat(descriptor)
+        if not stat.S_ISREG(state.st_mode) or state.st_size != shard.size:
+            raise UserError(f"{path}: {state.st_size:,} bytes, the manifest says {shard.size:,}: {AGAIN}")
+        for offset, size in spans:
+            if not 0 <= offset <= offset + size <= shard.size:
+                raise UserError(f"{path}: the index points outside of it: {AGAIN}")
+            data = os.pread(descriptor, size, offset)
+            if len(data) != size:
+                raise UserError(f"{path}: cut short while it was read: {AGAIN}")
+            found.append(data)
+    return found
+
+
+@contextmanager
+def opened_shard(path: Path) -> Iterator[int]:
+    """Gives the descriptor of a shard. What the system says against it, in the block too, is a `UserError` that names
+    it."""
     try:
         # O_NONBLOCK: a pipe in a shard's place must not hang us; it changes nothing for a regular file.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
-            state = os.fstat(descriptor)
-            if not stat.S_ISREG(state.st_mode) or state.st_size != shard.size:
-                raise UserError(f"{path}: {state.st_size:,} bytes, the manifest says {shard.size:,}: {AGAIN}")
-            found = []
-            for offset, size in spans:
-                if not 0 <= offset <= offset + size <= shard.size:
-                    raise UserError(f"{path}: the index points outside of it: {AGAIN}")
-                data = os.pread(descriptor, size, offset)
-                if len(data) != size:
-                    raise UserError(f"{path}: cut short while it was read: {AGAIN}")
-                found.append(data)
-            return found
+            yield descriptor
         finally:
             os.close(descriptor)
     except FileNotFoundError as error:

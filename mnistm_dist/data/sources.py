@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mnistm_dist.data.cache import default_cache_dir
+from mnistm_dist.data.cache import choose_cache_dir
 from mnistm_dist.data.download import fetch_mnist
 from mnistm_dist.data.layouts.detection import KNOWN_LAYOUTS, MADE_LAYOUTS, detect
 from mnistm_dist.data.samples import CLASSES, SPLITS, Sample, Source
@@ -73,4 +73,4 @@ def _open_path(path: Path, layout: str | None, mnist: str | None, cache_dir: Pat
 
 
 def _mnist_folder(mnist: str, cache_dir: Path | None) -> Path:
-    return fetch_mnist(cache_dir or default_cache_dir()) if mnist == "auto" else Path(mnist)
+    return fetch_mnist(choose_cache_dir(cache_dir)) if mnist == "auto" else Path(mnist)

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from mnistm_dist.data.hashing import uniform
 from mnistm_dist.data.idx import Digits, read_digits
-from mnistm_dist.data.order import uniform
+from mnistm_dist.data.pictures import DECODING_ERRORS
 from mnistm_dist.data.samples import Sample, Source
 from mnistm_dist.errors import UserError
 
@@ -33,14 +34,6 @@ MNIST_TRAIN_SIZE = 55_000
 """Of MNIST's 60,000 training digits, the first ones are train, the others val, before MNIST's 10,000 test digits."""
 _CHUNK = 1_024
 _NAMED = 5
-_UNDECODABLE = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    UnidentifiedImageError,
-    Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +71,7 @@ def read_photos(folder: Path | Traversable, *, smallest: int) -> Photos:
         for name in found:
             try:
                 photo = _decode(folder / name)
-            except _UNDECODABLE as error:
+            except (*DECODING_ERRORS, Image.DecompressionBombWarning) as error:
                 skipped.append(f"photo {name} left out: broken ({' '.join(str(error).split())})")
                 continue
             height, width = photo.shape[:2]

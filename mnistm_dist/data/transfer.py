@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import SplitResult, urlsplit
 
 import fsspec
 
@@ -32,6 +33,15 @@ FIRST_PAUSE = 0.2
 _PIECE = 1 << 20
 _BLOCK = 8 << 20
 _CONNECT_SECONDS, _SILENCE_SECONDS = 20, 60
+
+
+def split_address(address: str) -> SplitResult | None:
+    """The parts of an address that can be fetched, by its form; None of any other text."""
+    try:
+        parts = urlsplit(address)
+    except ValueError:
+        return None  # brackets around what is no IPv6 address
+    return parts if parts.scheme in SCHEMES and parts.netloc else None
 
 
 class Cut(Exception):

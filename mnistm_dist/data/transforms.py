@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mnistm_dist.config import AugmentConfig
-from mnistm_dist.data.order import uniform
+from mnistm_dist.data.hashing import uniform
 
 DRAWS = 9
 """Random numbers of one image: shift x and y, rotation, scale, inversion, whether and how channels are permuted,

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from mnistm_dist.data.cache import write_whole
 from mnistm_dist.data.parallel import available_cores
 from mnistm_dist.data.telling import AGAIN, Progress
 from mnistm_dist.errors import UserError
@@ -60,14 +61,14 @@ def examine(claim: FileClaim, known: object = None) -> FileFinding:
         if state.st_size != claim.size:
             status = CUT if state.st_size < claim.size else CHANGED
             return FileFinding(status=status, detail=f"{state.st_size:,} bytes, the manifest says {claim.size:,}")
-        stamp = _stamp(state)
+        stamp = stamp_of(state)
         if known == {"stamp": stamp, "sha256": claim.sha256}:
             return FileFinding(status=WHOLE, detail="", stamp=stamp)
         settled = time.time_ns() - state.st_ctime_ns > _SETTLED_NS
         with claim.path.open("rb", buffering=0) as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != claim.sha256:
                 return FileFinding(status=CHANGED, detail="its sha256 is not the manifest's")
-            settled = settled and _stamp(os.fstat(file.fileno())) == stamp
+            settled = settled and stamp_of(os.fstat(file.fileno())) == stamp
         return FileFinding(status=WHOLE, detail="", stamp=stamp if settled else None)
     except FileNotFoundError:
         return FileFinding(status=MISSING, detail="no such file")
@@ -108,7 +109,8 @@ def check_files(claims: list[FileClaim], *, record: Path | None, progress: Progr
         _save_record(record, {**known, **verified})
 
 
-def _stamp(state: os.stat_result) -> list[int]:
+def stamp_of(state: os.stat_result) -> list[int]:
+    """What tells that a file has not changed: size, mtime, ctime and inode; a list, as JSON gives it back."""
     return [state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino]
 
 
@@ -121,12 +123,7 @@ def _load_record(path: Path) -> dict[str, object]:
 
 
 def _save_record(path: Path, entries: dict[str, object]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    # The record only saves time: where it cannot stand, the next launch hashes again.
+    with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(entries))
-        temporary.replace(path)
-    except OSError:
-        # The record only saves time: where it cannot stand, the next launch hashes again.
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        write_whole(path, json.dumps(entries).encode())

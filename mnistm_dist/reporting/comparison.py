@@ -25,10 +25,13 @@ class PairedDifference:
     difference: float
     """-1 to 1."""
     interval95: tuple[float, float]
+    """95 % interval of the difference, -1 to 1."""
     only_right: int
     """Images that this run alone reads right."""
     only_reference_right: int
+    """Images that the reference alone reads right."""
     total: int
+    """Images."""
     p_value: float
     """Of McNemar's exact test that both are equally good."""
 

@@ -47,13 +47,8 @@ class Bar:
 class TrainingBar:
     """The bar of a training: steps, and what was measured at the last one."""
 
-    def __init__(self, screen: Screen | None, progress: Progress) -> None:
-        self._screen = screen
-        self._progress = progress
-
-    def due(self) -> bool:
-        """Whether an update would be shown now; a loss need not be read from the device where not."""
-        return self._screen is not None and self._screen.due(self._progress)
+    def __init__(self, bar: Bar) -> None:
+        self._bar = bar
 
     def update(
         self,
@@ -79,9 +74,7 @@ class TrainingBar:
         fields["speed"] = f"{number(images_per_second)} images/s"
         if image_size is not None:
             fields["size"] = f"{image_size} px"
-        self._progress.advance(step, fields)
-        if self._screen and self._screen.due(self._progress):
-            self._screen.show(self._progress)
+        self._bar.update(step, **fields)
 
 
 class Console:
@@ -127,7 +120,7 @@ class Console:
         """The bar of a training from `start_step` to `total_steps`, and one line when it ends well."""
         progress = Progress("train", total_steps, "steps", start_step)
         with self._shown(progress):
-            yield TrainingBar(self._screen, progress)
+            yield TrainingBar(Bar(self._screen, progress))
 
     @contextmanager
     def _shown(self, progress: Progress) -> Iterator[None]:

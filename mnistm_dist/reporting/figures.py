@@ -98,19 +98,19 @@ def mistakes(images: Sequence[np.ndarray], shown: Sequence[Mistake], total: int,
 
     Args:
         images: uint8 (H, W, 3) each, in the order of `shown`.
-        shown: at most `MOST_MISTAKES` are drawn.
+        shown: the first of them, `MOST_MISTAKES` at most.
         total: how many mistakes there are in all.
         title: what they are mistakes of.
     """
-    assert len(images) == len(shown)
+    assert len(images) == len(shown) <= MOST_MISTAKES
     captions = [f"{row.true} read as {row.predicted}\n{percent(row.probability, 1)}" for row in shown]
     if total == 0:
         head = f"{title}: none"
     elif len(shown) >= total:
         head = f"{title}: {'the only one' if total == 1 else f'all {total:,}'}"
     else:
-        head = f"{title}: the {min(len(shown), MOST_MISTAKES)} most confident of {total:,}"
-    return _tiles(images[:MOST_MISTAKES], captions[:MOST_MISTAKES], head, "Every image is read as what it is.")
+        head = f"{title}: the {len(shown)} most confident of {total:,}"
+    return _tiles(images, captions, head, "Every image is read as what it is.")
 
 
 @styled

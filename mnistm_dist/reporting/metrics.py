@@ -1,8 +1,8 @@
-"""Every number that a set of predictions gives: matrix, accuracy, per class, log loss, calibration; and the text on it.
+"""Every number that a set of predictions gives: matrix, accuracy, per class, log loss, calibration.
 
 1. `measure` turns labels and probabilities into `Metrics`; integers are counted first and divided last.
 2. `Metrics.to_json` gives the fields of a split in ``summary.json``; `Metrics.from_json` reads them back.
-3. `describe` says in words what the matrix shows, as the source report does.
+3. `describe` of words.py says what the matrix shows, as the source report does.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class CalibrationBin:
     """The images whose confidence (largest probability) lies in one bin."""
 
     lower: float
-    upper: float
+    """Where the bin begins, 0 to 1."""
     count: int
     confidence: float
     """Mean confidence in the bin; 0 where the bin is empty."""
@@ -172,7 +172,6 @@ def calibration_bins(
     return tuple(
         CalibrationBin(
             lower=i / bins,
-            upper=(i + 1) / bins,
             count=int(counts[i]),
             confidence=float(sums[i] / divisor[i]),
             accuracy=float(right[i] / divisor[i]),
@@ -213,16 +212,6 @@ def confusions(matrix: tuple[tuple[int, ...], ...], classes: tuple[str, ...]) ->
         )
         for negative, i, j in cells
     )
-
-
-def describe(metrics: Metrics) -> str:
-    """What the matrix shows, in plain sentences: accuracy, support, the worst cells, the class that loses most.
-
-    True for any matrix: classes without an image, ties, no mistake, one answer for everything. One paragraph per line.
-    """
-    from mnistm_dist.reporting.words import sentences
-
-    return "\n".join(sentences(metrics))
 
 
 def _ratio(numerator: int, divisor: int) -> float | None:

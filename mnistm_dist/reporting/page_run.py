@@ -10,11 +10,11 @@ from mnistm_dist.config import Config
 from mnistm_dist.reporting import figures, markup
 from mnistm_dist.reporting.curves import learning_curve
 from mnistm_dist.reporting.markup import Cell, Markup
-from mnistm_dist.reporting.metrics import Metrics, calibration_bins, describe
+from mnistm_dist.reporting.metrics import Metrics, calibration_bins
 from mnistm_dist.reporting.predictions import mistakes
 from mnistm_dist.reporting.progress import duration, number
 from mnistm_dist.reporting.runs import SPLITS, RunRecord, flatten
-from mnistm_dist.reporting.words import percent, plural
+from mnistm_dist.reporting.words import describe, percent, plural
 
 SPLIT_NAMES = {"val": "validation", "test": "test"}
 LISTED_MISTAKES = 20

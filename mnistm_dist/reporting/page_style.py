@@ -78,7 +78,6 @@ td.number,th.number{{text-align:right;white-space:nowrap}}
 td.text{{overflow-wrap:break-word}}
 .facts td:last-child{{overflow-wrap:anywhere}}
 tr:last-child td{{border-bottom:0}}
-td.changed{{font-weight:650}}
 .columns{{columns:2 340px;column-gap:36px}}
 .columns section{{break-inside:avoid}}
 .columns h3{{margin-top:0}}

@@ -75,11 +75,6 @@ class Progress:
             return None
         return max(self.total - self.done, 0) / self.speed
 
-    @property
-    def share(self) -> float | None:
-        """What is done, 0 to 1, None where the total is unknown."""
-        return min(self.done / self.total, 1.0) if self.total else None
-
     def counted(self) -> str:
         """``1,200/55,000 images``; bytes as megabytes."""
         of = f"/{self._amount(self.total)}" if self.total is not None else ""

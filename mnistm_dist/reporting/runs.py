@@ -170,7 +170,7 @@ def _rows(path: Path, missing: list[str]) -> list[Mapping[str, Any]]:
         ):
             rows.append(row)
     bad = len(lines) - len(rows)
-    if bad == 1 and len(rows) + 1 == len(lines) and not (text or "").endswith("\n"):
+    if bad == 1 and not (text or "").endswith("\n"):
         missing.append("The last line of log.jsonl is cut: the run was killed while it wrote.")
     elif bad:
         missing.append(f"{bad:,} of {len(lines):,} lines of log.jsonl cannot be read and were left out.")

@@ -47,7 +47,7 @@ class Screen(Protocol):
         """Running text, a paragraph per line."""
 
     def row(self, cells: Sequence[str], widths: Sequence[int], kind: str) -> None:
-        """A row of a growing table; kind is ``head``, ``row``, ``best`` or ``last``; a negative width sets left."""
+        """A row of a growing table; kind is ``head``, ``row`` or ``best``; a negative width sets left."""
 
     def due(self, progress: Progress) -> bool:
         """Whether an advance of this bar would be shown now."""

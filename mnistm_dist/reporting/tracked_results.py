@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mnistm_dist.reporting.metrics import Metrics
 from mnistm_dist.reporting.predictions import Mistake, mistakes, read_predictions
 from mnistm_dist.reporting.tracking import NullTracker, Tracker
@@ -45,12 +43,7 @@ def matrix_table(metrics: Metrics) -> tuple[list[str], list[list[Any]]]:
     return ["true", "predicted", "count"], rows
 
 
-def mistakes_table(
-    shown: Sequence[Mistake], images: Sequence[np.ndarray] | None = None
-) -> tuple[list[str], list[list[Any]]]:
-    """Columns and rows of the mistakes as a table; with their images, uint8 (H, W, 3) each, where they are given."""
+def mistakes_table(shown: Sequence[Mistake]) -> tuple[list[str], list[list[Any]]]:
+    """Columns and rows of the mistakes as a table."""
     columns = ["key", "true", "predicted", "probability", "true probability"]
-    rows: list[list[Any]] = [[row.key, row.true, row.predicted, row.probability, row.true_probability] for row in shown]
-    if images is None:
-        return columns, rows
-    return ["image", *columns], [[image, *row] for image, row in zip(images, rows, strict=True)]
+    return columns, [[row.key, row.true, row.predicted, row.probability, row.true_probability] for row in shown]

@@ -20,8 +20,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
 from mnistm_dist.reporting.wandb_connection import FINISH_SECONDS, INIT_SECONDS, STEP, choose_mode, connect, one_line
 
 if TYPE_CHECKING:
@@ -45,7 +43,7 @@ class NullTracker:
         """Logs image files, which must stay where they are until the run ends."""
 
     def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
-        """Logs a table; a cell that is a uint8 array (H, W, 3) is shown as an image."""
+        """Logs a table of texts and numbers."""
 
     def log_checkpoint(self, folder: Path, aliases: Sequence[str] = ()) -> None:
         """Uploads a checkpoint's folder as an artifact of type ``model``."""
@@ -96,8 +94,7 @@ class Tracker(NullTracker):
         def work(wandb_tracker: WandBTracker) -> None:
             import wandb
 
-            data = [[wandb.Image(cell) if isinstance(cell, np.ndarray) else cell for cell in row] for row in rows]
-            wandb_tracker.log({name: wandb.Table(columns=list(columns), data=data), STEP: step})
+            wandb_tracker.log({name: wandb.Table(columns=list(columns), data=[*map(list, rows)]), STEP: step})
 
         self._put(work)
 

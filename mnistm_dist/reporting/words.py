@@ -34,9 +34,12 @@ def listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def sentences(metrics: Metrics) -> list[str]:
-    """The paragraphs of `mnistm_dist.reporting.metrics.describe`."""
-    return [_accuracy(metrics), _support(metrics), *_cells(metrics), *_losers(metrics), *_columns(metrics)]
+def describe(metrics: Metrics) -> str:
+    """What the matrix shows, in plain sentences: accuracy, support, the worst cells, the class that loses most.
+
+    True for any matrix: classes without an image, ties, no mistake, one answer for everything. One paragraph per line.
+    """
+    return "\n".join([_accuracy(metrics), _support(metrics), *_cells(metrics), *_losers(metrics), *_columns(metrics)])
 
 
 def _accuracy(metrics: Metrics) -> str:

@@ -3,8 +3,9 @@
 ``RUN/checkpoints/step-00000640/`` is the state after 640 steps::
 
     model.safetensors           the weights to evaluate and to use (the averaged ones where the recipe averages)
-    training_state.safetensors  the optimizer's tensors by parameter name; the trained weights where they are not the
-    model's state.json                  step, scalars, and size and sha256 of the two files
+    training_state.safetensors  the optimizer's tensors by parameter name; the trained weights where the model's are
+                                averaged
+    state.json                  step, scalars, and size and sha256 of the two files
 
 A folder is whole when state.json is there and both files have their hashes. Nothing random is saved: the order and
 every augmentation are functions of (seed, step).
@@ -26,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mnistm_dist.data.output import sync
 from mnistm_dist.errors import UserError, why
 
 FORMAT = 1
@@ -71,12 +73,12 @@ def save(
         }
         document = {"format": FORMAT, "step": step, "files": files, "scalars": scalars}
         write_durably(temporary / STATE, json.dumps(document, indent=1).encode())
-        sync_folder(temporary)
+        sync(temporary)
         if final.exists():
             # A checkpoint of this step that a resume found torn or passed over.
             _discard(final)
         temporary.rename(final)
-        sync_folder(final.parent)
+        sync(final.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
@@ -203,8 +205,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     # safetensors refuses channels_last tensors; contiguous copies resume bit for bit.
     save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    sync(path)
     return _digest(path)
 
 
@@ -233,12 +234,3 @@ def write_durably(path: Path, data: bytes) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
-
-
-def sync_folder(path: Path) -> None:
-    """Makes the names in a folder durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

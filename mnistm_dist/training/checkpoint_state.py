@@ -6,11 +6,9 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from mnistm_dist.config import LARGEST_IMAGE_SIZE
 from mnistm_dist.errors import UserError
 from mnistm_dist.training.checkpoint import STATE, Checkpoint
-
-LARGEST_SIDE = 1024
-"""Pixels; see `ScheduleConfig.image_size`."""
 
 
 @dataclass
@@ -75,7 +73,7 @@ def _whole(value: Any) -> bool:
 
 
 def _is_side(value: Any) -> bool:
-    return _whole(value) and value <= LARGEST_SIDE
+    return _whole(value) and value <= LARGEST_IMAGE_SIZE
 
 
 def _is_number(value: Any) -> bool:

@@ -7,15 +7,14 @@ of the package stands in this file or says "all ranks take part".
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,11 +23,17 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import Tensor, nn
 
 from mnistm_dist.config import MachineConfig
-from mnistm_dist.errors import NodeError, UserError
+from mnistm_dist.errors import NodeError, RankError, UserError
+from mnistm_dist.training.resources import (
+    Environment,
+    Precision,
+    check_gpus,
+    check_world_size,
+    choose_precision,
+    default_threads,
+)
 
-Precision = Literal["fp32", "bf16", "fp16"]
 T = TypeVar("T")
-Environment = Mapping[str, str]
 
 SETUP_TIMEOUT = timedelta(hours=12)
 """Limit of the waits until the data is open: one node may decode for long while the others wait for it."""
@@ -134,13 +139,35 @@ class World:
             return self
         return replace(self, control=_control_group(self.collective_timeout))
 
-    def leave(self, patience: timedelta | None = None) -> None:
-        """Ends the process groups once all ranks are here, or after ``patience`` (``collective_timeout`` by default).
-        All ranks take part."""
-        if dist.is_initialized():
-            with contextlib.suppress(RuntimeError):
-                dist.monitored_barrier(group=self.control, timeout=patience or self.collective_timeout)
+    def leave(self, patience: timedelta | None = None) -> bool:
+        """Ends the process groups once all ranks are here, or after ``patience`` (``collective_timeout`` by default);
+        gives whether all were. All ranks take part."""
+        if not dist.is_initialized():
+            return True
+        try:
+            self._wait_for_all(patience or self.collective_timeout)
+            return True
+        except RuntimeError:
+            return False
+        finally:
             dist.destroy_process_group()
+
+    def _wait_for_all(self, patience: timedelta) -> None:
+        """A barrier whose limit holds on every rank: that of torch's monitored_barrier holds on rank 0 alone, and where
+        rank 0 does not come the others would wait for the group's own, of hours."""
+        token = torch.zeros(1)
+        if self.is_main:
+            for rank in range(1, self.size):
+                _wait(dist.irecv(token, rank, group=self.control), patience)
+            for rank in range(1, self.size):
+                _wait(dist.isend(token, rank, group=self.control), patience)
+        else:
+            _wait(dist.isend(token, 0, group=self.control), patience)
+            _wait(dist.irecv(token, 0, group=self.control), patience)
+
+    def leave_with(self, mistake: UserError) -> UserError:
+        """Leaves with a person's mistake; gives the error to raise, a `RankError` where not all ranks came with it."""
+        return mistake if self.leave(FAILURE_PATIENCE) else RankError(str(mistake))
 
 
 class Agreement:
@@ -227,6 +254,11 @@ def start(machine: MachineConfig, *, expect_world_size: int | None, collective_t
     )
 
 
+def _wait(work: dist.Work | None, patience: timedelta) -> None:
+    assert work is not None, "every rank is a member of the control group"
+    work.wait(patience)
+
+
 def _control_group(timeout: timedelta) -> dist.ProcessGroup:
     group = dist.new_group(backend="gloo", timeout=timeout)
     assert isinstance(group, dist.ProcessGroup), "every rank is a member of the control group"
@@ -259,70 +291,14 @@ def wait_for_head(environment: Environment, patience: float) -> None:
         time.sleep(0.5)
 
 
-def default_threads(local_world_size: int, environment: Environment) -> int:
-    """CPU threads of one process: its share of the CPUs of Slurm's task, else of the cores that this process may use.
-
-    A launcher exports OMP_NUM_THREADS=1 even for one process, so the choice is made here.
-    """
-    if "SLURM_STEP_NUM_TASKS" in environment and "SLURM_CPUS_PER_TASK" in environment:
-        # A task is one process of slurm/train.sh, or a launcher of several.
-        processes = int(environment.get("WORLD_SIZE", "1")) // int(environment["SLURM_STEP_NUM_TASKS"])
-        return max(1, int(environment["SLURM_CPUS_PER_TASK"]) // max(1, processes))
-    return max(1, len(os.sched_getaffinity(0)) // local_world_size)
-
-
-def check_gpus(local_world_size: int, gpus: int) -> None:
-    """Raises `UserError` where this node has more processes than GPUs: two on one GPU train no faster, and NCCL refuses
-    them."""
-    if local_world_size > gpus:
-        raise NodeError(
-            f"processes: {local_world_size} on {socket.gethostname()}, where torch finds {gpus} GPUs; "
-            "use at most one process per GPU (--num_processes; under Slurm --gpus-per-node and --ntasks-per-node)"
-        )
-
-
-def check_world_size(world_size: int, expected: int | None, environment: Environment) -> None:
-    """Raises `UserError` unless the world is as large as the flag and Slurm's step say: 1 where 2 were asked for is no
-    slow run."""
-    if expected is not None and world_size != expected:
-        raise UserError(
-            f"world size: found {world_size}, --expect-world-size is {expected}; "
-            "check --num_processes and that every node started (on a machine without GPUs: --multi_gpu, see README.md)"
-        )
-    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
-    if world_size < tasks:
-        raise UserError(
-            f"world size: found {world_size}, Slurm's step has {tasks} tasks; the tasks do not know of each other: "
-            "start them by slurm/train.sh, or set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
-        )
-
-
-def choose_precision(asked: str, launcher: str | None) -> Precision:
-    """The precision to train in: never one that the hardware emulates. Raises `UserError` where one was asked for by
-    name."""
-    native = {
-        "fp32": True,
-        "fp16": torch.cuda.is_available(),
-        "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False),
-    }
-    if asked == "auto":
-        wish = {"no": "fp32", "fp16": "fp16", "bf16": "bf16"}.get(launcher or "", "bf16")
-        return wish if native[wish] else "bf16" if native["bf16"] else "fp32"  # type: ignore[return-value]  # keys above
-    if not native[asked]:
-        raise UserError(
-            f"precision: {asked} would be emulated on this machine, many times slower; use --precision auto or fp32"
-        )
-    return asked  # type: ignore[return-value]  # a key of native
-
-
 def prepare(
     world: World, model: nn.Module, optimizer: torch.optim.Optimizer, machine: MachineConfig
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Model and optimizer for training: on the device, wrapped in DDP where there are several processes. All ranks
     take part.
 
-    The model's memory format is set before (FACTS: before the wrapping). Gives the model to call in training; the one
-    passed in stays the unwrapped one, with the same parameters.
+    The model's memory format is set before. Gives the model to call in training; the one passed in stays the unwrapped
+    one, with the same parameters.
     """
     prepared: nn.Module
     prepared_optimizer: torch.optim.Optimizer

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 import mnistm_dist
+from mnistm_dist.data.parallel import available_cores
 from mnistm_dist.training.distributed import World
 
 PACKAGES = ("torch", "torchvision", "accelerate", "webdataset", "wandb", "numpy", "pillow", "safetensors")
@@ -33,7 +34,7 @@ def describe_environment(world: World) -> dict[str, str | int | None]:
         "host": socket.gethostname(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "gpus_on_this_node": torch.cuda.device_count(),
-        "cpu_cores": len(os.sched_getaffinity(0)),
+        "cpu_cores": available_cores(),
         "world_size": world.size,
         "threads": world.threads,
         "backend": torch.distributed.get_backend() if torch.distributed.is_initialized() else None,

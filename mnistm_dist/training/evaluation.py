@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +17,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from mnistm_dist.data.loader import EvalBatch
+from mnistm_dist.data.loader import Reader, evaluation_batches
+from mnistm_dist.data.telling import Progress
 from mnistm_dist.data.transforms import Preprocess
 from mnistm_dist.training.checkpoint import write_durably
 from mnistm_dist.training.distributed import World
@@ -48,25 +48,26 @@ def predict_split(
     world: World,
     model: nn.Module,
     preprocess: Preprocess,
-    batches: Iterable[EvalBatch],
+    reader: Reader,
     *,
-    size: int,
     image_size: int,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Predictions | None:
-    """Predicts this rank's ``batches`` and gathers all on rank 0, which alone gets the result. All ranks take part.
+    """Predicts this rank's batches of a split and gathers all on rank 0, which alone gets the result. All ranks take
+    part.
 
-    ``model`` is unwrapped and left in the mode it was in; ``size`` is the split's number of samples, ``image_size``
-    what the model sees, pixels. ``progress`` hears of the samples that this rank has done, times the world size.
+    ``model`` is unwrapped and left in the mode it was in; ``image_size`` is what it sees, pixels. ``progress`` hears of
+    the samples that this rank has done, times the world size. Raises `UserError` for shards that were damaged since
+    ``reader`` was opened.
     """
     world.broadcast_buffers(model)
-    ids, labels, probabilities = _predict(world, model, preprocess, batches, size, image_size, progress)
+    ids, labels, probabilities = _predict(world, model, preprocess, reader, image_size, progress)
     gathered = world.gather_on_main((ids, labels, probabilities))
     if gathered is None:
         return None
     ids, labels, probabilities = (np.concatenate(parts) for parts in zip(*gathered, strict=True))
     order = np.argsort(ids, kind="stable")
-    assert np.array_equal(ids[order], np.arange(size)), "evaluation did not see each sample exactly once"
+    assert np.array_equal(ids[order], np.arange(reader.size)), "evaluation did not see each sample exactly once"
     rounded = np.round(probabilities[order].astype(np.float64), DECIMALS)
     return Predictions(labels=labels[order], probabilities=rounded)
 
@@ -76,16 +77,15 @@ def _predict(
     world: World,
     model: nn.Module,
     preprocess: Preprocess,
-    batches: Iterable[EvalBatch],
-    size: int,
+    reader: Reader,
     image_size: int,
-    progress: Callable[[int, int], None] | None,
+    progress: Progress | None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """This rank's ids int64 (n,), labels int64 (n,) and probabilities float32 (n, C), without padding."""
     was_training = model.training
     model.eval()
     ids, labels, outputs, done = [], [], [], 0
-    for batch in batches:
+    for batch in evaluation_batches(reader, batch_size=BATCH_SIZE, world_size=world.size, rank=world.rank):
         with world.accelerator.autocast():
             logits = model(preprocess(batch.images, image_size))
         outputs.append(logits.float().softmax(dim=1)[: batch.count])
@@ -93,10 +93,10 @@ def _predict(
         labels.append(batch.labels[: batch.count])
         done += batch.count
         if progress is not None:
-            progress(min(done * world.size, size), size)
+            progress(min(done * world.size, reader.size), reader.size)
     model.train(was_training)
     if not outputs:
-        classes = next(p for p in reversed(list(model.parameters()))).shape[0]
+        classes = len(list(model.parameters())[-1])
         return np.empty(0, np.int64), np.empty(0, np.int64), np.empty((0, classes), np.float32)
     return np.concatenate(ids), torch.cat(labels).cpu().numpy(), torch.cat(outputs).cpu().numpy()
 

@@ -44,6 +44,12 @@ def create_model(num_classes: int, seed: int) -> PrunedResNet18:
         return PrunedResNet18(num_classes)
 
 
+def place(model: PrunedResNet18, device: torch.device, memory_format: str) -> PrunedResNet18:
+    """The model on ``device``, its weights laid out as ``memory_format`` says: channels_last or contiguous."""
+    layout = torch.channels_last if memory_format == "channels_last" else torch.contiguous_format
+    return model.to(device).to(memory_format=layout)
+
+
 def count_parameters(model: nn.Module) -> int:
     """Trainable numbers in the model."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

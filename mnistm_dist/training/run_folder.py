@@ -81,12 +81,14 @@ class RunLock:
                 "wait for its end, or choose another --run-dir"
             )
         taken = self.path.with_name(f".lock.taken.{socket.gethostname()}.{os.getpid()}")
-        try:
+        with suppress(FileNotFoundError):
             # The rename decides between two that saw the same dead holder.
             self.path.rename(taken)
-        except FileNotFoundError:
-            return
-        taken.unlink()
+            if taken.read_text(errors="replace") == content:
+                taken.unlink()
+            else:
+                # The other one had it by then: this is its lock, and it lives.
+                taken.rename(self.path)
 
     def _beat(self) -> None:
         while not self._released.wait(HEARTBEAT_SECONDS):
@@ -99,7 +101,10 @@ class RunLock:
         """Gives the folder free."""
         self._released.set()
         self._thread.join()
-        self.path.unlink(missing_ok=True)
+        # A holder that was suspended for long has lost the folder to another.
+        with suppress(FileNotFoundError):
+            if self.path.read_text(errors="replace") == self.identity:
+                self.path.unlink()
 
 
 def holder_lives(content: str, path: Path) -> bool:
@@ -287,11 +292,11 @@ def lines(rows: list[dict[str, Any]]) -> str:
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The rows of a log; a last line that was cut while it was written is left out."""
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        written = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
     rows = []
-    for line in lines:
+    for line in written:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):

@@ -7,12 +7,20 @@ import zipfile
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 
 from mnistm_dist.data.layouts import mat5
-from mnistm_dist.data.layouts.arrays import ArraySplit, arrays_source, check_images, check_labels, need_library, reading
+from mnistm_dist.data.layouts.arrays import (
+    ArraySplit,
+    arrays_source,
+    check_images,
+    check_labels,
+    held,
+    need_library,
+    reading,
+)
 from mnistm_dist.data.layouts.decompression import check_expansion
 from mnistm_dist.data.samples import SPLITS, Source
 from mnistm_dist.errors import UserError
@@ -34,7 +42,7 @@ def open_pt(files: Mapping[str, Path]) -> Source:
         count = check_images(str(file), found[0].shape, found[0].dtype)
         images = found[0].numpy()
         labels = check_labels(str(file), found[1].numpy(), count)
-        splits[split] = ArraySplit(origin=str(file), labels=labels, images=partial(_itself, images))
+        splits[split] = ArraySplit(origin=str(file), labels=labels, images=held(images))
     return arrays_source("pt", f"{_names(files)}, PyTorch tensors", splits)
 
 
@@ -69,7 +77,7 @@ def open_hdf5(file: Path) -> Source:
                 raise UserError(f"{file}: {split}: X and Y are not both datasets; accepted are groups of two datasets")
             count = check_images(f"{file}: {split}/X", images.shape, images.dtype)
             checked = check_labels(f"{file}: {split}/Y", labels[()], count)
-            splits[split] = ArraySplit(origin=f"{file}: {split}/X", labels=checked, images=partial(_itself, images))
+            splits[split] = ArraySplit(origin=f"{file}: {split}/X", labels=checked, images=held(images))
     return arrays_source("hdf5", f"{file}, HDF5", splits)
 
 
@@ -89,10 +97,6 @@ def open_mat(file: Path) -> Source:
             load = partial(_load_mat, file, split, images)
             splits[split] = ArraySplit(origin=f"{file}: {split}", labels=checked, images=load)
     return arrays_source("mat", f"{file}, MATLAB", splits)
-
-
-def _itself(images: Any) -> Any:
-    return images
 
 
 def _npy_header(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:

@@ -62,6 +62,11 @@ def arrays_source(layout: str, description: str, splits: Mapping[str, ArraySplit
     )
 
 
+def held(images: Any) -> Callable[[], Any]:
+    """The ``images`` of an `ArraySplit` that need no further reading."""
+    return lambda: images
+
+
 def check_images(origin: str, shape: Sequence[int], dtype: object) -> int:
     """How many images an array holds. Raises UserError unless it is uint8 (n, height, width, 3)."""
     if len(shape) != 4 or shape[3] != 3 or 0 in shape[1:] or str(dtype) not in ("uint8", "torch.uint8"):

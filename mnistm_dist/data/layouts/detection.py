@@ -14,7 +14,7 @@ from pathlib import Path
 from mnistm_dist.data.layouts.array_files import open_hdf5, open_mat, open_npz, open_pt
 from mnistm_dist.data.layouts.course import is_course, open_course
 from mnistm_dist.data.layouts.image_folder import is_image_folder, open_image_folder
-from mnistm_dist.data.layouts.kinds import contents, kind_of
+from mnistm_dist.data.layouts.kinds import PICKLE_SUFFIXES, contents, kind_of
 from mnistm_dist.data.layouts.official import is_official, open_official
 from mnistm_dist.data.layouts.parquet import open_parquet
 from mnistm_dist.data.layouts.pickles import open_pickle
@@ -69,7 +69,7 @@ _SUFFIXES: Mapping[str, tuple[str, ...]] = {
     "parquet": (".parquet",),
     "pt": (".pt", ".pth"),
     "npz": (".npz",),
-    "pickle": (".pkl", ".pkl.gz", ".pickle", ".pickle.gz"),
+    "pickle": PICKLE_SUFFIXES,
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 
 from mnistm_dist.data.layouts.labels import Place, image_names, read_places
@@ -9,6 +10,9 @@ from mnistm_dist.data.layouts.splits import split_of
 from mnistm_dist.data.layouts.trees import Tree
 from mnistm_dist.data.samples import CLASSES, SPLITS, Source
 from mnistm_dist.errors import UserError
+
+_NUMBER = re.compile(r"[0-9]{1,100}")
+"""Names longer than any number of an image stand in hostile archives only; Python refuses to read 4,301 digits."""
 
 
 def is_image_folder(tree: Tree, top: str) -> bool:
@@ -53,7 +57,7 @@ def _split_folders(tree: Tree, top: str) -> list[tuple[str, str]]:
 def _order(labelled: dict[str, list[str]]) -> list[tuple[str, str]]:
     pairs = [(label, name) for label, names in labelled.items() for name in names]
     stems = [name[: -len(".png")] for _, name in pairs]
-    if all(stem.isascii() and stem.isdigit() for stem in stems) and len({int(stem) for stem in stems}) == len(stems):
+    if all(map(_NUMBER.fullmatch, stems)) and len({int(stem) for stem in stems}) == len(stems):
         return sorted(pairs, key=lambda pair: int(pair[1][: -len(".png")]))
     spread = [
         ((place + 0.5) / len(names), label, name)

@@ -15,7 +15,8 @@ _NAMED = 6
 _MAGIC: Mapping[bytes, str] = {b"PAR1": "parquet", b"\x89HDF\r\n\x1a\n": "hdf5", b"MATLAB 5.0 MAT-file": "mat"}
 _OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _IDX = (b"\0\0\x08\x03", b"\0\0\x08\x01")
-_PICKLE_SUFFIXES = (".pkl", ".pkl.gz")
+PICKLE_SUFFIXES = (".pkl", ".pkl.gz", ".pickle", ".pickle.gz")
+"""File names that are taken for pickles: the oldest protocol has no first bytes of its own."""
 
 
 def kind_of(path: Path) -> str | None:
@@ -35,7 +36,7 @@ def kind_of(path: Path) -> str | None:
         return "pt"
     if _is_tar(head):
         return "tar"
-    if head.startswith(b"\x80") or path.name.lower().endswith(_PICKLE_SUFFIXES):
+    if head.startswith(b"\x80") or path.name.lower().endswith(PICKLE_SUFFIXES):
         return "pickle"
     return None
 

@@ -29,13 +29,11 @@ def read_places(tree: Tree, places: Mapping[str, Place]) -> Iterator[Sample]:
 def image_names(tree: Tree, folder: str) -> list[str]:
     """Names of the PNGs in a folder of a tree, sorted. Raises UserError at anything else in it."""
     listing = tree.listing(folder)
-    names = []
-    for name in [*listing.folders, *listing.files]:
-        if name in listing.folders or not name.lower().endswith(".png"):
-            origin = tree.origin(f"{folder}/{name}".lstrip("/"))
-            raise UserError(f"{origin}: foreign among the images; accepted there are files NAME.png alone")
-        names.append(name)
-    return names
+    foreign = [*listing.folders, *(name for name in listing.files if not name.lower().endswith(".png"))]
+    if foreign:
+        origin = tree.origin(f"{folder}/{foreign[0]}".lstrip("/"))
+        raise UserError(f"{origin}: foreign among the images; accepted there are files NAME.png alone")
+    return listing.files
 
 
 def parse_label(origin: str, text: str) -> int:

@@ -9,14 +9,13 @@ from __future__ import annotations
 import pickle
 import struct
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import numpy as np
 
 from mnistm_dist.data.idx import read_digits
-from mnistm_dist.data.layouts.arrays import ArraySplit, arrays_source, check_images, check_labels
+from mnistm_dist.data.layouts.arrays import ArraySplit, arrays_source, check_images, check_labels, held
 from mnistm_dist.data.layouts.decompression import unpack
 from mnistm_dist.data.samples import SPLITS, Source
 from mnistm_dist.errors import UserError
@@ -62,16 +61,12 @@ def open_pickle(file: Path, *, mnist: Path | None) -> Source:
             )
         count = check_images(f"{file}: {split}", images.shape, images.dtype)
         labels = check_labels(f"{mnist}: {split} labels, for {file}", read_digits(mnist, split).labels, count)
-        splits[split] = ArraySplit(origin=f"{file}: {split}", labels=labels, images=partial(_itself, images))
+        splits[split] = ArraySplit(origin=f"{file}: {split}", labels=labels, images=held(images))
     if not splits:
         raise UserError(
             f"{file}: a dict of {', '.join(arrays)[:60] or 'nothing'}; accepted are the keys train and test"
         )
     return arrays_source("pickle", f"{file}, pickled arrays, with MNIST's labels", splits)
-
-
-def _itself(images: np.ndarray) -> np.ndarray:
-    return images
 
 
 def _load(file: Path) -> dict[str, np.ndarray]:

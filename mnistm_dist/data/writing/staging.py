@@ -14,13 +14,17 @@ from mnistm_dist.data.output import saying_what_fails, sync
 from mnistm_dist.errors import UserError
 
 
+class BeingWritten(UserError):
+    """Another process is writing the folder just now."""
+
+
 @contextlib.contextmanager
 def staged_folder(out: Path) -> Iterator[Path]:
     """Gives an empty folder beside ``out``; syncs and renames it to ``out`` if the block ends well, else removes it.
 
     A lock beside it, freed by the kernel when its holder dies, keeps a second writer out; what a killed writer left
-    behind is removed by the next one. Raises `UserError` if ``out`` exists, is being written by another process, or
-    cannot be written.
+    behind is removed by the next one. Raises `BeingWritten` while another process writes it, `UserError` if ``out``
+    exists or cannot be written.
     """
     refuse_existing(out)
     if out.name in ("", ".."):
@@ -68,7 +72,9 @@ def _locked(path: Path, out: Path) -> Iterator[None]:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 holder = os.pread(descriptor, 200, 0).decode("utf-8", "replace") or "another process"
-                raise UserError(f"{out}: is being written by {holder}: wait for it, or choose another name") from error
+                raise BeingWritten(
+                    f"{out}: is being written by {holder}: wait for it, or choose another name"
+                ) from error
             except OSError as error:
                 path.unlink(missing_ok=True)
                 raise UserError(

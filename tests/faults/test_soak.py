@@ -24,7 +24,7 @@ from pathlib import Path
 
 import pytest
 from conftest import launcher
-from test_resume import alive, wait_until_gone
+from trainers import alive, wait_until_gone
 
 from mnistm_dist.training.run_folder import read_log, read_state
 

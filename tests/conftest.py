@@ -95,8 +95,10 @@ def launcher(world_size: int) -> list[str]:
 
 
 def worked(done: subprocess.CompletedProcess[str]) -> str:
-    """The output of a door that ended well."""
+    """The output of a door that ended well, and in which no library's ``UserWarning``, or the like, was shown."""
     assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
+    said = done.stdout + done.stderr
+    assert "Warning" not in said, said[-5000:]
     return done.stdout
 
 

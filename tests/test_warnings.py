@@ -1,0 +1,53 @@
+"""A run in which nothing is wrong says no word of warning: neither ours nor a library's."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, worked
+
+pytest_plugins = ["trained_run"]
+SHORT = ("--batch-size", 32, "--image-size", 16, "--epochs", 1, "--max-steps", 3, "--threads", 1)
+DOORS = {
+    "verify": ("verify", "SET"),
+    "plan": ("plan", "--run", "RUN", "--step", 3, "--save", "batch.png"),
+    "evaluate": ("evaluate", "RUN"),
+    "predict": ("predict", "RUN", ROOT / "docs" / "report.png"),
+    "export to torch": ("export", "RUN", "--to", "torch", "--out", "model.pt2"),
+    "export to onnx": ("export", "RUN", "--to", "onnx", "--out", "model.onnx"),
+    "report": ("report", "RUN"),
+    "cache": ("cache", "list"),
+}
+
+
+def without_a_warning(done: subprocess.CompletedProcess[str]) -> None:
+    """A door that ended well, on whose two streams there is neither our ``warning: ...`` nor a ``...Warning``."""
+    said = worked(done) + done.stderr
+    assert "warning" not in said.lower(), said
+
+
+def test_no_import_warns_even_of_what_is_deprecated():
+    """In a fresh interpreter, where every import of the package and of what it stands on is a first one."""
+    files = sorted(path.relative_to(ROOT).with_suffix("") for path in (ROOT / "mnistm_dist").rglob("*.py"))
+    names = [".".join(file.parts).removesuffix(".__init__") for file in files]
+    code = f"import importlib, wandb\nfor name in {names!r}: importlib.import_module(name)"
+    done = subprocess.run([sys.executable, "-W", "default", "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_training_says_no_warning(door, small_set, world_size):
+    """With its report, and W&B offline, as it is on a machine without a network."""
+    places = ("--shards", small_set, "--run-dir", "run")
+    without_a_warning(door("train", *places, *SHORT, world_size=world_size, WANDB_MODE="offline"))
+
+
+@pytest.mark.parametrize("name", DOORS)
+def test_no_other_door_says_a_warning(door, small_set, trained_run, tmp_path, name):
+    if "onnx" in name:
+        pytest.importorskip("onnxruntime", reason='needs pip install "mnistm-dist[export]"')
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    first, *arguments = DOORS[name]
+    places = {"SET": small_set, "RUN": run}
+    without_a_warning(door(first, *(places.get(argument, argument) for argument in arguments)))

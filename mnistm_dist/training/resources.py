@@ -73,4 +73,4 @@ def choose_precision(asked: str, launcher: str | None) -> Precision:
         raise UserError(
             f"precision: {asked} would be emulated on this machine, many times slower; use --precision auto or fp32"
         )
-    return asked  # type: ignore[return-value]  # one of native
+    return asked

@@ -122,7 +122,7 @@ class MachineConfig:
     """How the numbers are computed: at equal values, and on one kind of device, the bits are the same."""
 
     precision: Auto | Literal["fp32", "bf16", "fp16"] = "auto"
-    """auto: the launcher's if native here, else bf16 where native, else fp32."""
+    """auto: bf16 where native, else fp32; fp16 where the launcher names it and it is native."""
     memory_format: Auto | Literal["channels_last", "contiguous"] = "auto"
     """Memory format of convolutions. auto: channels_last, which measured faster."""
     threads: Auto | int = _number("auto", low=1)

@@ -31,6 +31,7 @@ from mnistm_dist.training.resources import (
     check_world_size,
     choose_precision,
     default_threads,
+    native_precisions,
 )
 
 T = TypeVar("T")
@@ -215,7 +216,7 @@ def start(machine: MachineConfig, *, expect_world_size: int | None, collective_t
         raise UserError(
             "sync_batchnorm: there is no GPU here, and torch has SyncBatchNorm for GPUs only; use --no-sync-batchnorm"
         )
-    precision = choose_precision(machine.precision, os.environ.get("ACCELERATE_MIXED_PRECISION"))
+    precision = choose_precision(machine.precision, os.environ.get("ACCELERATE_MIXED_PRECISION"), native_precisions())
     threads = machine.threads
     if threads == "auto":
         threads = default_threads(local_world_size, os.environ)

@@ -60,14 +60,14 @@ def native_precisions() -> tuple[Precision, ...]:
     return ("fp32", "fp16", "bf16") if torch.cuda.is_bf16_supported(including_emulation=False) else ("fp32", "fp16")
 
 
-def choose_precision(asked: str, launcher: str | None) -> Precision:
-    """The precision to train in: never one that the hardware emulates. Raises `UserError` where one was asked for by
-    name."""
-    native = native_precisions()
+def choose_precision(asked: str, launcher: str | None, native: tuple[Precision, ...]) -> Precision:
+    """The precision to train in, one of ``native``: never one that the hardware emulates.
+
+    ``launcher``: what it names. Its "no" names none, since `accelerate launch` says that too where nobody chose. Raises
+    `UserError` where one that is not native was asked for by name.
+    """
     if asked == "auto":
-        wishes: tuple[Precision, ...] = ("bf16", "fp32")
-        if launcher in ("no", "fp16"):
-            wishes = ("fp32" if launcher == "no" else "fp16", *wishes)
+        wishes: tuple[Precision, ...] = ("fp16", "bf16", "fp32") if launcher == "fp16" else ("bf16", "fp32")
         return next(wish for wish in wishes if wish in native)
     if asked not in native:
         raise UserError(

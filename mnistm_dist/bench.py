@@ -8,7 +8,7 @@
 
 Rounds are interleaved (A B C, A B C); medians, ratios and spreads are over the rounds. --json FILE writes
 {"bench": NAME, "rows": [{"name": ..., "output": "uint8"|"model-ready", "images_per_second": x, "ratio": x,
-"against": NAME, "spread": x}, ...], "conditions": {...}}; benches/ says what each one measures.
+"against": NAME, "spread": x}, ...], "conditions": {...}}; mnistm_dist/benches/ says what each one measures.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@
     accelerate launch --multi_gpu --num_processes 4 -m mnistm_dist.evaluate runs/NAME --split test --checkpoint last
 
 Writes into the run: ``predictions_SPLIT.csv``, ``confusion_matrix_SPLIT.png``, ``mistakes_SPLIT.png`` and the split's
-numbers in ``summary.json``. On one kind of device the predictions are the same, byte for byte, at every world size.
+numbers in ``summary.json``; ``python -m mnistm_dist.report RUN`` then brings ``report.html`` up to date. On one kind of
+device the predictions are the same, byte for byte, at every world size.
 """
 
 from __future__ import annotations
@@ -227,13 +228,17 @@ def write_summary(run_dir: Path, summary: dict[str, Any]) -> None:
         write_durably(run_dir / "summary.json", json.dumps(summary, indent=1).encode())
 
 
-def tell_result(console: Console, run_dir: Path, summary: dict[str, Any], splits: list[str]) -> None:
-    """The result on the console: accuracy, the worst confusions in words, the paths."""
+def tell_result(
+    console: Console, run_dir: Path, summary: dict[str, Any], splits: list[str], *, report: bool = False
+) -> None:
+    """The result on the console: accuracy, the worst confusions in words, the paths, the report's if it was written."""
     from mnistm_dist.reporting.metrics import Metrics
     from mnistm_dist.reporting.words import describe
 
     words = "\n\n".join(f"{split}: {describe(Metrics.from_json(summary[split]))}" for split in splits)
     paths = {f"predictions, {split}": str(run_dir / f"predictions_{split}.csv") for split in splits}
+    if report:
+        paths = {"report": str(run_dir / "report.html"), **paths}
     console.result(summary, words, {"run folder": str(run_dir), **paths})
 
 

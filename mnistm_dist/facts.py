@@ -36,7 +36,8 @@ def header_rows(trainer: Trainer) -> dict[str, str]:
         "model": f"pruned ResNet18, {count_parameters(trainer.model):,} parameters",
         "shards": f"{trainer.shards.root} ({manifest.lineage}: {counts})",
         "reading": f"{config.data.data}, order {config.data.order}",
-        "batch": f"{config.schedule.batch_size} = {trainer.world.size} x {k} x {config.schedule.micro_batch}",
+        "batch": f"{config.schedule.batch_size} = {trainer.world.size} x {k} x {config.schedule.micro_batch}"
+        " (processes x micro-batches x images)",
         "image size": ", ".join(f"{size} px" for size in dict.fromkeys(config.schedule.image_size)),
         "steps": steps,
     }

@@ -66,8 +66,13 @@ def choose_start(request: Request) -> tuple[Config | None, Checkpoint | None]:
         )
     if named is not None and Path(named).resolve() != run_dir.resolve():
         raise UserError(f"resume {resume}: is not the run of --run-dir {named}; leave one of the two out")
-    if (read_state(run_dir) or {}).get("state") == "finished" and not one:
-        say_on_main(f"{run_dir} is finished: nothing to do (python -m mnistm_dist.report {run_dir} shows it)")
+    state = read_state(run_dir) or {}
+    if state.get("state") == "finished" and not one:
+        cut = configuration.load(run_dir / "config.yaml").run.max_steps
+        more = ""
+        if cut is not None and cut == state.get("step"):
+            more = f"; --resume {run_dir / 'checkpoints' / f'step-{cut:08d}'} goes on beyond its --max-steps"
+        say_on_main(f"{run_dir} is finished: nothing to do (python -m mnistm_dist.report {run_dir} shows it){more}")
         return None, None
     found = checkpoints.open_checkpoint(target) if one else checkpoints.newest(run_dir, say_on_main)
     if found is None:

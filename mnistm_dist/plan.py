@@ -81,7 +81,9 @@ def create_parser() -> ArgumentParser:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--run", metavar="RUN", help="a run folder: its shards, order, batch and seed")
     which.add_argument("--shards", metavar="DIR|URL", help="a packed set")
-    parser.add_argument("--step", type=whole_number(0, 2**40), required=True, metavar="S", help="counted from 0")
+    parser.add_argument(
+        "--step", type=whole_number(0, 2**40), required=True, metavar="S", help="counted from 0, as its epoch is"
+    )
     parser.add_argument("--world-size", type=whole_number(1, 2**20), default=1, metavar="W", help="default: 1")
     parser.add_argument("--batch-size", type=whole_number(1, 2**20), metavar="B", help="with --shards: images per step")
     parser.add_argument("--seed", type=whole_number(0, 2**63 - 1), metavar="N", help="with --shards: the run's seed")

@@ -117,7 +117,7 @@ def finish(trainer: Trainer) -> None:
     log_results(trainer.tracker, folder.path, folder.steps_done)
     if trainer.config.run.upload_checkpoint:
         trainer.tracker.log_checkpoint(checkpoint.path, [str(how["chosen"]).split()[0]])
-    tell_result(console, folder.path, summary, list(results))
+    tell_result(console, folder.path, summary, list(results), report=trainer.config.run.report)
 
 
 if __name__ == "__main__":

@@ -115,6 +115,12 @@ def test_a_pipe_gets_plain_lines_with_the_time_and_no_control_codes() -> None:
     assert not wide
 
 
+def test_a_number_and_its_percent_sign_stay_on_one_line() -> None:
+    stream = io.StringIO()
+    Console(stream=stream).result({}, f"{'x' * 65} 12.50 % of all", {})
+    assert stream.getvalue().splitlines()[-1].endswith(" 12.50 % of all")
+
+
 @pytest.mark.parametrize("term", ["dumb", "unknown", ""])
 def test_a_dumb_terminal_gets_plain_lines_too(term: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", term)
@@ -148,6 +154,7 @@ def test_a_narrow_terminal_is_kept_to_as_well() -> None:
     assert max(map(len, rows(in_terminal(columns=60)))) <= 60
 
 
+@pytest.mark.filterwarnings("default")  # a warning that is shown, as in a door
 def test_nothing_is_said_on_other_ranks(capsys: pytest.CaptureFixture[str]) -> None:
     console = Console(enabled=False)
     console.header("a", {"b": "c"})

@@ -188,6 +188,15 @@ def test_several_runs_lie_over_one_another_by_epoch() -> None:
     assert a.get_marker() != b.get_marker()
 
 
+def test_a_run_that_ended_within_an_epoch_is_drawn_as_long_as_it_was() -> None:
+    cut = [row for row in log_rows(1, 20, 0.97, 0, None) if row["step"] <= 5 and row["kind"] != "evaluation"]
+    cut.append({"kind": "evaluation", "step": 5, "epoch": 0, "val/loss": 2.0, "val/accuracy": 0.2})
+    figure = learning_curves({"a": log_rows(4, 20, 0.97, 0, None), "b": cut}, ended={"a": 1 / 20, "b": 1 / 20})
+    a, b = figure.axes[1].lines
+    np.testing.assert_allclose(a.get_xdata(), [1, 2, 3, 4])
+    np.testing.assert_allclose(b.get_xdata(), [0.25])
+
+
 def test_svg_follows_the_theme_of_its_page_and_shares_no_id() -> None:
     metrics = predictions_of("usual").measure()
     one = to_svg(figures.per_class(metrics), "one", 'what "it" shows & means')

@@ -203,6 +203,22 @@ def test_a_run_that_was_killed_before_any_evaluation_is_reported(tmp_path: Path)
     assert "preempted · step 7 · SIGTERM" in plain((tmp_path / "report.html").read_text())
 
 
+@pytest.mark.parametrize(
+    ("world_size", "resumed", "heading"),
+    [
+        (1, False, "To repeat this run"),
+        (2, False, "To repeat this run, on 2 processes"),
+        (2, True, "The command of its last launch, on 2 processes"),
+    ],
+)
+def test_a_command_is_said_to_repeat_a_run_only_where_it_does(tmp_path: Path, world_size, resumed, heading) -> None:
+    run = small_run(tmp_path / "run", resume_at=6 if resumed else None)
+    environment = json.loads((run / "environment.json").read_text())
+    (run / "environment.json").write_text(json.dumps({**environment, "command": "train", "world_size": world_size}))
+    write_report([run], tmp_path / "report.html")
+    assert f">{heading}</h3>" in (tmp_path / "report.html").read_text()
+
+
 def test_a_run_of_another_version_says_so(tmp_path: Path) -> None:
     run = small_run(tmp_path / "run")
     environment = json.loads((run / "environment.json").read_text()) | {"mnistm_dist": "9.9"}

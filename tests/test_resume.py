@@ -227,6 +227,15 @@ def test_a_rank_that_is_killed_ends_the_run_on_all(environment, tmp_path, small_
 def test_a_finished_run_says_so(door, reference):
     done = door("train", "--resume", reference)
     assert "is finished" in worked(done) + done.stderr
+    assert "--max-steps" not in done.stderr
+
+
+def test_a_run_that_its_max_steps_ended_says_how_it_goes_on(door, small_set, tmp_path):
+    worked(door("train", "--shards", small_set, "--run-dir", "run", "--max-steps", 3, *FLAGS))
+    done = door("train", "--resume", "run")
+    assert "--resume run/checkpoints/step-00000003 goes on" in worked(done) + done.stderr
+    worked(door("train", "--resume", "run/checkpoints/step-00000003", "--max-steps", 5))
+    assert read_state(tmp_path / "run") == {"state": "finished", "step": 5, "reason": None}
 
 
 @pytest.mark.parametrize(

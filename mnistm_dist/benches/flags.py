@@ -12,12 +12,13 @@ ONE_CORE, ALL_CORES = 1, 0
 
 
 def create_parser(prog: str, description: str) -> ArgumentParser:
-    """A subcommand for each bench."""
+    """A subcommand for each bench, described by its line ``bench NAME   WHAT`` of the description."""
     parser = ArgumentParser(prog=prog, description=description)
     benches = parser.add_subparsers(dest="bench", required=True, metavar="loader|step|ranks|startup|recipe")
 
     def add(name: str, *, threads: int, threads_help: str) -> ArgumentParser:
-        bench = benches.add_parser(name, description=f"bench {name}; {prog} --help shows them all")
+        what = next(line for line in description.splitlines() if f"bench {name} " in line).partition(name)[2].strip()
+        bench = benches.add_parser(name, description=f"{what[0].upper()}{what[1:]}.")
         bench.add_argument(
             "--shards", metavar="DIR|URL", help="a packed set (default: shards/sample, packed if need be)"
         )
@@ -29,7 +30,9 @@ def create_parser(prog: str, description: str) -> ArgumentParser:
     def add_rounds(bench: ArgumentParser, rounds: int) -> None:
         number(bench, "--rounds", rounds, low=1, text="interleaved rounds")
         number(bench, "--batch-size", 256, low=2, text="images of a batch; in training, over all processes")
-        bench.add_argument("--only", default="", metavar="TEXT,TEXT", help="only contenders whose name holds a TEXT")
+        bench.add_argument(
+            "--only", default="", metavar="TEXT,TEXT", help="only rows of the table whose name holds a TEXT"
+        )
 
     one_core = "threads, and the cores that the process is kept on"
     loader = add("loader", threads=ONE_CORE, threads_help=one_core)

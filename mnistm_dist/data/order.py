@@ -49,7 +49,8 @@ def accumulation(*, batch_size: int, world_size: int, micro_batch: int) -> int:
         raise UserError(
             f"micro_batch {micro_batch} does not divide the {share} images that each of {world_size} processes takes "
             f"of a batch of {batch_size}; the nearest that fit are micro_batch {_nearest_divisors(share, micro_batch)} "
-            f"or batch_size {_nearest_multiples(batch_size, world_size * micro_batch)}"
+            f"or batch_size {_nearest_multiples(batch_size, world_size * micro_batch)} (at a resume --micro-batch "
+            "alone)"
         )
     return share // micro_batch
 

@@ -63,12 +63,18 @@ def learning_curve(rows: Sequence[Row], title: str = "Learning curve") -> Figure
 
 
 @styled
-def learning_curves(runs: Mapping[str, Sequence[Row]], title: str = "Learning curves") -> Figure:
-    """Training loss and val accuracy of several runs over one another, by epoch where all have one, else by step."""
+def learning_curves(
+    runs: Mapping[str, Sequence[Row]], title: str = "Learning curves", ended: Mapping[str, float | None] | None = None
+) -> Figure:
+    """Training loss and val accuracy of several runs over one another, by epoch where all have one, else by step.
+
+    `ended` has the epochs per step of the runs that say it. The log of the others gives it: their last evaluation came
+    at an epoch's end, since one that ``--max-steps`` cut within an epoch has ended.
+    """
     figure = new_figure(height=5.2 + 0.16 * len(runs))
     loss, accuracy = figure.subplots(2, 1, sharex=True)
     figure.suptitle(title, x=0.01, ha="left", fontsize=9.5, fontweight="bold")
-    scales = {name: _epochs_per_step(rows) for name, rows in runs.items()}
+    scales = {name: (ended or {}).get(name) or _epochs_per_step(rows) for name, rows in runs.items()}
     by_epoch = all(scales.values())
     for place, (name, rows) in enumerate(runs.items()):
         scale = (scales[name] or 1.0) if by_epoch else 1.0

@@ -274,5 +274,9 @@ def _environment(run: RunRecord) -> Markup | None:
         if name != "command" and value is not None
     ]
     command = run.environment.get("command")
-    repeat = [markup.heading("To repeat this run"), markup.code(str(command))] if command else []
+    processes = run.environment.get("world_size")
+    by = f", on {processes} processes" if isinstance(processes, int) and processes > 1 else ""
+    resumed = any(row.get("kind") == "resume" for row in run.rows)
+    heading = "The command of its last launch" if resumed else "To repeat this run"
+    repeat = [markup.heading(f"{heading}{by}"), markup.code(str(command))] if command else []
     return markup.join([*repeat, markup.facts(rows)])

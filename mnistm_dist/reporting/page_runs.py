@@ -155,4 +155,10 @@ def _curves(runs: Sequence[RunRecord]) -> Markup | None:
     logged = {run.name: run.rows for run in runs if run.rows}
     if not logged:
         return None
-    return markup.drawn(learning_curves(logged), "curves", "Training loss and val accuracy of all runs")
+    ended = {run.name: _epochs_per_step(run) for run in runs}
+    return markup.drawn(learning_curves(logged, ended=ended), "curves", "Training loss and val accuracy of all runs")
+
+
+def _epochs_per_step(run: RunRecord) -> float | None:
+    epochs, steps = run.summary.get("epochs"), run.summary.get("steps")
+    return epochs / steps if epochs and steps else None

@@ -109,8 +109,9 @@ class PlainScreen:
 
     def text(self, text: str) -> None:
         for paragraph in text.splitlines():
-            for part in textwrap.wrap(paragraph, PLAIN_WIDTH - len("00:00:00 ")):
-                self.line(part)
+            # A number and its % stay on one line.
+            for part in textwrap.wrap(paragraph.replace(" %", "\N{NO-BREAK SPACE}%"), PLAIN_WIDTH - len("00:00:00 ")):
+                self.line(part.replace("\N{NO-BREAK SPACE}", " "))
 
     def row(self, cells: Sequence[str], widths: Sequence[int], kind: str) -> None:
         self.line(cells_of(cells, widths))

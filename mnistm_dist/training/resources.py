@@ -20,8 +20,8 @@ def check_world_size(world_size: int, expected: int | None, environment: Environ
     slow run."""
     if expected is not None and world_size != expected:
         raise UserError(
-            f"world size: found {world_size}, --expect-world-size is {expected}; "
-            "check --num_processes and that every node started (on a machine without GPUs: --multi_gpu, see README.md)"
+            f"world size: found {world_size}, --expect-world-size is {expected} (by a flag or the recipe); check that "
+            "every node started, and --num_processes (with --config_file accelerate_config.yaml or --multi_gpu)"
         )
     tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
     if world_size < tasks:

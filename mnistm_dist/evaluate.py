@@ -1,7 +1,7 @@
 """Evaluate a trained run, exactly, at any number of processes.
 
     python -m mnistm_dist.evaluate runs/NAME
-    accelerate launch --multi_gpu --num_processes 4 -m mnistm_dist.evaluate runs/NAME --split test --checkpoint last
+    accelerate launch --config_file accelerate_config.yaml --num_processes 4 -m mnistm_dist.evaluate runs/NAME
 
 Writes into the run: ``predictions_SPLIT.csv``, ``confusion_matrix_SPLIT.png``, ``mistakes_SPLIT.png`` and the split's
 numbers in ``summary.json``; ``python -m mnistm_dist.report RUN`` then brings ``report.html`` up to date. On one kind of

@@ -1,7 +1,7 @@
 """Train: the story of a run, from its configuration to its report.
 
     python -m mnistm_dist.train                                             one process, on a GPU or the CPU
-    accelerate launch --multi_gpu --num_processes 8 -m mnistm_dist.train    eight GPUs
+    accelerate launch --config_file accelerate_config.yaml --num_processes 8 -m mnistm_dist.train
     sbatch slurm/train.sh --recipe fast --shards shards/official            a cluster
 
 1. The configuration: defaults, recipe, flags; at a resume, the run's own.

@@ -10,16 +10,29 @@ PNGs are kept as they are; the new folder appears whole or not at all. shards/RE
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mnistm_dist.errors import run_door
 from mnistm_dist.flags import ArgumentParser, whole_number
+from mnistm_dist.stdout import write_result
 
 if TYPE_CHECKING:
     from mnistm_dist.data.manifest import Manifest
+
+
+class ShowLayouts(argparse.Action):
+    """Prints every layout with its structure, and ends the door, as --help does."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from mnistm_dist.data.layouts.detection import KNOWN_LAYOUTS
+
+        width = max(map(len, KNOWN_LAYOUTS))
+        write_result("".join(f"{name:{width}}  {structure}\n" for name, structure in KNOWN_LAYOUTS.items()))
+        parser.exit()
 
 
 def main(argv: list[str]) -> int:
@@ -36,6 +49,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--cache-dir", metavar="DIR", type=Path, help="where downloads lie (as in training)")
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="the new folder of the packed set")
     parser.add_argument("--layout", help="the layout of a path; told by looking without it")
+    parser.add_argument("--layouts", action=ShowLayouts, nargs=0, help="show every layout that is known, and exit")
     parser.add_argument(
         "--mnist",
         metavar="DIR",

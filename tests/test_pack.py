@@ -17,6 +17,7 @@ import pytest
 from conftest import Door, refused, worked
 from packed_sets import ARCHIVE, names_in, write_official
 
+from mnistm_dist.data.layouts.detection import KNOWN_LAYOUTS
 from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.data.writing.lineage import OFFICIAL_PIXELS
 
@@ -54,6 +55,11 @@ def test_the_door_refuses_in_one_line_and_writes_nothing(
     before = sorted((tmp_path / "here").rglob("*"))
     assert named in refused(door("pack", *arguments))
     assert sorted((tmp_path / "here").rglob("*")) == before
+
+
+def test_every_layout_is_shown_with_its_structure(door: Door) -> None:
+    lines = worked(door("pack", "--layouts")).splitlines()
+    assert [line.split(maxsplit=1) for line in lines] == [[name, text] for name, text in KNOWN_LAYOUTS.items()]
 
 
 @pytest.mark.parametrize("name", ["pack", "verify"])

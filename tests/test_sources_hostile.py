@@ -400,7 +400,8 @@ def test_what_cannot_be_told_is_refused_with_what_was_found_and_the_layouts_know
     make(path)
     message = refusal(path)
     assert said in message
-    assert "known are official-folder: mnist_m_train/*.png" in message
+    assert "known are official-folder, official-tar, official-zip, image-folder" in message
+    assert message.endswith("pickle (pack --layouts shows each)")
 
 
 def test_a_path_that_is_not_there_or_cannot_be_read_is_refused(tmp_path):

@@ -95,9 +95,10 @@ def detect(path: Path, layout: str | None) -> Detected:
         raise UserError(f"{path}: more than one set of images ({listed}): give the path of one of them, or --layout")
     if layout is not None:
         raise UserError(f"{path}: not of the layout {layout} ({KNOWN_LAYOUTS[layout]}): it is {contents(path)}")
-    told = [name for name in KNOWN_LAYOUTS if name not in (*MADE_LAYOUTS, *_FAMILIES)]
-    known = "; ".join(f"{name}: {KNOWN_LAYOUTS[name]}" for name in told)
-    raise UserError(f"{path}: no layout that is known: it is {contents(path)}; known are {known}")
+    known = ", ".join(name for name in KNOWN_LAYOUTS if name not in (*MADE_LAYOUTS, *_FAMILIES))
+    raise UserError(
+        f"{path}: no layout that is known: it is {contents(path)}; known are {known} (pack --layouts shows each)"
+    )
 
 
 def _candidates(path: Path, layout: str | None) -> Iterator[Detected]:

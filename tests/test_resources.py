@@ -1,0 +1,35 @@
+"""What a process may use of what it finds."""
+
+import pytest
+
+from mnistm_dist.errors import UserError
+from mnistm_dist.training.resources import choose_precision
+
+CPU, V100, A100 = ("fp32",), ("fp32", "fp16"), ("fp32", "fp16", "bf16")
+
+
+@pytest.mark.parametrize(
+    ("launcher", "native", "chosen"),
+    [
+        # Without a launcher, with one that nobody told a precision, by slurm/train.sh: the same.
+        (None, A100, "bf16"),
+        ("no", A100, "bf16"),
+        ("bf16", A100, "bf16"),
+        ("fp16", A100, "fp16"),
+        ("fp8", A100, "bf16"),
+        (None, V100, "fp32"),
+        ("bf16", V100, "fp32"),
+        ("fp16", V100, "fp16"),
+        ("bf16", CPU, "fp32"),
+        ("fp16", CPU, "fp32"),
+    ],
+)
+def test_auto_is_bf16_where_native_whatever_starts_the_run(launcher, native, chosen):
+    assert choose_precision("auto", launcher, native) == chosen
+
+
+def test_a_precision_that_is_named_is_taken_or_refused_but_never_emulated():
+    assert choose_precision("fp32", "bf16", A100) == "fp32"
+    assert choose_precision("fp16", "no", V100) == "fp16"
+    with pytest.raises(UserError, match="bf16 would be emulated"):
+        choose_precision("bf16", "bf16", V100)

@@ -49,7 +49,7 @@ class Started:
 
     def __init__(self, command: Command) -> None:
         self.command = command
-        self._process = _server().Process(target=_child, args=(command,), daemon=False)
+        self._process = server().Process(target=_child, args=(command,), daemon=False)
         self._process.start()
         self.pid: int = self._process.pid
 
@@ -82,7 +82,8 @@ class Started:
         self._process.join()
 
 
-def _server() -> multiprocessing.context.BaseContext:
+def server() -> multiprocessing.context.ForkServerContext:
+    """What starts processes that have the package imported already. A process has one such server."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["processes_preload"])
     # Python 3.11's server does not take over sys.path, and says nothing of a module that it does not find.

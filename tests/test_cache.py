@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 from conftest import TRAIN, refused, worked
 from packed_sets import flip_byte, tiny_source
+from processes import server
 
 from mnistm_dist.data import resident as resident_module
 from mnistm_dist.data.cache import choose_cache_dir, entries, entry_lock
@@ -22,9 +22,6 @@ from mnistm_dist.data.packing import pack
 from mnistm_dist.data.resident import Resident, open_resident
 from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.errors import UserError
-
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["mnistm_dist.data.resident"])  # torch is imported once for all processes
 
 
 def decode(folder: Path, cache_dir: Path, told: list[tuple[int, int]] | None = None) -> Resident:
@@ -116,7 +113,7 @@ def killed_while_decoding(folder: Path, cache_dir: Path) -> None:
 
 
 def test_a_killed_decode_leaves_nothing_that_looks_whole_and_the_next_one_goes_through(small_set, tmp_path):
-    process = FORKS.Process(target=killed_while_decoding, args=(small_set, tmp_path))
+    process = server().Process(target=killed_while_decoding, args=(small_set, tmp_path))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
@@ -139,8 +136,8 @@ def count_decoded(folder: Path, cache_dir: Path, ready, answers) -> None:
 
 
 def test_processes_that_come_together_decode_once(small_set, tmp_path):
-    ready, answers = FORKS.Barrier(2), FORKS.Queue()
-    processes = [FORKS.Process(target=count_decoded, args=(small_set, tmp_path, ready, answers)) for _ in range(2)]
+    ready, answers = server().Barrier(2), server().Queue()
+    processes = [server().Process(target=count_decoded, args=(small_set, tmp_path, ready, answers)) for _ in range(2)]
     for process in processes:
         process.start()
     found = [answers.get(timeout=120) for _ in processes]

@@ -271,3 +271,16 @@ def test_errors_are_told_in_one_short_line() -> None:
     assert one_line(OSError("refused\nby peer")) == "refused by peer"
     assert one_line(ValueError()) == "ValueError"
     assert len(one_line(ValueError("x" * 1000))) == 160
+
+
+def test_a_wandb_that_cannot_be_imported_is_off_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    said: list[str] = []
+    tracker = open_tracker("wandb", run_dir=tmp_path, config={}, name="name", group=None, say=said.append)
+    while not said:
+        time.sleep(0.01)
+    for step in range(2 * tracking.LONGEST_QUEUE):
+        tracker.log({"train/loss": 1.0}, step)
+    tracker.finish(0, "finished")
+    (line,) = said
+    assert line.startswith("W&B is off (it cannot be imported: import of wandb")

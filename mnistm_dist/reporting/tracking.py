@@ -70,6 +70,7 @@ class Tracker(NullTracker):
         self._dropped = 0
         self._connected = False
         self._over = False
+        self._listens = True
         self._place = ""
         # A daemon, so that a W&B that hangs for ever cannot hold the process.
         self._thread = threading.Thread(target=self._run, name="wandb", daemon=True)
@@ -135,12 +136,22 @@ class Tracker(NullTracker):
             self._say(f"W&B was too slow for {self._dropped:,} entries, which are only in log.jsonl")
 
     def _put(self, work: Work) -> None:
+        if not self._listens:
+            return
         try:
             self._work.put_nowait(work)
         except queue.Full:
             self._dropped += 1
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        except ImportError as error:
+            self._tell(f"W&B is off (it cannot be imported: {one_line(error)}); the run folder holds everything")
+        finally:
+            self._listens = False
+
+    def _serve(self) -> None:
         # W&B's reports on itself go over the network, and hold the end of the process while a server stalls.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb

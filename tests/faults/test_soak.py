@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,11 +73,12 @@ def sampled(run: Path, began: float, launch: int) -> Sample:
         except (OSError, StopIteration):
             continue
     sizes = {}
-    for path in run.rglob("*"):
-        try:
-            sizes[path.name == "log.jsonl"] = sizes.get(path.name == "log.jsonl", 0) + path.lstat().st_size
-        except OSError:
-            continue
+    # Not rglob, which a folder that is renamed or removed while it looks makes fail.
+    for folder, _, names in os.walk(run):
+        for name in names:
+            with suppress(OSError):
+                size = Path(folder, name).lstat().st_size
+                sizes[name == "log.jsonl"] = sizes.get(name == "log.jsonl", 0) + size
     steps = [int(path.name[5:]) for path in (run / "checkpoints").glob("step-*")]
     return Sample(
         seconds=round(time.monotonic() - began, 1),
@@ -103,18 +105,21 @@ def launches(environment: dict[str, str], cwd: Path, run: Path, shards: Path, be
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
-        until = min(time.monotonic() + LAUNCH_SECONDS, began + SECONDS)
-        while time.monotonic() < until:
-            time.sleep(1)
-            assert process.poll() is None, (cwd / f"launch-{launch}.log").read_text()[-3000:]
-            sample = sampled(run, began, launch)
-            if sample.processes == world_size:
-                yield sample
-        if launch % 4 in (0, 1):
-            process.send_signal(signal.SIGTERM)
-        else:
-            for pid in alive(run):
-                os.kill(pid, signal.SIGKILL)
+        until, ends_well = min(time.monotonic() + LAUNCH_SECONDS, began + SECONDS), False
+        try:
+            while time.monotonic() < until:
+                time.sleep(1)
+                assert process.poll() is None, (cwd / f"launch-{launch}.log").read_text()[-3000:]
+                sample = sampled(run, began, launch)
+                if sample.processes == world_size:
+                    yield sample
+            ends_well = launch % 4 in (0, 1)
+        finally:
+            if ends_well:
+                process.send_signal(signal.SIGTERM)
+            else:
+                for pid in alive(run):
+                    os.kill(pid, signal.SIGKILL)
         process.wait(60)
         wait_until_gone(run, 60)
         if until >= began + SECONDS:

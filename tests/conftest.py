@@ -17,6 +17,15 @@ TRAIN, VAL, TEST = 320, 97, 53
 """Sizes of the small set: val and test are prime, so no batch and no world size divides them."""
 
 
+LONGEST = ("test_train_script", "test_resume", "test_train", "test_killed", "test_distributed", "test_disk")
+"""Files that take longest: begun first, since a worker that begins one last works alone."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ranks = {name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(LONGEST)))
+
+
 def part_of_the_sample(counts: dict[str, int]) -> Source:
     """The first images of the bundled sample, dealt out to splits in their order."""
 

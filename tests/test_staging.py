@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -101,8 +102,9 @@ def _try_to_pack(out: Path) -> str:
 
 
 def test_of_many_packs_at_once_one_wins_and_the_others_are_told(tmp_path: Path) -> None:
-    with multiprocessing.get_context("spawn").Pool(4) as pool:
-        outcomes = pool.map(_try_to_pack, [tmp_path / "set"] * 8, chunksize=1)
+    # No Pool, which ends its processes by SIGTERM and waits for them without a limit.
+    with ProcessPoolExecutor(4, mp_context=multiprocessing.get_context("spawn")) as pool:
+        outcomes = list(pool.map(_try_to_pack, [tmp_path / "set"] * 8))
     assert outcomes.count("packed") == 1
     others = [outcome for outcome in outcomes if outcome != "packed"]
     assert all("exists already" in outcome or "is being written" in outcome for outcome in others)

@@ -13,7 +13,7 @@ from inputs import WORDS
 from packed_sets import tiny_source
 from search import Fuzz
 
-from mnistm_dist import cache, evaluate, export, pack, plan, predict, report, verify
+from mnistm_dist import bench, cache, evaluate, export, pack, plan, predict, report, verify
 from mnistm_dist.benches.flags import create_parser
 from mnistm_dist.data import packing
 from mnistm_dist.errors import UserError
@@ -23,7 +23,7 @@ pytest_plugins = ["counting"]
 
 def parse_bench(argv: list[str]) -> int:
     """The flags of ``bench`` alone: what follows them would measure."""
-    create_parser("bench", "").parse_args(argv)
+    create_parser("bench", bench.__doc__ or "").parse_args(argv)
     return 0
 
 

@@ -1,6 +1,7 @@
 """Small packed sets of real MNIST-M, and the package's doors run as a person runs them."""
 
 import os
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,6 +39,15 @@ def part_of_the_sample(counts: dict[str, int]) -> Source:
             )
 
     return Source(layout="sample", description="part of the sample", counts=counts, read=read, lineage="regenerated")
+
+
+@pytest.fixture(autouse=True)
+def handlers_put_back() -> Iterator[None]:
+    """A training that ran in this process ignores signals at its end, and what is started later would inherit that."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from processes import Command, Started
 
+from mnistm_dist.bench import stay_on, usable_cores
 from mnistm_dist.data.packing import pack
 from mnistm_dist.data.samples import Sample, Source
 from mnistm_dist.data.sources import open_source
@@ -42,12 +43,15 @@ def part_of_the_sample(counts: dict[str, int]) -> Source:
 
 
 @pytest.fixture(autouse=True)
-def handlers_put_back() -> Iterator[None]:
-    """A training that ran in this process ignores signals at its end, and what is started later would inherit that."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+def process_put_back() -> Iterator[None]:
+    """A training that ran in this process ignores signals at its end, a bench stays on its cores, and what is started
+    later would inherit that."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    cores = usable_cores()
     yield
-    for number, handler in before.items():
+    for number, handler in handlers.items():
         signal.signal(number, handler)
+    stay_on(cores)
 
 
 @pytest.fixture(scope="session")

@@ -56,22 +56,34 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], *, wo
         return
     # spawn: a fork would copy the locks of this process's other threads in whatever state they are.
     context = multiprocessing.get_context("spawn")
+    others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(max_workers=workers, mp_context=context, initializer=_start_worker)
     try:
         pending: deque[Future[Result]] = deque()
         for item in items:
-            pending.append(pool.submit(function, item))
+            pending.append(_submit(pool, function, item))
             if len(pending) >= _IN_FLIGHT * workers:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
     except BrokenProcessPool as error:
+        # A worker that was just starting when another one was killed is not known to the pool, which waits for it.
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.kill()
         raise UserError(
             f"a worker process of {workers} was killed, as the system does where memory runs out; "
             "look for what killed it, and run this again"
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _submit(pool: ProcessPoolExecutor, function: Callable[[Item], Result], item: Item) -> Future[Result]:
+    try:
+        return pool.submit(function, item)
+    except (OSError, ValueError) as error:
+        # It starts a worker, whose pipes the pool closes where another one was killed meanwhile.
+        raise BrokenProcessPool(str(error)) from error
 
 
 def _start_worker() -> None:

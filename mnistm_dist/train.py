@@ -43,21 +43,23 @@ def main(argv: list[str]) -> int:
         return 0
     stop = StopRequest()
     stop.install(parse_signals(config.run.signals))
-    die_with_launcher()
-    world = distributed.start(
-        config.machine,
-        expect_world_size=config.run.expect_world_size,
-        collective_timeout=config.run.collective_timeout,
-    )
-    console = Console(enabled=world.is_main)
     try:
-        with console.library_warnings(), lost_processes(config.run.collective_timeout):
-            code = train(config, checkpoint, world, console, stop)
-    except UserError as error:
-        raise world.leave_with(error) from error
-    stop.close()
-    world.leave()
-    return code
+        die_with_launcher()
+        world = distributed.start(
+            config.machine,
+            expect_world_size=config.run.expect_world_size,
+            collective_timeout=config.run.collective_timeout,
+        )
+        console = Console(enabled=world.is_main)
+        try:
+            with console.library_warnings(), lost_processes(config.run.collective_timeout):
+                code = train(config, checkpoint, world, console, stop)
+        except UserError as error:
+            raise world.leave_with(error) from error
+        world.leave()
+        return code
+    finally:
+        stop.close(process_ends=__name__ == "__main__")
 
 
 def train(config: Config, checkpoint: Checkpoint | None, world: World, console: Console, stop: StopRequest) -> int:

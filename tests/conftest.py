@@ -1,7 +1,6 @@
 """Small packed sets of real MNIST-M, and the package's doors run as a person runs them."""
 
 import os
-import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -43,14 +42,10 @@ def part_of_the_sample(counts: dict[str, int]) -> Source:
 
 
 @pytest.fixture(autouse=True)
-def process_put_back() -> Iterator[None]:
-    """A training that ran in this process ignores signals at its end, a bench stays on its cores, and what is started
-    later would inherit that."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+def cores_put_back() -> Iterator[None]:
+    """A bench that ran in this process stays on its cores, and what is started later would inherit that."""
     cores = usable_cores()
     yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
     stay_on(cores)
 
 

@@ -12,10 +12,13 @@ import pytest
 import torch
 from conftest import launcher, refused, worked
 from safetensors.torch import load_file
+from trained_run import here
 from trainers import alive, wait_until_gone
 
 from mnistm_dist.training.model import create_model
 from mnistm_dist.training.run_folder import read_log, read_state
+
+__all__ = ["here"]
 
 FLAGS = (
     *("--recipe", "fast", "--batch-size", "32", "--micro-batch", "16", "--image-size", "28", "--epochs", "4"),
@@ -116,13 +119,6 @@ def test_a_run_killed_three_times_ends_byte_for_byte_as_if_nothing_had_happened(
     assert (run / "predictions_test.csv").read_bytes() == (reference / "predictions_test.csv").read_bytes()
 
 
-def test_two_processes_killed_once_end_byte_for_byte_as_if_nothing_had_happened(environment, tmp_path, small_set):
-    whole = kill_and_resume(environment, tmp_path, small_set, 2, kills=0, seed=1)
-    run = kill_and_resume(environment, tmp_path, small_set, 2, kills=1, seed=2)
-    assert final_model(run) == final_model(whole)
-    assert learning(run) == learning(whole)
-
-
 @pytest.mark.soak
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -171,7 +167,7 @@ def interrupted(environment, tmp_path, small_set, world_size: int, number: signa
     return run
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_leaves_with_75_and_the_run_goes_on(
     environment, door, tmp_path, small_set, reference, number
 ):
@@ -179,6 +175,17 @@ def test_a_signal_saves_and_leaves_with_75_and_the_run_goes_on(
     worked(door("train", "--resume", run))
     assert final_model(run) == final_model(reference)
     assert learning(run) == learning(reference)
+
+
+@pytest.mark.parametrize("more", [["--max-steps", "2"], ["--expect-world-size", "3"]], ids=["finished", "refused"])
+def test_a_training_that_is_called_from_python_gives_the_signals_back(small_set, here, more):
+    from mnistm_dist.train import main
+
+    listened = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    before = [signal.getsignal(number) for number in listened]
+    done = here(main, "--shards", small_set, "--run-dir", "run", *FLAGS, *more)
+    assert done.returncode == (2 if "--expect-world-size" in more else 0), done.stderr
+    assert [signal.getsignal(number) for number in listened] == before
 
 
 def test_sigterm_to_the_launcher_of_two_saves_and_leaves_nothing_behind(environment, tmp_path, small_set):

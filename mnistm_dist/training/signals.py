@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import time
+from collections.abc import Callable
 from types import FrameType
 
 from mnistm_dist.errors import UserError
@@ -14,30 +15,35 @@ SECOND_INTERRUPT_AFTER = 1.0
 """Seconds after which another Ctrl-C counts as the second one: a launcher passes the first one on, so that it comes
 twice."""
 
+Handler = Callable[[int, FrameType | None], object] | int
+
 
 class StopRequest:
     """Whether, and by which signal, this process was asked to stop."""
 
     def __init__(self) -> None:
         self.reason: str | None = None
-        self._signals: tuple[signal.Signals, ...] = ()
+        self._before: dict[signal.Signals, Handler] = {}
         self._first_interrupt: float | None = None
 
     def install(self, signals: tuple[signal.Signals, ...]) -> None:
         """Listens to ``signals`` and to SIGINT, in this process, from its main thread."""
-        self._signals = signals
-        for number in signals:
-            signal.signal(number, self._note)
-        signal.signal(signal.SIGINT, self._interrupt)
+        for number in (*signals, signal.SIGINT):
+            # None: of a handler that was not set by Python, which Python cannot set again.
+            handler = self._interrupt if number == signal.SIGINT else self._note
+            self._before[number] = signal.signal(number, handler) or signal.SIG_DFL
 
-    def close(self) -> None:
-        """Ignores the signals from now on: the process leaves.
+    def close(self, *, process_ends: bool) -> None:
+        """Gives the signals back to who had them. Where the process ends it ignores them, but for SIGINT.
 
         The interpreter's end takes seconds and takes the handlers away first: a signal that is sent twice would kill
         the process there, and the exit code would no longer say that all is saved.
         """
-        for number in self._signals:
-            signal.signal(number, signal.SIG_IGN)
+        for number, handler in self._before.items():
+            if not process_ends:
+                signal.signal(number, handler)
+            elif number != signal.SIGINT:
+                signal.signal(number, signal.SIG_IGN)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self.reason = self.reason or signal.Signals(number).name

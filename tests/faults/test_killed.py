@@ -47,7 +47,7 @@ TABLE = (
     Row(phase="training", rank=1, world_size=2, step=8),
     Row(phase="saving", rank=0, world_size=2, step=6),
     Row(phase="evaluating", rank=0, world_size=2, step=10),
-    Row(phase="evaluating", rank=1, world_size=2, step=10, usual=True),
+    Row(phase="evaluating", rank=1, world_size=2, step=10),
     Row(phase="predicting", rank=0, world_size=2, step=STEPS),
     Row(phase="predicting", rank=1, world_size=2, step=STEPS),
     Row(phase="drawing", rank=0, world_size=2, step=STEPS),

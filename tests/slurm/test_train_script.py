@@ -202,6 +202,7 @@ def test_a_killed_task_fails_the_job_within_a_minute(cluster, environment, small
     assert read_state(job.run)["state"] == "failed"
 
 
+@pytest.mark.soak
 def test_a_job_whose_head_was_killed_goes_on_when_resubmitted_to_another_node(
     cluster, environment, small_set, tmp_path, reference
 ):
@@ -223,6 +224,7 @@ def test_a_job_whose_head_was_killed_goes_on_when_resubmitted_to_another_node(
     assert all(torch.equal(ours[name], theirs[name]) for name, _ in create_model(10, 0).named_parameters())
 
 
+@pytest.mark.soak
 def test_two_tasks_on_each_node_are_a_world_of_four(cluster, environment, small_set, tmp_path):
     options = ("--nodes", 2, "--ntasks-per-node", 2)
     job = submit(cluster, environment, tmp_path, "--shards", small_set, *FLAGS, "--max-steps", 4, options=options)

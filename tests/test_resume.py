@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import launcher, refused, worked
+from processes import Started
 from safetensors.torch import load_file
 from trained_run import here
 from trainers import alive, wait_until_gone
@@ -55,15 +56,16 @@ def started(environment: dict[str, str], cwd: Path, world_size: int, *flags: obj
     )
 
 
-def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
+def wait_for_step(process: subprocess.Popen[str] | Started, run: Path, step: int) -> None:
     """Returns once the log tells of a step, or the process has ended."""
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
         if any(row["step"] >= step for row in read_log(run / "log.jsonl")):
             return
         time.sleep(0.02)
-    assert process.poll() is None, process.stdout.read()
-    pytest.fail(f"step {step} did not come in two minutes")
+    if process.poll() is None:
+        pytest.fail(f"step {step} did not come in two minutes")
+    pytest.fail(process.command.stderr.read_text() if isinstance(process, Started) else process.stdout.read())
 
 
 def killed(process: subprocess.Popen[str], run: Path) -> None:
@@ -131,15 +133,13 @@ def test_twenty_kills_change_nothing(environment, tmp_path, small_set, world_siz
 
 
 @pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
-def test_a_run_goes_on_at_another_number_of_processes(environment, tmp_path, small_set, reference, first, then):
+def test_a_run_goes_on_at_another_number_of_processes(start, door, tmp_path, small_set, reference, first, then):
     run = tmp_path / "run"
     flags = ("--shards", small_set, "--run-dir", run, "--resume", "auto", *FLAGS)
-    process = started(environment, tmp_path, first, *flags)
+    process = start("train", *flags, world_size=first)
     wait_for_step(process, run, 12)
-    killed(process, run)
-    process = started(environment, tmp_path, then, *flags)
-    out, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, out[-3000:]
+    process.kill()
+    worked(door("train", *flags, world_size=then))
     assert [row["world_size"] for row in read_log(run / "log.jsonl") if row["kind"] in ("start", "resume")] == [
         first,
         then,

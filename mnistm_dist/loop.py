@@ -200,6 +200,7 @@ class Trainer:
                     self.write_row(step, bar)
                 step_traced()
                 self.past.train_seconds += self.pace.stop()
+                stepped = time.monotonic()
                 evaluates = ends_run or (ends_epoch and self.epochs_done % run.evaluate_every == 0)
                 if evaluates:
                     began = time.monotonic()
@@ -222,6 +223,7 @@ class Trainer:
                     # Told before the tracker ends, which may wait for a server.
                     self.folder.tell("preempted", reason)
                     raise Preempted(reason)
+                bar.leave_out(time.monotonic() - stepped)
                 self.pace.go()
 
     def batches(self) -> Iterator[list[Batch]]:

@@ -256,6 +256,18 @@ def test_time_left_follows_the_recent_speed() -> None:
     assert progress.left() == "8:20 left"
 
 
+def test_time_left_does_not_count_an_evaluation() -> None:
+    now = [0.0]
+    progress = Progress("train", 1000, "steps", clock=lambda: now[0])
+    for step in range(501):
+        progress.advance(step, {})
+        now[0] += 0.1
+        if step == 498:
+            now[0] += 60
+            progress.leave_out(60)
+    assert progress.seconds_left == pytest.approx(50, rel=0.05)
+
+
 def test_a_resumed_run_does_not_count_what_was_done_before() -> None:
     now = [0.0]
     progress = Progress("train", 1000, "steps", start=900, clock=lambda: now[0])

@@ -38,6 +38,10 @@ class Bar:
         if self._screen and self._screen.due(self._progress):
             self._screen.show(self._progress)
 
+    def leave_out(self, seconds: float) -> None:
+        """Says that the last `seconds` went into something else: the time left does not count them."""
+        self._progress.leave_out(seconds)
+
     def __call__(self, done: int, total: int) -> None:
         """Says that `done` of `total` are done."""
         self._progress.total = total
@@ -75,6 +79,10 @@ class TrainingBar:
         if image_size is not None:
             fields["size"] = f"{image_size} px"
         self._bar.update(step, **fields)
+
+    def leave_out(self, seconds: float) -> None:
+        """Says that the last ``seconds`` went into something else, an evaluation or a save."""
+        self._bar.leave_out(seconds)
 
 
 class Console:

@@ -50,6 +50,10 @@ class Progress:
         while len(self._recent) > 2 and now - self._recent[0][0] > WINDOW_SECONDS:
             self._recent.popleft()
 
+    def leave_out(self, seconds: float) -> None:
+        """Notes that something else was done in the last `seconds`, which the recent speed is not to count."""
+        self._recent = deque((then + seconds, done) for then, done in self._recent)
+
     @property
     def elapsed(self) -> float:
         """Seconds since the beginning."""

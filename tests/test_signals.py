@@ -31,7 +31,7 @@ def test_a_signal_is_noted_by_name(stop, number):
 def test_the_first_signal_is_the_reason_and_none_counts_once_the_process_leaves(stop):
     os.kill(os.getpid(), signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGUSR1)
-    stop.close()
+    stop.close(process_ends=True)
     os.kill(os.getpid(), signal.SIGUSR1)
     assert stop.reason == "SIGTERM"
     # Not its default action either, which would kill the process while the interpreter ends.

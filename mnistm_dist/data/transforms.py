@@ -32,8 +32,6 @@ class Preprocess:
     def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device | str = "cpu") -> None:
         self.mean = torch.tensor(mean, dtype=torch.float32, device=device).view(1, -1, 1, 1)
         self.std = torch.tensor(std, dtype=torch.float32, device=device).view(1, -1, 1, 1)
-        # Of bytes, and as a factor.
-        self._centre, self._factor = 255 * self.mean.flatten(), 1 / (255 * self.std.flatten())
 
     def __call__(self, images: Tensor, size: int) -> Tensor:
         return resize(self.normalise(images), size)
@@ -43,10 +41,11 @@ class Preprocess:
         channels_last.
 
         Before the resizing, which is linear: the same result on a quarter of the pixels. By whole rows, since torch's
-        loop over three channels is short: 1 us for an image of 32 x 32 in place of 9.
+        loop over three channels is short: the same bits in a sixth of the time.
         """
         width = images.shape[2]
-        rows = images.float().flatten(2).sub_(self._centre.repeat(width)).mul_(self._factor.repeat(width))
+        mean, std = (values.flatten().repeat(width) for values in (self.mean, self.std))
+        rows = images.float().flatten(2).div_(255).sub_(mean).div_(std)
         return rows.view(images.shape).permute(0, 3, 1, 2)
 
 

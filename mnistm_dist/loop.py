@@ -200,12 +200,13 @@ class Trainer:
                     self.write_row(step, bar)
                 step_traced()
                 self.past.train_seconds += self.pace.stop()
-                stepped = time.monotonic()
                 evaluates = ends_run or (ends_epoch and self.epochs_done % run.evaluate_every == 0)
                 if evaluates:
                     began = time.monotonic()
                     self.evaluate(step)
-                    self.past.evaluate_seconds += time.monotonic() - began
+                    evaluated_in = time.monotonic() - began
+                    self.past.evaluate_seconds += evaluated_in
+                    bar.leave_out(evaluated_in)
                 own_wish = self.wish(saved_at)
                 if own_wish == SAVE:
                     # The answer comes with the next step, which must not ask for a second save.
@@ -217,13 +218,13 @@ class Trainer:
                     self.save()
                     saved_at = time.monotonic()
                     self.past.save_seconds += saved_at - began
+                    bar.leave_out(saved_at - began)
                 if wish == LEAVE and not ends_run:
                     reason = next(filter(None, self.world.gather_objects(self.stop.reason)), "a signal")
                     self.folder.log({"kind": "preempted", "step": self.steps_done, "world_size": self.world.size})
                     # Told before the tracker ends, which may wait for a server.
                     self.folder.tell("preempted", reason)
                     raise Preempted(reason)
-                bar.leave_out(time.monotonic() - stepped)
                 self.pace.go()
 
     def batches(self) -> Iterator[list[Batch]]:

@@ -167,7 +167,9 @@ def interrupted(environment, tmp_path, small_set, world_size: int, number: signa
     return run
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.soak), signal.SIGINT]
+)
 def test_a_signal_saves_and_leaves_with_75_and_the_run_goes_on(
     environment, door, tmp_path, small_set, reference, number
 ):

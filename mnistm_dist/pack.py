@@ -57,6 +57,12 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--photos", metavar="DIR", help="colour photos, for mnist+photos")
     parser.add_argument(
+        "--blends",
+        metavar="N",
+        type=whole_number(1, 1_000),
+        help="training images made of each digit, each over another patch, for mnist+photos and sample (1)",
+    )
+    parser.add_argument(
         "--val-size", metavar="N", type=whole_number(1), help="how many of the last train images become val"
     )
     parser.add_argument("--num-shards", metavar="N", type=whole_number(1), help="shards of the train split (64)")
@@ -83,7 +89,13 @@ def main(argv: list[str]) -> int:
         with console.progress("download", None, "bytes") as bar:
             path = str(download(args.download, cache_dir, progress=bar, say=console.line))
     source = open_source(
-        path, layout=args.layout, mnist=args.mnist, photos=args.photos, seed=args.seed, cache_dir=cache_dir
+        path,
+        layout=args.layout,
+        mnist=args.mnist,
+        photos=args.photos,
+        blends=args.blends,
+        seed=args.seed,
+        cache_dir=cache_dir,
     )
     for note in source.notes:
         console.warn(note)

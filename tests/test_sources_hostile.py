@@ -443,6 +443,7 @@ def test_flags_that_do_not_belong_to_a_source_are_refused(tmp_path):
         ({"source": "sample", "mnist": folder}, "the sample brings its own digits"),
         ({"source": folder, "mnist": folder}, "--mnist is for mnist"),
         ({"source": "mnist+photos", "mnist": folder}, "needs --mnist DIR"),
+        ({"source": folder, "blends": 2}, "--blends is for sample and mnist+photos, whose images are made"),
     ):
         with pytest.raises(UserError) as caught:
             open_source(**arguments)

@@ -195,6 +195,27 @@ def test_a_small_mnist_is_cut_where_the_report_cuts_the_whole_one(photos, mnist)
     assert [(s.split, s.index) for s in samples[54:57]] == [("train", 54), ("val", 0), ("val", 1)]
 
 
+def test_more_blends_give_each_training_digit_other_patches_and_leave_the_rest(tmp_path, mnist):
+    photo = np.random.default_rng(4).integers(0, 256, (300, 300, 3), np.uint8)
+    Image.fromarray(photo).save(tmp_path / "of many places.png")
+
+    def images(blends: int | None) -> dict[tuple[str, int], tuple[int, bytes]]:
+        source = open_source("mnist+photos", mnist=str(mnist), photos=str(tmp_path), blends=blends)
+        samples = list(source.samples())
+        assert len(samples) == sum(source.counts.values())
+        return {(s.split, s.index): (s.label, s.pixels.tobytes()) for s in samples}
+
+    once, thrice = images(None), images(3)
+    assert once == images(1)
+    assert len(thrice) == 3 * 55 + 17
+    assert once.items() <= thrice.items()
+    for digit in range(55):
+        blends = [thrice["train", digit + 55 * number] for number in range(3)]
+        assert len({label for label, _ in blends}) == 1
+        assert len({pixels for _, pixels in blends}) == 3
+    assert len({pixels for _, pixels in thrice.values()}) == len(thrice)
+
+
 @pytest.mark.skipif(not SHARED.exists(), reason="MNIST and photos are not in ../shared/data")
 def test_the_whole_mnist_gives_55_000_and_15_000():
     source = open_source("mnist+photos", mnist=str(SHARED / "mnist"), photos=str(SHARED / "photos"))

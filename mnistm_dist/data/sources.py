@@ -25,6 +25,7 @@ def open_source(
     layout: str | None = None,
     mnist: str | None = None,
     photos: str | None = None,
+    blends: int | None = None,
     seed: int = 0,
     cache_dir: Path | None = None,
 ) -> Source:
@@ -32,8 +33,9 @@ def open_source(
 
     `mnist` is a folder of MNIST's IDX files, or `auto` to have it downloaded: for `mnist+photos`, and for a pickle,
     which has no labels; `cache_dir` is where it then lies, by default the user's cache. `photos` is a folder of colour
-    photos. `seed` chooses photo and place of every patch that is made. Raises UserError, in one line, at whatever is
-    missing, damaged, hostile or not known.
+    photos. `blends` is how many training images are made of each digit, each over another patch; 1 where nobody says.
+    `seed` chooses photo and place of every patch that is made. Raises UserError, in one line, at whatever is missing,
+    damaged, hostile or not known.
     """
     if layout is not None and layout not in KNOWN_LAYOUTS:
         raise UserError(f"--layout {layout}: not known; known are {', '.join(KNOWN_LAYOUTS)}")
@@ -41,14 +43,17 @@ def open_source(
         raise UserError(f"--layout {layout} is for a path; {source} is made, not read")
     if photos is not None and source != "mnist+photos":
         raise UserError(f"--photos is for the source mnist+photos, not for {source}")
+    if blends is not None and source not in MADE_LAYOUTS:
+        raise UserError(f"--blends is for {' and '.join(MADE_LAYOUTS)}, whose images are made; {source} has its own")
     if source == "sample":
         if mnist is not None:
             raise UserError("--mnist is for mnist+photos and for pickles; the sample brings its own digits")
-        opened = open_sample(seed=seed)
+        opened = open_sample(seed=seed, blends=blends or 1)
     elif source == "mnist+photos":
         if mnist is None or photos is None:
             raise UserError("mnist+photos needs --mnist DIR, with MNIST's IDX files (or auto), and --photos DIR")
-        opened = open_mnist_and_photos(_mnist_folder(mnist, cache_dir), Path(photos), seed=seed)
+        folder = _mnist_folder(mnist, cache_dir)
+        opened = open_mnist_and_photos(folder, Path(photos), seed=seed, blends=blends or 1)
     else:
         opened = _open_path(Path(source), layout, mnist, cache_dir)
     for split in opened.splits:

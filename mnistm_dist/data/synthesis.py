@@ -133,10 +133,11 @@ def blend(digits: np.ndarray, photos: Photos, *, seed: int, positions: np.ndarra
     return np.where((digits > 0)[..., None], 255 - patches, patches)
 
 
-def open_sample(*, seed: int) -> Source:
+def open_sample(*, seed: int, blends: int = 1) -> Source:
     """The bundled sample: MNIST's first 10,000 training digits over free photos, 8,000 train and 2,000 val of 28 x 28.
 
     Its ingredients lie in the package (`sample/SOURCES.md`), so that it needs no file of the user and no network.
+    `blends` as in `open_mnist_and_photos`.
     """
     folder = files("mnistm_dist") / "data" / "sample"
     digits = read_digits(folder, "train")
@@ -145,17 +146,19 @@ def open_sample(*, seed: int) -> Source:
         digits=[digits],
         photos=photos,
         train=SAMPLE_TRAIN_SIZE,
+        blends=blends,
         seed=seed,
         layout="sample",
         description=f"bundled sample: {len(digits.labels)} digits of MNIST over {len(photos.names)} free photos",
     )
 
 
-def open_mnist_and_photos(mnist: Path, photos_folder: Path, *, seed: int) -> Source:
+def open_mnist_and_photos(mnist: Path, photos_folder: Path, *, seed: int, blends: int = 1) -> Source:
     """MNIST's 70,000 digits over the photos of a folder: the regenerated lineage, 55,000 train, 15,000 val, 28 x 28.
 
     Val is MNIST's last 5,000 training digits, then its 10,000 test digits, as in the source report. A smaller MNIST is
-    cut at the same fraction. Raises UserError as `read_digits` and `read_photos`.
+    cut at the same fraction. Each training digit is blended over `blends` patches, at least 1: the first is the one
+    that it has alone, and val is the same whatever their number. Raises UserError as `read_digits` and `read_photos`.
     """
     digits = [read_digits(mnist, "train"), read_digits(mnist, "test")]
     photos = read_photos(photos_folder, smallest=max(digits[0].images.shape[1:]))
@@ -164,6 +167,7 @@ def open_mnist_and_photos(mnist: Path, photos_folder: Path, *, seed: int) -> Sou
         digits=digits,
         photos=photos,
         train=total * MNIST_TRAIN_SIZE // 60_000,
+        blends=blends,
         seed=seed,
         layout="mnist+photos",
         description=f"{sum(len(part.labels) for part in digits)} digits of MNIST over {len(photos.names)} photos",
@@ -171,33 +175,42 @@ def open_mnist_and_photos(mnist: Path, photos_folder: Path, *, seed: int) -> Sou
 
 
 def _blended(
-    *, digits: Sequence[Digits], photos: Photos, train: int, seed: int, layout: str, description: str
+    *, digits: Sequence[Digits], photos: Photos, train: int, blends: int, seed: int, layout: str, description: str
 ) -> Source:
     images = np.concatenate([part.images for part in digits])
     labels = np.concatenate([part.labels for part in digits])
     return Source(
         layout=layout,
         lineage="regenerated",
-        description=description,
-        counts={"train": train, "val": len(labels) - train},
+        description=description if blends == 1 else f"{description}, {blends} patches for each training digit",
+        counts={"train": train * blends, "val": len(labels) - train},
         notes=photos.skipped,
-        read=partial(_read_blended, images, labels, photos, train, seed, layout),
+        read=partial(_read_blended, images, labels, photos, train, blends, seed, layout),
     )
 
 
 def _read_blended(
-    digits: np.ndarray, labels: np.ndarray, photos: Photos, train: int, seed: int, origin: str
+    digits: np.ndarray, labels: np.ndarray, photos: Photos, train: int, blends: int, seed: int, origin: str
 ) -> Iterator[Sample]:
-    for start in range(0, len(labels), _CHUNK):
-        positions = np.arange(start, min(start + _CHUNK, len(labels)))
-        for position, pixels in zip(
-            positions.tolist(), blend(digits[positions], photos, seed=seed, positions=positions), strict=True
+    made_train = train * blends
+    made = made_train + len(labels) - train
+    for start in range(0, made, _CHUNK):
+        numbers = np.arange(start, min(start + _CHUNK, made))
+        is_train = numbers < made_train
+        chosen = np.where(is_train, numbers % train, numbers - made_train + train)
+        # The first blend of a digit has the digit's own position; further ones lie beyond all digits.
+        positions = chosen + np.where(is_train, numbers // train, 0) * len(labels)
+        for number, digit, pixels in zip(
+            numbers.tolist(),
+            chosen.tolist(),
+            blend(digits[chosen], photos, seed=seed, positions=positions),
+            strict=True,
         ):
-            split, index = ("train", position) if position < train else ("val", position - train)
+            split, index = ("train", number) if number < made_train else ("val", number - made_train)
             yield Sample(
                 split=split,
                 index=index,
-                label=int(labels[position]),
+                label=int(labels[digit]),
                 pixels=pixels,
-                origin=f"{origin}: image {position}",
+                origin=f"{origin}: image {number}",
             )

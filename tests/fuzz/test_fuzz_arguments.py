@@ -28,7 +28,10 @@ def parse_bench(argv: list[str]) -> int:
 
 
 DOORS: dict[str, tuple[Callable[[list[str]], int], str]] = {
-    "pack": (pack.main, "--out --layout --mnist --photos --val-size --num-shards --seed --cache-dir mnist+photos"),
+    "pack": (
+        pack.main,
+        "--out --layout --mnist --photos --blends --val-size --num-shards --seed --cache-dir mnist+photos",
+    ),
     "verify": (verify.main, "set"),
     "plan": (plan.main, "--run --shards --step --world-size --batch-size --seed --order full windowed --json"),
     "evaluate": (evaluate.main, "--shards --split --checkpoint val test best"),

@@ -59,6 +59,8 @@ PACK: Mistakes = {
     "pack source --out new --layout parquet": None,
     "pack source --out new --photos photos": None,
     "pack source --out new --mnist mnist": None,
+    "pack source --out new --blends 2": None,
+    "pack sample --out new --blends 0": None,
     "pack sample --out new --mnist mnist": None,
     "pack mnist+photos --out new": None,
     "pack mnist+photos --mnist nowhere --photos photos --out new": None,

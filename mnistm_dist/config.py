@@ -60,6 +60,8 @@ class AugmentConfig:
     """Largest rotation either way, degrees."""
     scale: float = _number(0.0, low=0, high=0.9)
     """Largest relative change of size: 0.1 draws from 0.9 to 1.1."""
+    shear: float = _number(0.0, low=0, high=60)
+    """Largest slant of upright lines either way, degrees."""
     invert: float = _number(0.0, low=0, high=1)
     """Probability of inverted colours (255 - image)."""
     permute_channels: float = _number(0.0, low=0, high=1)

@@ -13,6 +13,9 @@ from mnistm_dist.data.packing import pack
 from mnistm_dist.data.samples import Sample, Source
 from mnistm_dist.data.sources import open_source
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+"""Threads of trainings that share the cores with other tests wait asleep, not spinning."""
+
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN, VAL, TEST = 320, 97, 53
 """Sizes of the small set: val and test are prime, so no batch and no world size divides them."""

@@ -6,10 +6,11 @@ import torch
 from torch.nn import functional
 
 from mnistm_dist.config import AugmentConfig
-from mnistm_dist.data.transforms import Augment, Preprocess, cut_out, permute_channels, resize
+from mnistm_dist.data.hashing import uniform
+from mnistm_dist.data.transforms import DRAWS, Augment, Preprocess, cut_out, permute_channels, resize
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
-ALL = AugmentConfig(shift=3, rotate=15, scale=0.1, invert=0.5, permute_channels=0.5, cutout=6)
+ALL = AugmentConfig(shift=3, rotate=15, scale=0.1, shear=10, invert=0.5, permute_channels=0.5, cutout=6)
 
 
 def images(count: int, size: int = 32) -> torch.Tensor:
@@ -87,6 +88,21 @@ def test_a_shift_moves_the_image_by_at_most_its_pixels():
     assert rows.abs().max() == 3
     assert columns.abs().max() == 3
     assert len(set(zip(rows.tolist(), columns.tolist(), strict=True))) > 40
+
+
+@pytest.mark.parametrize(("config", "draw", "sign"), [({"rotate": 30}, 2, 1), ({"shear": 30}, 9, -1)])
+def test_an_upright_line_leans_by_the_angle_that_was_drawn(config, draw, sign):
+    line = torch.zeros(16, 64, 64, 3, dtype=torch.uint8)
+    line[:, :, 31:33] = 255
+    positions = np.arange(16)
+    moved = Augment(AugmentConfig(**config), Preprocess((0, 0, 0), (1, 1, 1)), seed=0)(line, positions, 64)[:, 0, 16:48]
+    places = torch.arange(64) - 31.5
+    line_x = (moved * places).sum(2) / moved.sum(2)
+    rows = (torch.arange(16, 48) - 31.5).double()
+    leaning = (line_x.double() @ rows) / (rows @ rows)
+    angles = np.deg2rad(30) * (2 * uniform(0, positions, DRAWS)[:, draw] - 1)
+    assert np.ptp(angles) > 0.5
+    np.testing.assert_allclose(leaning.numpy(), sign * np.tan(angles), atol=0.02)
 
 
 def test_channels_are_permuted_in_all_six_orders():

@@ -17,9 +17,9 @@ from torch.nn import functional
 from mnistm_dist.config import AugmentConfig
 from mnistm_dist.data.hashing import uniform
 
-DRAWS = 9
+DRAWS = 10
 """Random numbers of one image: shift x and y, rotation, scale, inversion, whether and how channels are permuted,
-cutout x and y."""
+cutout x and y, shear."""
 
 
 class Preprocess:
@@ -63,7 +63,7 @@ class Augment:
 
     def __init__(self, config: AugmentConfig, preprocess: Preprocess, seed: int) -> None:
         self.config, self.preprocess, self.seed = config, preprocess, seed
-        self.moves = bool(config.shift or config.rotate or config.scale)
+        self.moves = bool(config.shift or config.rotate or config.scale or config.shear)
 
     def __call__(self, images: Tensor, positions: np.ndarray, size: int) -> Tensor:
         """uint8 (B, H, W, 3) at training ``positions`` int64 (B,) to float32 (B, 3, size, size)."""
@@ -85,19 +85,20 @@ class Augment:
         return floats
 
     def move(self, images: Tensor, draws: Tensor, size: int) -> Tensor:
-        """Rotates, scales and shifts about the centre while it resizes; beyond an edge the image is mirrored.
+        """Slants, rotates, scales and shifts about the centre while it resizes; beyond an edge the image is mirrored.
 
-        The affine map takes output to input coordinates in [-1, 1]: p_in = R(angle) p_out / scale + shift
-        (torch.nn.functional.affine_grid).
+        The affine map takes output to input coordinates in [-1, 1]: p_in = R(angle) S(slant) p_out / scale + shift,
+        with S = ((1, slant), (0, 1)) (torch.nn.functional.affine_grid).
         """
         height, width = images.shape[-2:]
         signed = draws[:, :4] * 2 - 1
         angle = signed[:, 2] * (self.config.rotate * torch.pi / 180)
         inverse_scale = 1 / (1 + signed[:, 3] * self.config.scale)
         cos, sin = torch.cos(angle) * inverse_scale, torch.sin(angle) * inverse_scale
+        slant = torch.tan((draws[:, 9] * 2 - 1) * (self.config.shear * torch.pi / 180))
         shift_x = signed[:, 0] * (2 * self.config.shift / width)
         shift_y = signed[:, 1] * (2 * self.config.shift / height)
-        theta = torch.stack([cos, -sin, shift_x, sin, cos, shift_y], dim=1).view(-1, 2, 3)
+        theta = torch.stack([cos, cos * slant - sin, shift_x, sin, sin * slant + cos, shift_y], dim=1).view(-1, 2, 3)
         grid = functional.affine_grid(theta, [len(images), 1, size, size], align_corners=False)
         return functional.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 

@@ -62,6 +62,9 @@ class AugmentConfig:
     """Largest relative change of size: 0.1 draws from 0.9 to 1.1."""
     shear: float = _number(0.0, low=0, high=60)
     """Largest slant of upright lines either way, degrees."""
+    elastic: float = _number(0.0, low=0)
+    """Largest displacement on each axis of the 5 x 5 points that bend the image smoothly, pixels of the stored
+    image."""
     invert: float = _number(0.0, low=0, high=1)
     """Probability of inverted colours (255 - image)."""
     permute_channels: float = _number(0.0, low=0, high=1)

@@ -29,7 +29,7 @@ from mnistm_dist.data.png import encode_png
 
 TABLE = re.compile(r"^\| an? ([\w -]+?) +\| (.+?) \|", re.MULTILINE)
 TINY = ("--batch-size", 8, "--image-size", 16, "--epochs", 2, "--threads", 1, "--track", "none")
-OLD = AugmentConfig(shift=3, rotate=15, scale=0.1, invert=0.5, permute_channels=0.5, cutout=6)
+OLD = AugmentConfig(shift=3, rotate=15, scale=0.1, shear=10, elastic=2, invert=0.5, permute_channels=0.5, cutout=6)
 """Everything that images can be changed by without the addition."""
 IMAGES, POSITIONS = np.random.default_rng(0).integers(0, 256, (8, 28, 28, 3), dtype=np.uint8), np.arange(8)
 

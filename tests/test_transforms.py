@@ -7,10 +7,10 @@ from torch.nn import functional
 
 from mnistm_dist.config import AugmentConfig
 from mnistm_dist.data.hashing import uniform
-from mnistm_dist.data.transforms import DRAWS, Augment, Preprocess, cut_out, permute_channels, resize
+from mnistm_dist.data.transforms import DRAWS, POINTS, Augment, Preprocess, bend, cut_out, permute_channels, resize
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
-ALL = AugmentConfig(shift=3, rotate=15, scale=0.1, shear=10, invert=0.5, permute_channels=0.5, cutout=6)
+ALL = AugmentConfig(shift=3, rotate=15, scale=0.1, shear=10, elastic=2, invert=0.5, permute_channels=0.5, cutout=6)
 
 
 def images(count: int, size: int = 32) -> torch.Tensor:
@@ -103,6 +103,27 @@ def test_an_upright_line_leans_by_the_angle_that_was_drawn(config, draw, sign):
     angles = np.deg2rad(30) * (2 * uniform(0, positions, DRAWS)[:, draw] - 1)
     assert np.ptp(angles) > 0.5
     np.testing.assert_allclose(leaning.numpy(), sign * np.tan(angles), atol=0.02)
+
+
+def test_an_elastic_bend_moves_the_points_as_drawn_and_all_between_smoothly():
+    draws = torch.from_numpy(uniform(3, np.arange(8), 2 * POINTS**2))
+    moved = bend(draws, 0.2, 0.1, 61)
+    assert moved.shape == (8, 61, 61, 2)
+    points = moved[:, :: 60 // (POINTS - 1), :: 60 // (POINTS - 1)].permute(0, 3, 1, 2).flatten(2)
+    drawn = (2 * draws - 1).view(8, 2, POINTS**2) * torch.tensor([0.2, 0.1]).view(1, 2, 1)
+    torch.testing.assert_close(points, drawn, atol=1e-6, rtol=0)
+    assert moved.diff(dim=1).abs().max() < 0.06  # of a range of 0.4, over 15 pixels between two points
+
+
+def test_an_elastic_bend_keeps_to_its_pixels():
+    dot = torch.zeros(64, 32, 32, 3, dtype=torch.uint8)
+    dot[:, 15:17, 15:17] = 255
+    moved = Augment(AugmentConfig(elastic=2), Preprocess((0, 0, 0), (1, 1, 1)), seed=0)(dot, np.arange(64), 32)[:, 0]
+    places = torch.arange(32) - 15.5
+    mass = moved.sum((1, 2))
+    by_x, by_y = (moved.sum(1) @ places) / mass, (moved.sum(2) @ places) / mass
+    assert max(by_x.abs().max(), by_y.abs().max()) < 2.5
+    assert min(by_x.std(), by_y.std()) > 0.5
 
 
 def test_channels_are_permuted_in_all_six_orders():

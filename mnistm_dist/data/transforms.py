@@ -17,9 +17,11 @@ from torch.nn import functional
 from mnistm_dist.config import AugmentConfig
 from mnistm_dist.data.hashing import uniform
 
-DRAWS = 10
+POINTS = 5
+"""Points on a side of the square grid that an elastic deformation displaces."""
+DRAWS = 60
 """Random numbers of one image: shift x and y, rotation, scale, inversion, whether and how channels are permuted,
-cutout x and y, shear."""
+cutout x and y, shear, displacement in x of each of the points, then in y."""
 
 
 class Preprocess:
@@ -63,7 +65,7 @@ class Augment:
 
     def __init__(self, config: AugmentConfig, preprocess: Preprocess, seed: int) -> None:
         self.config, self.preprocess, self.seed = config, preprocess, seed
-        self.moves = bool(config.shift or config.rotate or config.scale or config.shear)
+        self.moves = bool(config.shift or config.rotate or config.scale or config.shear or config.elastic)
 
     def __call__(self, images: Tensor, positions: np.ndarray, size: int) -> Tensor:
         """uint8 (B, H, W, 3) at training ``positions`` int64 (B,) to float32 (B, 3, size, size)."""
@@ -88,7 +90,7 @@ class Augment:
         """Slants, rotates, scales and shifts about the centre while it resizes; beyond an edge the image is mirrored.
 
         The affine map takes output to input coordinates in [-1, 1]: p_in = R(angle) S(slant) p_out / scale + shift,
-        with S = ((1, slant), (0, 1)) (torch.nn.functional.affine_grid).
+        with S = ((1, slant), (0, 1)) (torch.nn.functional.affine_grid), plus the elastic displacement of p_out.
         """
         height, width = images.shape[-2:]
         signed = draws[:, :4] * 2 - 1
@@ -100,7 +102,26 @@ class Augment:
         shift_y = signed[:, 1] * (2 * self.config.shift / height)
         theta = torch.stack([cos, cos * slant - sin, shift_x, sin, sin * slant + cos, shift_y], dim=1).view(-1, 2, 3)
         grid = functional.affine_grid(theta, [len(images), 1, size, size], align_corners=False)
+        if self.config.elastic:
+            grid += bend(
+                draws[:, 10 : 10 + 2 * POINTS**2],
+                2 * self.config.elastic / width,
+                2 * self.config.elastic / height,
+                size,
+            )
         return functional.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+
+
+def bend(draws: Tensor, reach_x: float, reach_y: float, size: int) -> Tensor:
+    """A smooth displacement of every pixel, float (B, size, size, 2), x and y of an affine grid.
+
+    ``draws`` (B, 50) in [0, 1) displace 5 x 5 points by up to ``reach_x`` and ``reach_y``, between which it is bicubic:
+    the elastic deformation of Simard et al. 2003, "Best practices for convolutional neural networks applied to visual
+    document analysis", by a coarse grid in place of a Gaussian filter.
+    """
+    points = (draws * 2 - 1).view(-1, 2, POINTS, POINTS)
+    smooth = functional.interpolate(points, (size, size), mode="bicubic", align_corners=True)
+    return smooth.permute(0, 2, 3, 1) * smooth.new_tensor([reach_x, reach_y])
 
 
 CHANNEL_ORDERS = tuple(itertools.permutations(range(3)))

@@ -76,7 +76,7 @@ def main(argv: list[str]) -> int:
                 shards.split(args.split)
                 splits = [args.split]
             has_test = "test" in shards.manifest.splits
-            checkpoint, how = world.together(lambda: choose_checkpoint(run_dir, args.checkpoint, has_test=has_test))
+            checkpoint, how = world.on_main(lambda: choose_checkpoint(run_dir, args.checkpoint, has_test=has_test))
             readers = open_readers(shards, config.data, splits, world, console)
             world = world.set_up()
             results = evaluate_checkpoint(run_dir, checkpoint, config, world, console, shards, readers)
@@ -145,7 +145,9 @@ def evaluate_checkpoint(
 
     classes = shards.manifest.classes
     model = place(create_model(len(classes), config.schedule.seed), world.device, config.machine.memory_format)
-    world.together(lambda: checkpoints.load_model(checkpoint.path, model))
+    # Rank 0 alone reads it: on a network's file system another node may see what was just written a minute later.
+    world.on_main(lambda: checkpoints.load_model(checkpoint.path, model))
+    world.broadcast(model.parameters())
     # Normalised as in training, also where the images of another set are scored.
     preprocess = Preprocess(checkpoint.state["mean"], checkpoint.state["std"], world.device)
     results: dict[str, Any] = {}

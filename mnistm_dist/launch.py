@@ -1,6 +1,6 @@
 """From a request to what a run works with: which run to go on with, the data, every ``auto`` settled.
 
-1. `choose_start`: the configuration, and the checkpoint to go on from.
+1. `choose_start`: the configuration, and the checkpoint to go on from; `agree`: the same on every rank.
 2. `open_set`, `open_readers`: the shards, a reader of each split.
 3. `resolve`: every ``auto``, once; the result is written to the run's ``config.yaml`` and kept at a resume.
 4. `choose_run_dir`, `take_folder`: the run folder, held.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import socket
 import sys
 import time
 from collections.abc import Iterable
@@ -79,6 +80,33 @@ def choose_start(request: Request) -> tuple[Config | None, Checkpoint | None]:
         return configuration.replace(from_request(request), run_dir=str(run_dir)), None
     config = at_resume(configuration.load(run_dir / "config.yaml"), request)
     return configuration.replace(config, run_dir=str(run_dir)), found
+
+
+def agree(config: Config, checkpoint: Checkpoint | None, world: World) -> Checkpoint | None:
+    """Rank 0's ``checkpoint``, on every rank. All ranks take part.
+
+    Raises `UserError` where a rank has another ``config``, or does not see that checkpoint: a run folder on each node's
+    own disk.
+    """
+    host, mine = socket.gethostname(), configuration.fields_of(config)
+    main_host, theirs, chosen = world.share((host, mine, checkpoint))
+
+    def compare() -> None:
+        # Each node may have a folder of its own for its cache.
+        others = [name for name in mine if mine[name] != theirs[name] and name != "cache_dir"]
+        if others:
+            raise UserError(
+                f"configuration: {', '.join(others)} of rank {world.rank} on {host} is not that of rank 0 on "
+                f"{main_host}; start all ranks alike, with the run folder on a file system that all nodes see"
+            )
+        if chosen is not None and not chosen.path.is_dir():
+            raise UserError(
+                f"checkpoint {chosen.path}: rank 0 on {main_host} sees it, rank {world.rank} on {host} does not; put "
+                "the run folder on a file system that all nodes see"
+            )
+
+    world.together(compare)
+    return chosen
 
 
 def say_on_main(text: str) -> None:

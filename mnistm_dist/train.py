@@ -64,10 +64,11 @@ def main(argv: list[str]) -> int:
 
 def train(config: Config, checkpoint: Checkpoint | None, world: World, console: Console, stop: StopRequest) -> int:
     """Steps 2 to 5 of a run. All ranks take part."""
-    from mnistm_dist.launch import choose_run_dir, open_readers, open_set, resolve, take_folder
+    from mnistm_dist.launch import agree, choose_run_dir, open_readers, open_set, resolve, take_folder
     from mnistm_dist.loop import Preempted, Trainer
     from mnistm_dist.training.lost import lost_processes
 
+    checkpoint = agree(config, checkpoint, world)
     shards = open_set(config.data, world, console)
     config = world.together(lambda: resolve(config, world, shards.manifest))
     readers = open_readers(shards, config.data, shards.manifest.splits, world, console)
@@ -103,8 +104,7 @@ def finish(trainer: Trainer) -> None:
 
     world, folder, console = trainer.world, trainer.folder, trainer.console
     readers = {split: reader for split, reader in trainer.readers.items() if split != "train"}
-    # All ranks read the same files: rank 0 has written the last checkpoint before `save` let any of them go on.
-    checkpoint, how = world.together(lambda: choose_checkpoint(folder.path, "chosen", has_test="test" in readers))
+    checkpoint, how = world.on_main(lambda: choose_checkpoint(folder.path, "chosen", has_test="test" in readers))
     results = evaluate_checkpoint(folder.path, checkpoint, trainer.config, world, console, trainer.shards, readers)
     if not world.is_main:
         return

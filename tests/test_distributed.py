@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from conftest import ROOT, launcher, refused, worked
 
 from mnistm_dist.errors import NodeError, UserError
 from mnistm_dist.training.resources import check_gpus, check_world_size, default_threads
-from mnistm_dist.training.run_folder import read_state
+from mnistm_dist.training.run_folder import read_state, write_state
 
 QUICK = (
     *("--recipe", "fast", "--batch-size", 32, "--image-size", 28, "--epochs", 2, "--max-steps", 4),
@@ -211,3 +212,24 @@ def test_a_mistake_that_one_rank_finds_is_told_and_ends_all_in_bounded_time(door
     done = door("train", *flags, world_size=2, timeout=100, **injected)
     assert f"error: a mistake that only rank {rank} finds" in done.stderr.splitlines()
     assert read_state(tmp_path / "run")["state"] == "failed"
+
+
+def test_nodes_without_a_shared_run_folder_train_to_the_end_and_are_refused_at_a_resume(door, small_set, tmp_path):
+    flags = ("--shards", small_set, "--run-dir", "run", "--resume", "auto", *QUICK)
+    apart = {"world_size": 2, "before": "injected:a_folder_for_each_rank", "timeout": 120}
+    worked(door("train", *flags, **apart))
+    run = tmp_path / "rank0" / "run"
+    assert read_state(run)["state"] == "finished"
+    assert (run / "predictions_val.csv").stat().st_size > 0
+    assert not (tmp_path / "rank1" / "run").exists()
+    write_state(run, "preempted", 4)
+    error = refused(door("train", *flags, **apart))
+    assert "of rank 1 on " in error
+    assert error.endswith("start all ranks alike, with the run folder on a file system that all nodes see")
+    (tmp_path / "rank1" / "run").mkdir()
+    (tmp_path / "rank1" / "run" / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
+    found = run / "checkpoints" / "step-00000004"
+    (tmp_path / "rank1" / "run" / "checkpoints").mkdir()
+    shutil.copytree(found, tmp_path / "rank1" / "run" / "checkpoints" / "step-00000002")
+    error = refused(door("train", *flags, **apart))
+    assert error.startswith("error: checkpoint run/checkpoints/step-00000004: rank 0 on ")

@@ -11,7 +11,7 @@ import os
 import socket
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -127,11 +127,11 @@ class World:
         dist.all_gather(gathered, values.contiguous())
         return torch.cat(gathered, dim=1)
 
-    def broadcast_buffers(self, model: nn.Module) -> None:
-        """Rank 0's BatchNorm statistics to every rank, since each has its own after training. All ranks take part."""
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Rank 0's values into every rank's ``tensors``. All ranks take part."""
         if self.size > 1:
-            for buffer in model.buffers():
-                dist.broadcast(buffer, src=0)
+            for tensor in tensors:
+                dist.broadcast(tensor.detach(), src=0)
 
     def set_up(self) -> World:
         """This world once the data is open: from here on no wait for a lost process is longer than

@@ -60,7 +60,8 @@ def predict_split(
     the samples that this rank has done, times the world size. Raises `UserError` for shards that were damaged since
     ``reader`` was opened.
     """
-    world.broadcast_buffers(model)
+    # Each rank has BatchNorm statistics of its own after training.
+    world.broadcast(model.buffers())
     ids, labels, probabilities = _predict(world, model, preprocess, reader, image_size, progress)
     gathered = world.gather_on_main((ids, labels, probabilities))
     if gathered is None:

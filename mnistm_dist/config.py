@@ -44,7 +44,7 @@ class DataConfig:
     """resident: decoded once per node, then mapped; streaming: shards read in order, in bounded memory (windowed order
     only)."""
     workers: Auto | int = _number("auto", low=0)
-    """Decoding workers per process. auto: the cores over the local processes."""
+    """Decoding threads. auto: all cores of the node while a resident set is decoded; while streaming, ``threads``."""
     cache_dir: str | None = None
     """Folder of decoded and fetched sets. None: $MNISTM_DIST_CACHE, a node-local folder under Slurm, else the user's
     cache."""

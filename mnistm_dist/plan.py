@@ -85,7 +85,9 @@ def create_parser() -> ArgumentParser:
         "--step", type=whole_number(0, 2**40), required=True, metavar="S", help="counted from 0, as its epoch is"
     )
     parser.add_argument("--world-size", type=whole_number(1, 2**20), default=1, metavar="W", help="default: 1")
-    parser.add_argument("--batch-size", type=whole_number(1, 2**20), metavar="B", help="with --shards: images per step")
+    parser.add_argument(
+        "--batch-size", type=whole_number(1, 2**20), metavar="B", help="with --shards: images per step (fast's)"
+    )
     parser.add_argument("--seed", type=whole_number(0, 2**63 - 1), metavar="N", help="with --shards: the run's seed")
     parser.add_argument("--order", choices=("auto", "full", "windowed"), help="with --shards: the training order")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -18,9 +18,7 @@ SEVERAL = Path("report.html")
 
 def main(argv: list[str]) -> int:
     """Writes the report and returns the exit code: 0, also where parts of a run are missing, which it names."""
-    parser = ArgumentParser(
-        prog="python -m mnistm_dist.report", description="Write the report of runs as one HTML file."
-    )
+    parser = ArgumentParser(prog="python -m mnistm_dist.report", description=__doc__)
     parser.add_argument("run", nargs="+", type=Path, metavar="RUN", help="a run folder; several are compared")
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help=f"where to write (default: RUN/report.html; of several: {SEVERAL})"

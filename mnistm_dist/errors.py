@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 _MOST_CHARACTERS = 2_500
 """Of a message: what a person gave may be longer than a terminal is high."""
@@ -33,8 +34,19 @@ class RankError(UserError):
     """A mistake that this process alone has found, so that it tells it, whatever its rank."""
 
 
-class LostProcess(RuntimeError):
+class LostProcess(Exception):
     """Another process of the run has gone, in one line, which each that is left tells: rank 0 may be the one."""
+
+
+@contextmanager
+def before_joining() -> Iterator[None]:
+    """A mistake that is found inside is told by the first process of each node: no rank knows yet what others find."""
+    try:
+        yield
+    except NodeError:
+        raise
+    except UserError as error:
+        raise NodeError(str(error)) from error
 
 
 def tell_error(text: str, *, teller: str | None = "RANK") -> None:

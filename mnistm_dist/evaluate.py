@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mnistm_dist.errors import UserError, run_door
+from mnistm_dist.errors import UserError, before_joining, run_door
 from mnistm_dist.flags import ArgumentParser
 
 if TYPE_CHECKING:
@@ -47,29 +47,28 @@ def main(argv: list[str]) -> int:
     from mnistm_dist.training.lost import lost_processes
     from mnistm_dist.training.resources import native_precisions
     from mnistm_dist.training.run_folder import is_held
+    from mnistm_dist.training.signals import die_with_launcher
 
     run_dir = Path(args.run)
-    if not (run_dir / "config.yaml").is_file():
-        raise UserError(f"{run_dir}: no run folder (no config.yaml); name one, such as runs/NAME")
-    if is_held(run_dir):
-        raise UserError(f"{run_dir}: a live run holds it; wait for its end")
-    config = configuration.load(run_dir / "config.yaml")
-    if args.shards:
-        config = configuration.replace(config, shards=args.shards)
+    with before_joining():
+        if not (run_dir / "config.yaml").is_file():
+            raise UserError(f"{run_dir}: no run folder (no config.yaml); name one, such as runs/NAME")
+        if is_held(run_dir):
+            raise UserError(f"{run_dir}: a live run holds it; wait for its end")
+        config = configuration.load(run_dir / "config.yaml")
+        if args.shards:
+            config = configuration.replace(config, shards=args.shards)
     machine = replace(config.machine, threads="auto")
     emulated = machine.precision not in ("auto", *native_precisions())
     if emulated:
         machine = replace(machine, precision="fp32")
-    world = distributed.start(
-        machine,
-        expect_world_size=None,
-        collective_timeout=config.run.collective_timeout,
-    )
-    console = Console(enabled=world.is_main)
-    if emulated:
-        console.warn(f"precision: the run's {config.machine.precision} is not native here; scored in fp32")
-    try:
-        with lost_processes(config.run.collective_timeout):
+    die_with_launcher()
+    timeout = config.run.collective_timeout
+    with distributed.joined(machine, expect_world_size=None, collective_timeout=timeout) as world:
+        console = Console(enabled=world.is_main)
+        if emulated:
+            console.warn(f"precision: the run's {config.machine.precision} is not native here; scored in fp32")
+        with console.library_warnings(), lost_processes(timeout):
             shards = open_set(config.data, world, console)
             splits = [split for split in ("val", "test") if split in shards.manifest.splits]
             if args.split is not None:
@@ -81,12 +80,13 @@ def main(argv: list[str]) -> int:
             world = world.set_up()
             results = evaluate_checkpoint(run_dir, checkpoint, config, world, console, shards, readers)
             if world.is_main:
-                summary = read_summary(run_dir) | {"checkpoint": how} | results
+                summary = read_summary(run_dir)
+                if summary.get("checkpoint") != how or args.shards:
+                    # The other split's numbers are another checkpoint's, or another set's.
+                    summary = {name: value for name, value in summary.items() if name not in ("val", "test")}
+                summary = summary | {"checkpoint": how} | results
                 write_summary(run_dir, summary)
                 tell_result(console, run_dir, summary, list(results))
-    except UserError as error:
-        raise world.leave_with(error) from error
-    world.leave()
     return 0
 
 
@@ -99,24 +99,25 @@ def choose_checkpoint(run_dir: Path, which: str, *, has_test: bool) -> tuple[Che
     from mnistm_dist.training import checkpoint as checkpoints
     from mnistm_dist.training.checkpoint_state import check_state
 
-    complaints: list[str] = []
-    if which in ("best", "last", "chosen"):
+    if which not in ("best", "last", "chosen"):
+        found, chosen = checkpoints.open_checkpoint(Path(which)), "named"
+    else:
+        complaints: list[str] = []
         last = checkpoints.newest(run_dir, complaints.append)
         if last is None:
             told = f" ({complaints[0]})" if complaints else ""
             raise UserError(f"{run_dir}: no whole checkpoint in it{told}; train --resume {run_dir} makes one")
         check_state(last)
         best = last.state["past"]["best"]
-        wanted, chosen = last.path, "last"
+        found, chosen = last, "last"
         if which == "best" and best is None:
             raise UserError(
                 f"{run_dir}: nothing was evaluated on val, so there is no best checkpoint; use --checkpoint last"
             )
         if best is not None and (which == "best" or (which == "chosen" and has_test)):
-            wanted, chosen = run_dir / "checkpoints" / f"step-{best['step']:08d}", "best on val"
-        found = last if wanted == last.path else checkpoints.open_checkpoint(wanted)
-    else:
-        found, chosen = checkpoints.open_checkpoint(Path(which)), "named"
+            chosen = "best on val"
+            if best["step"] != last.step:
+                found = checkpoints.open_checkpoint(checkpoints.folder_of(run_dir, best["step"]))
     check_state(found)
     how = {
         "step": found.step,

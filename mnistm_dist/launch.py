@@ -59,7 +59,7 @@ def choose_start(request: Request) -> tuple[Config | None, Checkpoint | None]:
     if resume == "auto" and named is None:
         raise UserError("resume: auto needs --run-dir, to know which run to go on with")
     target = Path(str(named) if resume == "auto" else resume)
-    one = target.name.startswith("step-") and target.parent.name == "checkpoints"
+    one = checkpoints.is_one(target)
     run_dir = target.parents[1] if one else target
     if resume != "auto" and not (run_dir / "config.yaml").is_file():
         raise UserError(
@@ -72,7 +72,7 @@ def choose_start(request: Request) -> tuple[Config | None, Checkpoint | None]:
         cut = configuration.load(run_dir / "config.yaml").run.max_steps
         more = ""
         if cut is not None and cut == state.get("step"):
-            more = f"; --resume {run_dir / 'checkpoints' / f'step-{cut:08d}'} goes on beyond its --max-steps"
+            more = f"; --resume {checkpoints.folder_of(run_dir, cut)} goes on beyond its --max-steps"
         say_on_main(f"{run_dir} is finished: nothing to do (python -m mnistm_dist.report {run_dir} shows it){more}")
         return None, None
     found = checkpoints.open_checkpoint(target) if one else checkpoints.newest(run_dir, say_on_main)
@@ -85,10 +85,11 @@ def choose_start(request: Request) -> tuple[Config | None, Checkpoint | None]:
 def agree(config: Config, checkpoint: Checkpoint | None, world: World) -> Checkpoint | None:
     """Rank 0's ``checkpoint``, on every rank. All ranks take part.
 
-    Raises `UserError` where a rank has another ``config``, or does not see that checkpoint: a run folder on each node's
-    own disk.
+    Raises `UserError` where a rank has another ``config`` or precision, or does not see that checkpoint: a run folder
+    on each node's own disk.
     """
-    host, mine = socket.gethostname(), configuration.fields_of(config)
+    host = socket.gethostname()
+    mine = {**configuration.fields_of(config), "device": world.device.type, "precision": world.precision}
     main_host, theirs, chosen = world.share((host, mine, checkpoint))
 
     def compare() -> None:
@@ -97,7 +98,8 @@ def agree(config: Config, checkpoint: Checkpoint | None, world: World) -> Checkp
         if others:
             raise UserError(
                 f"configuration: {', '.join(others)} of rank {world.rank} on {host} is not that of rank 0 on "
-                f"{main_host}; start all ranks alike, with the run folder on a file system that all nodes see"
+                f"{main_host}; start all ranks alike, on nodes of one kind, with the run folder on a file system that "
+                "all nodes see"
             )
         if chosen is not None and not chosen.path.is_dir():
             raise UserError(
@@ -175,7 +177,8 @@ def resolve(config: Config, world: World, manifest: Manifest) -> Config:
     accumulation(batch_size=batch_size, world_size=world.size, micro_batch=micro_batch)
     if micro_batch < 2:
         raise UserError(
-            f"micro_batch: {micro_batch} image per forward; BatchNorm needs at least 2: use a larger --batch-size"
+            f"micro_batch: {micro_batch} image per forward; BatchNorm needs at least 2: use a larger --batch-size or "
+            "--micro-batch"
         )
     order, data, streams = choose_reading(config.data, manifest, batch_size=batch_size, world_size=world.size)
     return configuration.replace(
@@ -207,7 +210,7 @@ def take_folder(run_dir: Path, *, resume: str | None, checkpoint: Checkpoint | N
     (it waited for the data, say): what that job learnt would be thrown away.
     """
     folder = RunFolder(run_dir, active=active)
-    if not active or (resume is not None and Path(resume).name.startswith("step-")):
+    if not active or (resume is not None and checkpoints.is_one(Path(resume))):
         return folder
     newest = checkpoints.newest(run_dir, lambda _: None)
     before, now = (found.step if found else 0 for found in (checkpoint, newest))

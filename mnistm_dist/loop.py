@@ -6,10 +6,12 @@ rank 0's clock, decides for all. Saving, logging and evaluating change nothing i
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from typing import Any
 
 import torch
 
@@ -89,6 +91,7 @@ class Trainer:
         self.past = Past()
         self.steps_done = 0
         self.window, self.train_loss = LossWindow(world), float("nan")
+        self.norm_before_clipping: torch.Tensor | None = None
         self.pace = Pace(0)
 
     @property
@@ -119,14 +122,13 @@ class Trainer:
             say=self.console.line,
         )
         self.console.header("mnistm_dist", header_rows(self))
-        if self.config.run.checks and checkpoint is None:
-            self.check()
 
     def open_folder(self, kind: str) -> None:
         """Writes what a run folder holds from the start. Rank 0 writes."""
         self.folder.cut_log(self.steps_done)
-        if self.world.is_main:
-            checkpoints.discard_after(self.folder.path, self.steps_done)
+        if not self.world.is_main:
+            return
+        checkpoints.discard_after(self.folder.path, self.steps_done)
         self.folder.write("config.yaml", configuration.dump(self.config))
         self.folder.write_json("environment.json", describe_environment(self.world))
         self.folder.write_json("architecture.json", architecture(self.model, max(self.config.schedule.image_size)))
@@ -169,13 +171,16 @@ class Trainer:
         if self.world.accelerator.scaler is not None:
             self.world.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
         self.past = Past(**checkpoint.state["past"])
+        if self.past.best and not checkpoints.folder_of(self.folder.path, self.past.best["step"]).is_dir():
+            # Pruned for a better one, which was damaged or lies beyond the step that this resume begins at.
+            self.past.best = None
         self.steps_done = checkpoint.step
         self.window, self.pace = LossWindow(self.world, self.past.pending), Pace(checkpoint.step)
         before = checkpoint.state["micro_batch"]
         if before != self.config.schedule.micro_batch:
             self.console.warn(
                 f"micro_batch: {before} until now, {self.config.schedule.micro_batch} from here on; "
-                "BatchNorm's statistics are over fewer images"
+                "BatchNorm's statistics are over another number of images"
             )
         if checkpoint.state["threads"] != self.config.machine.threads:
             self.console.warn(
@@ -255,7 +260,7 @@ class Trainer:
         rate = self.learning_rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        losses = train_step(
+        losses, self.norm_before_clipping = train_step(
             self.world,
             self.wrapped,
             self.optimizer,
@@ -278,15 +283,17 @@ class Trainer:
         epoch, rate = self.epoch(step), self.learning_rate(step)
         speed, image_size = steps * self.config.schedule.batch_size / seconds, self.image_size(epoch)
         self.train_loss = self.window.take()
-        row = {
+        norm = gradient_norm(self.model) if self.norm_before_clipping is None else float(self.norm_before_clipping)
+        row: dict[str, Any] = {
             "train/loss": self.train_loss,
             "train/learning_rate": rate,
             "train/images_per_second": speed,
-            "train/gradient_norm": gradient_norm(self.model),
+            # None: it overflowed fp16, and the step was left out.
+            "train/gradient_norm": norm if math.isfinite(norm) else None,
             "train/image_size": image_size,
         }
         self.folder.log({"kind": "train", "step": self.steps_done, "epoch": epoch, **row})
-        self.tracker.log(row, step=self.steps_done)
+        self.tracker.log({name: value for name, value in row.items() if value is not None}, step=self.steps_done)
         bar.update(
             self.steps_done,
             epoch=epoch,
@@ -320,10 +327,12 @@ class Trainer:
         positions = step_positions(error.step, batch_size=self.config.schedule.batch_size)
         keys = self.shards.keys("train", self.order.ids(positions))
         good = checkpoints.newest(self.folder.path, self.console.line) if self.world.is_main else None
+        kept = self.world.share(str(good.path) if good else "none")
         return UserError(
             f"{error}; keys of its batch: {' '.join(keys[:16])}{' ...' if len(keys) > 16 else ''} "
             f"(python -m mnistm_dist.plan --run {self.folder.path} --step {error.step} shows all); "
-            f"last good checkpoint: {good.path if good else 'none'}; try a smaller --learning-rate or --precision fp32"
+            f"last good checkpoint: {kept}; a resume repeats it: start a new run with a smaller --learning-rate or "
+            "--precision fp32"
         )
 
     def evaluate(self, step: int) -> None:
@@ -382,5 +391,5 @@ class Trainer:
                 "std": self.manifest.splits["train"].std,
             },
         )
-        best = f"step-{self.past.best['step']:08d}" if self.past.best else None
+        best = checkpoints.folder_of(self.folder.path, self.past.best["step"]).name if self.past.best else None
         checkpoints.prune(self.folder.path, keep=self.config.run.keep, best=best)

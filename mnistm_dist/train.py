@@ -16,7 +16,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from mnistm_dist.errors import EXIT_PREEMPTED, UserError, run_door
+from mnistm_dist.errors import EXIT_PREEMPTED, before_joining, run_door
 from mnistm_dist.flags import parse_flags
 
 if TYPE_CHECKING:
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 def main(argv: list[str]) -> int:
     """Trains, and returns the exit code: 0 finished, 2 a person's mistake, 75 saved and left after a signal."""
-    request = parse_flags(argv)
+    with before_joining():
+        request = parse_flags(argv)
     # Heavy imports come after the flags, so that --help and a mistyped flag answer at once.
     from mnistm_dist.launch import choose_start
     from mnistm_dist.reporting.console import Console
@@ -38,26 +39,22 @@ def main(argv: list[str]) -> int:
     from mnistm_dist.training.lost import lost_processes
     from mnistm_dist.training.signals import StopRequest, die_with_launcher, parse_signals
 
-    config, checkpoint = choose_start(request)
+    with before_joining():
+        config, checkpoint = choose_start(request)
     if config is None:
         return 0
     stop = StopRequest()
     stop.install(parse_signals(config.run.signals))
     try:
         die_with_launcher()
-        world = distributed.start(
+        with distributed.joined(
             config.machine,
             expect_world_size=config.run.expect_world_size,
             collective_timeout=config.run.collective_timeout,
-        )
-        console = Console(enabled=world.is_main)
-        try:
+        ) as world:
+            console = Console(enabled=world.is_main)
             with console.library_warnings(), lost_processes(config.run.collective_timeout):
-                code = train(config, checkpoint, world, console, stop)
-        except UserError as error:
-            raise world.leave_with(error) from error
-        world.leave()
-        return code
+                return train(config, checkpoint, world, console, stop)
     finally:
         stop.close(process_ends=__name__ == "__main__")
 
@@ -82,6 +79,8 @@ def train(config: Config, checkpoint: Checkpoint | None, world: World, console: 
         trainer.begin(checkpoint)
         try:
             with trainer.tracking():
+                if config.run.checks and checkpoint is None:
+                    trainer.check()
                 trainer.train()
                 finish(trainer)
         except Preempted as preempted:

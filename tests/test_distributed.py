@@ -225,7 +225,7 @@ def test_nodes_without_a_shared_run_folder_train_to_the_end_and_are_refused_at_a
     write_state(run, "preempted", 4)
     error = refused(door("train", *flags, **apart))
     assert "of rank 1 on " in error
-    assert error.endswith("start all ranks alike, with the run folder on a file system that all nodes see")
+    assert error.endswith("on nodes of one kind, with the run folder on a file system that all nodes see")
     (tmp_path / "rank1" / "run").mkdir()
     (tmp_path / "rank1" / "run" / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
     found = run / "checkpoints" / "step-00000004"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import resource
+import re
 import subprocess
 import sys
 import time
@@ -53,7 +52,7 @@ def launch(command: Sequence[str], run_dir: Path, until: Callable[[list[LogRow]]
         launched = time.time()
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
         try:
-            usage = _watch(process, run_dir / "log.jsonl", until, every)
+            peak = _watch(process, run_dir / "log.jsonl", until, every)
         finally:
             # Only after an exception, such as Ctrl-C, is it still there.
             if process.returncode is None:
@@ -61,7 +60,7 @@ def launch(command: Sequence[str], run_dir: Path, until: Callable[[list[LogRow]]
     if process.returncode not in (0, EXIT_PREEMPTED):
         words = last_words(said.read_text(errors="replace"))
         raise UserError(f"{' '.join(command)}: exit code {process.returncode}: {words}")
-    return Launched(rows=read_log(run_dir / "log.jsonl"), launched=launched, peak_megabytes=peak_megabytes(usage))
+    return Launched(rows=read_log(run_dir / "log.jsonl"), launched=launched, peak_megabytes=peak)
 
 
 def last_words(output: str) -> str:
@@ -80,28 +79,31 @@ def _leave(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _watch(
-    process: subprocess.Popen[bytes], log: Path, until: Callable[[list[LogRow]], bool], every: float
-) -> resource.struct_rusage:
-    """Waits for the end, which it brings about once ``until`` the log holds; gives what the process used."""
+def _watch(process: subprocess.Popen[bytes], log: Path, until: Callable[[list[LogRow]], bool], every: float) -> float:
+    """Waits for the end, which it brings about once ``until`` the log holds; gives the largest resident memory that the
+    process was seen with, megabytes."""
     asked: float | None = None
-    while True:
-        # wait4 instead of poll(), for what the process used.
-        pid, status, usage = os.wait4(process.pid, os.WNOHANG)
-        if pid:
-            process.returncode = os.waitstatus_to_exitcode(status)
-            return usage
+    peak = 0.0
+    while process.poll() is None:
+        peak = max(peak, peak_megabytes(process.pid))
         if asked is None and until(read_log(log)):
             process.terminate()
             asked = time.monotonic()
         if asked is not None and time.monotonic() - asked > STOP_SECONDS:
             raise UserError(f"{log.parent}: the training did not leave within {STOP_SECONDS:.0f} s after SIGTERM")
         time.sleep(every)
+    return peak
 
 
-def peak_megabytes(usage: resource.struct_rusage) -> float:
-    """The largest resident memory of a process (getrusage(2): kilobytes on Linux, bytes on macOS)."""
-    return usage.ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+def peak_megabytes(pid: int) -> float:
+    """The largest resident memory of a process until now; 0 where it has ended. Not that of getrusage(2), which begins
+    with what the parent had."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0.0
+    found = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
+    return int(found[1]) * 1.024e-3 if found else 0.0
 
 
 def has_trained(rows: list[LogRow]) -> bool:

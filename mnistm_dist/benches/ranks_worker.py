@@ -43,18 +43,17 @@ def main(argv: list[str]) -> int:
     data = world.together(
         lambda: open_resident(shards, "train", cache_dir=cache_dir, device=world.device, workers=world.threads)
     )
-    rates, with_gradients, without = [], [], []
+    with_gradients, without = [], []
     with TrainerInRounds(config, world, shards, data, folder / "run") as rounds:
         rounds.steps(steps)
         for _ in range(BLOCKS):
             with_gradients.append(rounds.steps(steps))
-            if world.is_main:
-                rates.append(rounds.folder.rows[-1]["train/images_per_second"])
             if world.size > 1:
                 # Around the whole step: no backward in it sends gradients.
                 with world.accelerator.no_sync(rounds.trainer.wrapped):
                     without.append(rounds.steps(steps))
     if world.is_main:
+        rates = [found.images / found.seconds for found in with_gradients]
         images = sum(found.images for found in with_gradients)
         more = {}
         if without:

@@ -62,7 +62,7 @@ def save(
     tensors = optimizer_tensors(model, optimizer)
     if averaged is not None:
         tensors |= {f"model.{name}": value for name, value in model.state_dict().items()}
-    final = run_dir / "checkpoints" / f"step-{step:08d}"
+    final = folder_of(run_dir, step)
     temporary = final.with_name(f".{final.name}.{os.getpid()}")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -102,8 +102,18 @@ def prune(run_dir: Path, *, keep: int, best: str | None) -> None:
 def discard_after(run_dir: Path, step: int) -> None:
     """Removes the checkpoints of later steps: torn ones, and those of a run that goes on from an earlier one."""
     for path in (run_dir / "checkpoints").glob("step-*"):
-        if path.name > f"step-{step:08d}":
+        if path.name > folder_of(run_dir, step).name:
             _discard(path)
+
+
+def folder_of(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint of ``step`` lies, if there is one."""
+    return run_dir / "checkpoints" / f"step-{step:08d}"
+
+
+def is_one(path: Path) -> bool:
+    """Whether a path is, by its name, a checkpoint of a run, not a run."""
+    return path.name.startswith("step-") and path.parent.name == "checkpoints"
 
 
 def newest(run_dir: Path, tell: Callable[[str], None]) -> Checkpoint | None:

@@ -11,10 +11,11 @@ import os
 import socket
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import Tensor, nn
 
 from mnistm_dist.config import MachineConfig
-from mnistm_dist.errors import NodeError, RankError, UserError
+from mnistm_dist.errors import NodeError, RankError, UserError, before_joining
 from mnistm_dist.training.resources import (
     Environment,
     Precision,
@@ -40,8 +41,9 @@ SETUP_TIMEOUT = timedelta(hours=12)
 """Limit of the waits until the data is open: one node may decode for long while the others wait for it."""
 HEAD_PATIENCE = 300.0
 """Seconds in which rank 0 must listen: the processes of a job start together, and a slow disk makes it minutes."""
-FAILURE_PATIENCE = timedelta(seconds=10)
-"""How long a rank that leaves with a person's mistake waits for the others: it may be the only one to have found it."""
+FAILURE_PATIENCE = timedelta(seconds=25)
+"""How long a rank that leaves with a person's mistake waits for the others: it may be the only one to have found it.
+Rank 0 comes last, after W&B has been told: up to 20 seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,8 +185,8 @@ class Agreement:
         self.pending: tuple[dist.Work, Tensor] | None = None
 
     def step(self, wish: int) -> int:
-        """Sends ``wish``; returns the largest of the step before, on every rank, 0 at the first. All ranks take
-        part."""
+        """Sends ``wish``; returns the largest of the step before, on every rank, 0 at the first; alone, ``wish``. All
+        ranks take part."""
         if self.group is None:
             return wish
         agreed = self._receive()
@@ -255,6 +257,19 @@ def start(machine: MachineConfig, *, expect_world_size: int | None, collective_t
     )
 
 
+@contextmanager
+def joined(machine: MachineConfig, *, expect_world_size: int | None, collective_timeout: float) -> Iterator[World]:
+    """The processes that the launcher started, as `start` joins them; at the end of the block they leave together, at a
+    person's mistake too. All ranks take part."""
+    with before_joining():
+        world = start(machine, expect_world_size=expect_world_size, collective_timeout=collective_timeout)
+    try:
+        yield world
+    except UserError as error:
+        raise world.leave_with(error) from error
+    world.leave()
+
+
 def _wait(work: dist.Work | None, patience: timedelta) -> None:
     assert work is not None, "every rank is a member of the control group"
     work.wait(patience)
@@ -308,5 +323,6 @@ def prepare(
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         prepared, prepared_optimizer = world.accelerator.prepare(model, optimizer)
     if machine.compile:
-        prepared.compile()
+        # Around it, not in place: with one process it is the unwrapped model itself, which evaluation uses as it is.
+        prepared = cast(nn.Module, torch.compile(prepared))
     return prepared, prepared_optimizer

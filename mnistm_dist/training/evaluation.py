@@ -87,8 +87,9 @@ def _predict(
     model.eval()
     ids, labels, outputs, done = [], [], [], 0
     for batch in evaluation_batches(reader, batch_size=BATCH_SIZE, world_size=world.size, rank=world.rank):
+        images = preprocess(batch.images, image_size)
         with world.accelerator.autocast():
-            logits = model(preprocess(batch.images, image_size))
+            logits = model(images)
         outputs.append(logits.float().softmax(dim=1)[: batch.count])
         ids.append(batch.ids[: batch.count])
         labels.append(batch.labels[: batch.count])

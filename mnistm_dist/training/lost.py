@@ -31,5 +31,5 @@ def lost_processes(collective_timeout: float) -> Iterator[None]:
         raise LostProcess(
             f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}: another process of the run was killed, or "
             f"silent for --collective-timeout {collective_timeout:g} s ({found[0]}); look in its node's log for why, "
-            "then --resume auto goes on from the last checkpoint"
+            "a training goes on from its last checkpoint with --resume auto"
         ) from error

@@ -40,7 +40,8 @@ class PrunedResNet18(nn.Module):
 def create_model(num_classes: int, seed: int) -> PrunedResNet18:
     """The model with initial weights that depend on ``seed`` alone; the global random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        # Not torch.manual_seed, which seeds the GPUs too.
+        torch.default_generator.manual_seed(seed)
         return PrunedResNet18(num_classes)
 
 

@@ -33,8 +33,9 @@ def train_step(
     image_size: int,
     label_smoothing: float,
     clip_norm: float,
-) -> Tensor:
-    """Trains on this rank's k micro-batches and steps once; gives their mean losses, float32 (k,), on the device.
+) -> tuple[Tensor, Tensor | None]:
+    """Trains on this rank's k micro-batches and steps once; gives their mean losses, float32 (k,), and where gradients
+    are clipped their norm before that, float32 (), both on the device.
 
     The gradient is the mean over the step's W * k micro-batches: each loss is divided by k here, DDP averages over the
     W ranks. Only the last backward sends gradients. Nothing waits for the device. All ranks take part.
@@ -44,15 +45,16 @@ def train_step(
     for index, batch in enumerate(micro_batches):
         sends = index == len(micro_batches) - 1
         with contextlib.nullcontext() if sends else world.accelerator.no_sync(model):
+            # Outside autocast: an affine grid in bfloat16 would be off by a tenth of a pixel.
+            images = augment(batch.images, batch.positions, image_size)
             with world.accelerator.autocast():
-                logits = model(augment(batch.images, batch.positions, image_size))
+                logits = model(images)
             loss = functional.cross_entropy(logits.float(), batch.labels, label_smoothing=label_smoothing)
             world.accelerator.backward(loss / len(micro_batches))
         losses.append(loss.detach())
-    if clip_norm:
-        world.accelerator.clip_grad_norm_(model.parameters(), clip_norm)
+    norm = world.accelerator.clip_grad_norm_(model.parameters(), clip_norm) if clip_norm else None
     optimizer.step()
-    return torch.stack(losses)
+    return torch.stack(losses), norm
 
 
 def gradient_norm(model: nn.Module) -> float:

@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from mnistm_dist import bench
 from mnistm_dist import config as configuration
 from mnistm_dist.benches import other_formats, ranks, recipe, rounds
+from mnistm_dist.benches.launches import peak_megabytes
 from mnistm_dist.benches.rounds import Contender, Measured, Result
 from mnistm_dist.benches.setting import Setting, has_compiler
 from mnistm_dist.data.shards import ShardSet
@@ -96,6 +99,14 @@ def test_step_compares_the_trainer_with_a_bare_loop_and_a_plain_script(measure):
     assert document["conditions"]["compile"] == "not asked for"
     # Of a training in a process of its own.
     assert document["conditions"]["trainer_peak_megabytes"] > 100
+
+
+def test_the_peak_of_a_process_is_its_own():
+    with subprocess.Popen(["sleep", "60"]) as process:
+        peaks = [peak_megabytes(pid) for pid in (process.pid, os.getpid())]
+        process.kill()
+    assert 0 < peaks[0] < 50 < peaks[1]
+    assert peak_megabytes(process.pid) == 0
 
 
 @pytest.mark.skipif(not has_compiler(), reason="there is no C++ compiler here")

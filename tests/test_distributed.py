@@ -114,6 +114,12 @@ def test_of_two_processes_one_tells_a_mistake(door, small_set, tmp_path, flags, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("flags", [("--resume", "nowhere"), ("--recipe", "nowhere.yaml"), ("--epochs", "none")])
+def test_what_one_node_finds_before_all_have_joined_its_first_process_tells(door, flags):
+    second_node = {"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
+    assert flags[1] in refused(door("train", *flags, **second_node))
+
+
 def test_under_the_launcher_too_a_mistake_is_told_once(launched, small_set, tmp_path):
     flags = ("--shards", small_set, "--run-dir", "run", "--expect-world-size", 3)
     done = launched(sys.executable, *launcher(2), "-m", "mnistm_dist.train", *flags)

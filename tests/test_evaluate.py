@@ -54,6 +54,10 @@ def test_a_checkpoint_and_a_split_can_be_named(run, door):
     assert "val" in out
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["checkpoint"]["step"], summary["checkpoint"]["chosen"]) == (20, "last")
+    # What was known of test was the chosen checkpoint's.
+    assert ("val" in summary, "test" in summary) == (True, False)
+    worked(door("evaluate", run, "--checkpoint", "last", "--split", "test"))
+    assert json.loads((run / "summary.json").read_text()).keys() >= {"val", "test"}
     worked(door("evaluate", run, "--checkpoint", run / "checkpoints" / "step-00000010"))
     assert json.loads((run / "summary.json").read_text())["checkpoint"]["step"] == 10
 

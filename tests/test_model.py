@@ -11,6 +11,15 @@ def test_it_has_692106_parameters():
     assert count_parameters(create_model(10, 0)) == 692_106
 
 
+def test_its_weights_depend_on_the_seed_and_leave_every_random_state(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("the GPUs were seeded"))
+    before = torch.random.get_rng_state()
+    first, second, again = create_model(10, 0), create_model(10, 1), create_model(10, 0)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.equal(first.conv1.weight, again.conv1.weight)
+    assert not torch.equal(first.conv1.weight, second.conv1.weight)
+
+
 def test_it_prints_the_reports_architecture():
     text = " ".join(repr(create_model(10, 0)).split())
     for part in (

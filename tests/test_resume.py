@@ -1,7 +1,9 @@
 """A run killed at any instant goes on where it was, and ends as if nothing had happened."""
 
+import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -261,6 +263,18 @@ def test_a_resume_of_another_run_is_refused_with_the_difference(door, tmp_path, 
     shutil.copytree(reference, tmp_path / "run")
     (tmp_path / "run" / "state.json").write_text('{"state": "preempted", "step": 40, "reason": "SIGTERM"}')
     assert named in refused(door("train", "--resume", "run", *flags))
+
+
+def test_a_best_checkpoint_that_is_gone_does_not_keep_a_run_from_its_end(door, tmp_path, reference):
+    """It was pruned for a better one, and that one was damaged."""
+    run = tmp_path / "run"
+    shutil.copytree(reference, run)
+    path = sorted(run.glob("checkpoints/step-*"))[-2]
+    state = json.loads((path / "state.json").read_text())
+    state["scalars"]["past"]["best"] = {"step": 7, "accuracy": 1.0, "image_size": 28}
+    (path / "state.json").write_text(json.dumps(state))
+    worked(door("train", "--resume", path))
+    assert json.loads((run / "summary.json").read_text())["checkpoint"]["step"] > state["step"]
 
 
 def test_a_resume_on_other_shards_is_refused(door, tmp_path, reference):

@@ -174,6 +174,17 @@ def test_the_debug_recipe_takes_seconds_and_checks_itself(door, small_set, tmp_p
     assert abs(losses(tmp_path / "run")[0] - math.log(10)) < 0.7
 
 
+def test_the_norm_in_the_log_is_that_of_before_the_clipping(door, small_set, tmp_path):
+    quick = ("--image-size", 28, "--batch-size", 32, "--max-steps", 1, "--threads", 1, "--no-report")
+    norms = {}
+    for clip in (0, 0.001):
+        worked(door("train", "--shards", small_set, "--run-dir", f"run-{clip}", "--clip-norm", clip, *quick))
+        rows = [row for row in read_log(tmp_path / f"run-{clip}" / "log.jsonl") if row["kind"] == "train"]
+        norms[clip] = rows[0]["train/gradient_norm"]
+    assert norms[0] == pytest.approx(norms[0.001], rel=1e-5)
+    assert norms[0] > 0.1
+
+
 def test_max_steps_cuts_the_run_and_not_its_schedule(door, small_set, tmp_path):
     flags = ("--shards", small_set, "--batch-size", 32, "--image-size", 28, "--epochs", 2, "--log-every", 1, *QUICK)
     worked(door("train", "--run-dir", "whole", *flags))

@@ -28,12 +28,11 @@ from mnistm_dist import config as configuration
 from mnistm_dist.data.pictures import read_picture, to_rgb
 from mnistm_dist.data.transforms import Preprocess
 from mnistm_dist.errors import UserError
-from mnistm_dist.evaluate import choose_checkpoint, read_summary
+from mnistm_dist.scoring import choose_checkpoint, read_summary
 from mnistm_dist.training import checkpoint as checkpoints
+from mnistm_dist.training.evaluation import BATCH_SIZE
 from mnistm_dist.training.model import create_model, place
 
-BATCH_SIZE = 250
-"""Images in a forward pass: that of the evaluation, so that on a GPU the numbers are too."""
 REDUCED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """The precisions of a run that need autocast."""
 LAST_BIAS = "fc.3.bias"

@@ -1,7 +1,8 @@
 """The training loop, and what it tells on its way.
 
 At every step boundary the ranks agree whether to go on, to save, or to save and leave: a signal to any of them, or
-rank 0's clock, decides for all. Saving, logging and evaluating change nothing in the training state.
+rank 0's clock, decides for all. Saving, logging and evaluating change nothing of what is learnt (an
+evaluation gives all ranks the BatchNorm statistics of rank 0, the only ones that are kept).
 """
 
 from __future__ import annotations

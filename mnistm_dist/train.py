@@ -93,12 +93,12 @@ def train(config: Config, checkpoint: Checkpoint | None, world: World, console: 
 def finish(trainer: Trainer) -> None:
     """The final evaluation of the chosen checkpoint on val and test, the figures, the summary, the report. All ranks
     take part."""
-    from mnistm_dist.evaluate import choose_checkpoint, evaluate_checkpoint, tell_result, write_summary
     from mnistm_dist.facts import summary_fields
     from mnistm_dist.reporting.curves import learning_curve
     from mnistm_dist.reporting.drawing import save
     from mnistm_dist.reporting.page import write_report
     from mnistm_dist.reporting.tracked_results import log_results
+    from mnistm_dist.scoring import choose_checkpoint, evaluate_checkpoint, tell_result, write_summary
     from mnistm_dist.training.run_folder import writing
 
     world, folder, console = trainer.world, trainer.folder, trainer.console

@@ -13,8 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import mnistm_dist.evaluate
-from mnistm_dist import loop
+from mnistm_dist import loop, scoring
 from mnistm_dist.data import resident
 from mnistm_dist.errors import UserError
 from mnistm_dist.reporting import figures, page
@@ -96,9 +95,9 @@ PHASES: dict[str, tuple[Any, str, int]] = {
     "training": (loop, "train_step", 9),
     "saving": (checkpoint, "_digest", 3),
     "evaluating": (evaluation, "_predict", 1),
-    "predicting": (mnistm_dist.evaluate, "write_split", 1),
+    "predicting": (scoring, "write_split", 1),
     "drawing": (figures, "mistakes", 1),
-    "summing up": (mnistm_dist.evaluate, "write_summary", 1),
+    "summing up": (scoring, "write_summary", 1),
     "reporting": (page, "write_report", 1),
 }
 """Of each phase a function in the middle of it, and at which of its calls the fault comes: the 9th step, say, or the

@@ -147,5 +147,4 @@ class WeightAverage:
         decay = min(self.decay, (1 + step) / (10 + step))
         averages, values = ([p.detach() for p in m.parameters()] for m in (self.model, model))
         torch._foreach_lerp_(averages, values, 1 - decay)
-        for average, value in zip(self.model.buffers(), model.buffers(), strict=True):
-            average.copy_(value)
+        torch._foreach_copy_(list(self.model.buffers()), list(model.buffers()))

@@ -218,7 +218,7 @@ class RunFolder:
             (path / "checkpoints").mkdir(parents=True, exist_ok=True)
         self._lock = RunLock(path)
         for leftover in path.glob(".*.[0-9]*"):
-            # What a killed writer left half-written; another's that lives is not touched.
+            # What a killed writer left half-written; that of one of this host that lives is not touched.
             if leftover.suffix[1:].isdecimal() and process_start(int(leftover.suffix[1:])) is None:
                 leftover.unlink(missing_ok=True)
 

@@ -16,8 +16,8 @@ from torch.nn import functional
 
 from mnistm_dist import config
 from mnistm_dist.config import OptimConfig
-from mnistm_dist.evaluate import choose_checkpoint
 from mnistm_dist.inference import load_model
+from mnistm_dist.scoring import choose_checkpoint
 from mnistm_dist.training import checkpoint as checkpoints
 from mnistm_dist.training.model import create_model
 from mnistm_dist.training.optim import create_optimizer

@@ -108,7 +108,7 @@ def test_adam_has_the_reports_momentum():
     assert group["betas"] == (0.95, 0.999)
 
 
-def test_the_average_follows_its_formula_and_copies_buffers():
+def test_the_average_follows_its_formula_and_copies_counters():
     model = create_model(10, 0)
     average = WeightAverage(model, 0.9)
     expected = model.fc[3].weight.detach().clone()
@@ -116,11 +116,9 @@ def test_the_average_follows_its_formula_and_copies_buffers():
         with torch.no_grad():
             model.fc[3].weight.add_(1)
             model.bn1.num_batches_tracked.add_(1)
-            model.bn1.running_mean.add_(1)
         average.update(model, step)
         decay = min(0.9, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * model.fc[3].weight.detach()
     assert torch.allclose(average.model.fc[3].weight, expected, atol=1e-6)
     assert int(average.model.bn1.num_batches_tracked) == 5
-    assert torch.equal(average.model.bn1.running_mean, model.bn1.running_mean)
     assert not math.isclose(float(expected[0, 0]), float(model.fc[3].weight.detach()[0, 0]))

@@ -129,12 +129,11 @@ def learning_rate(config: OptimConfig, *, step: int, total_steps: int, batch_siz
 
 
 class WeightAverage:
-    """Exponential moving average of a model's parameters, beside it on the same device.
+    """Exponential moving average of a model's parameters and buffers, beside it on the same device.
 
     ``average = decay * average + (1 - decay) * value`` once per step, with decay_t = min(decay, (1 + t) / (10 + t)) so
-    that the initial weights fade (torch's and TensorFlow's ExponentialMovingAverage). Buffers are copied, as torch's
-    AveragedModel does: BatchNorm's statistics are an average already, and after a change of the image size a longer one
-    would mix two sizes.
+    that the initial weights fade (torch's and TensorFlow's ExponentialMovingAverage). Counters (int64 buffers) are
+    copied.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -145,6 +144,13 @@ class WeightAverage:
     def update(self, model: nn.Module, step: int) -> None:
         """Takes in the weights after ``step`` (from 0)."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        averages, values = ([p.detach() for p in m.parameters()] for m in (self.model, model))
-        torch._foreach_lerp_(averages, values, 1 - decay)
-        torch._foreach_copy_(list(self.model.buffers()), list(model.buffers()))
+        averages, values = _tensors(self.model), _tensors(model)
+        floats = [i for i, value in enumerate(values) if value.is_floating_point()]
+        torch._foreach_lerp_([averages[i] for i in floats], [values[i] for i in floats], 1 - decay)
+        for average, value in zip(averages, values, strict=True):
+            if not value.is_floating_point():
+                average.copy_(value)
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    return [*(p.detach() for p in model.parameters()), *model.buffers()]

@@ -10,6 +10,7 @@ from conftest import TEST, TRAIN, VAL, refused, worked
 from safetensors.torch import load_file
 from torch.nn import functional
 
+from mnistm_dist.benches.setting import has_compiler
 from mnistm_dist.data.order import FullOrder
 from mnistm_dist.data.resident import open_resident
 from mnistm_dist.data.shards import ShardSet
@@ -183,6 +184,19 @@ def test_the_norm_in_the_log_is_that_of_before_the_clipping(door, small_set, tmp
         norms[clip] = rows[0]["train/gradient_norm"]
     assert norms[0] == pytest.approx(norms[0.001], rel=1e-5)
     assert norms[0] > 0.1
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(not has_compiler(), reason="there is no C++ compiler here")
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_compiled_step_learns_the_same(door, small_set, tmp_path, world_size):
+    quick = ("--image-size", 28, "--batch-size", 32, "--micro-batch", 8, "--max-steps", 12, "--log-every", 1, *QUICK)
+    for flag in ("--compile", "--no-compile"):
+        flags = ("--shards", small_set, "--run-dir", flag[2:], flag, *quick)
+        worked(door("train", *flags, world_size=world_size, timeout=900))
+    assert losses(tmp_path / "compile") == pytest.approx(losses(tmp_path / "no-compile"), rel=1e-2)
+    scores = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("compile", "no-compile")]
+    assert scores[0]["val"]["log_loss"] == pytest.approx(scores[1]["val"]["log_loss"], rel=0.05)
 
 
 def test_max_steps_cuts_the_run_and_not_its_schedule(door, small_set, tmp_path):

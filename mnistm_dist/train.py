@@ -16,7 +16,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from mnistm_dist.errors import EXIT_PREEMPTED, before_joining, run_door
+from mnistm_dist.errors import EXIT_PREEMPTED, before_joining, printable, run_door
 from mnistm_dist.flags import parse_flags
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def finish(trainer: Trainer) -> None:
     summary = {**summary_fields(trainer), "checkpoint": how, **results}
     write_summary(folder.path, summary)
     if trainer.config.run.report:
-        curve = learning_curve(folder.rows, f"Learning curve, {folder.path.name}")
+        curve = learning_curve(folder.rows, f"Learning curve, {printable(folder.path.name)}")
         with writing(folder.path):
             save(curve, folder.path / "learning_curve.png")
         write_report([folder.path], folder.path / "report.html")

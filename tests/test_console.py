@@ -20,7 +20,7 @@ import pytest
 
 from mnistm_dist.reporting.console import Console
 from mnistm_dist.reporting.progress import Progress, duration, number
-from mnistm_dist.reporting.screens import PlainScreen
+from mnistm_dist.reporting.screens import PlainScreen, TerminalScreen
 
 STORY = """
 import sys, time, warnings
@@ -226,6 +226,17 @@ def test_names_that_the_streams_encoding_lacks_are_written_all_the_same() -> Non
     stream = io.TextIOWrapper(raw, encoding="ascii")
     Console(stream=stream).line("runs/é")
     assert raw.getvalue().endswith(b"runs/\\xe9\n")
+
+
+@pytest.mark.parametrize("screen", [PlainScreen, TerminalScreen])
+def test_a_name_cannot_command_the_terminal(screen) -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    shown = screen(stream)
+    for show in (shown.line, shown.warn, lambda name: shown.panel("packed", {"from": name})):
+        show("a\x1b]0;owned\x07\udcff")
+    said = stream.buffer.getvalue() if screen is PlainScreen else (stream.flush(), stream.buffer.getvalue())[1]
+    assert said.count(b"a\\x1b]0;owned\\x07\\udcff") == 3
+    assert b"\x1b" not in said
 
 
 def test_a_bar_writes_at_most_one_line_in_a_few_seconds() -> None:

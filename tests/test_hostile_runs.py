@@ -104,6 +104,50 @@ def missing(run: Path) -> tuple[str, ...]:
     return read_run(run, __version__).missing
 
 
+def nested(depth: int) -> list:
+    value: list = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def change_summary(run: Path, **fields: object) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    summary["val"].update(fields)
+    (run / "summary.json").write_text(json.dumps(summary))
+
+
+FOREIGN = {
+    "half a character": lambda run: change_summary(run, classes=["\ud800", *"123456789"]),
+    "a matrix of zeros": lambda run: change_summary(run, confusion_matrix=[[0] * 10] * 10),
+    "a matrix of huge numbers": lambda run: change_summary(run, confusion_matrix=[[10**30] * 10] * 10),
+    "a matrix below zero": lambda run: change_summary(run, confusion_matrix=[[-1] * 10] * 10),
+    "a huge loss": lambda run: change_summary(run, log_loss=10**400),
+    "a folder for a picture": lambda run: (run / "mistakes_val.png").mkdir(),
+    "an evaluation of no epoch": lambda run: (
+        (run / "log.jsonl")
+        .open("a")
+        .write('{"kind": "evaluation", "step": 3, "epoch": null, "split": "val", "val/accuracy": 0.5, "val/loss": 1}\n')
+    ),
+    "an environment without end": lambda run: (run / "environment.json").write_text(
+        json.dumps({"command": nested(600), "host": "\ud800"})
+    ),
+}
+
+
+@pytest.mark.parametrize("change", FOREIGN.values(), ids=FOREIGN)
+def test_a_report_is_written_whatever_of_a_run_is_foreign(tmp_path: Path, change) -> None:
+    run = write_run(tmp_path / "lr$x_$")
+    for path in run.glob("predictions_val.csv"):
+        path.unlink()
+    (run / "mistakes_val.png").unlink(missing_ok=True)
+    change(run)
+    assert report([str(run)]) == 0
+    other = write_run(tmp_path / "_other")
+    assert report([str(run), str(other), "--out", str(tmp_path / "both.html")]) == 0
+    assert "_other" in (tmp_path / "both.html").read_text()
+
+
 def test_files_that_are_nested_without_end_are_read_as_damaged(tmp_path: Path) -> None:
     for name in ("state.json", "summary.json", "architecture.json", "log.jsonl", "config.yaml"):
         (tmp_path / name).write_text(DEEP + "\n")

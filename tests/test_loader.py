@@ -15,7 +15,7 @@ import torch
 from conftest import TRAIN
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packed_sets import flip_byte, png_with, tiny_source
+from packed_sets import damage_by_flip_with_times_put_back, flip_byte, png_with, sign_files, tiny_source
 
 from mnistm_dist.config import DataConfig, ScheduleConfig
 from mnistm_dist.data.loader import Batch, Reader, evaluation_batches, train_batches
@@ -257,6 +257,25 @@ def test_a_shard_that_was_copied_anew_is_read_on(own_set, tmp_path):
         shutil.copy(path, tmp_path / "copy")
         (tmp_path / "copy").rename(path)
     assert len(list(batches)) == 39
+
+
+def test_a_decoded_set_that_was_changed_is_decoded_anew_whatever_its_time_says(small_set, tmp_path):
+    before = opened("resident", small_set, tmp_path / "cache").gather(np.arange(9))[0].clone()
+    (path,) = (tmp_path / "cache").rglob("train.u8")
+    path.chmod(0o644)
+    damage_by_flip_with_times_put_back(path)
+    assert torch.equal(opened("resident", small_set, tmp_path / "cache").gather(np.arange(9))[0], before)
+
+
+@pytest.mark.parametrize(("offset", "size"), [(1_000, 0), (2**63 - 5, 4)])
+def test_an_index_that_cannot_be_is_refused(own_set, tmp_path, offset, size):
+    path = own_set / "train.index.npy"
+    index = np.load(path)
+    index["offset"], index["size"] = offset, size
+    np.save(path, index)
+    sign_files(own_set)
+    with pytest.raises(UserError, match="index"):
+        opened("resident", own_set, tmp_path / "cache").gather(np.arange(9))
 
 
 def test_the_shards_folder_is_only_read(own_set, tmp_path):

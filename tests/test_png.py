@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import struct
+import zlib
+
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from packed_sets import pixels_of, png_with
 
@@ -30,6 +34,22 @@ REFUSED_PNGS = {
 def test_only_8_bit_rgb_pngs_of_the_right_size_are_decoded(data: bytes, named: str) -> None:
     with pytest.raises(UserError, match=f"file: member.*{named}"):
         decode_png(data, "file: member", (32, 32))
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    kind=st.sampled_from([b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"iCCP", b"eXIf", b"zTXt", b"acTL", b"fcTL", b"fdAT"]),
+    data=st.binary(max_size=40),
+)
+@example(kind=b"IHDR", data=struct.pack(">IIBBBBB", 2**31 - 1, 2**31 - 1, 8, 2, 0, 0, 0))
+def test_a_chunk_too_many_whose_checksum_is_right_ends_in_pixels_or_a_users_error(kind: bytes, data: bytes) -> None:
+    good = encode_png(pixels_of("train", 1, (8, 8)))
+    with contextlib.suppress(UserError):
+        decode_png(good[:33] + chunk(kind, data) + good[33:], "here", (8, 8))
 
 
 @settings(max_examples=300, deadline=None)

@@ -211,6 +211,68 @@ def test_a_tar_cut_between_two_members_is_refused(tmp_path):
     assert "the mark at the end of a tar is not there" in refusal(path)
 
 
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+@pytest.mark.parametrize("header", [bytes(512), b"\xff"])
+def test_a_damaged_header_inside_a_tar_is_not_its_end(tmp_path, mode, header):
+    path = write_tar(tmp_path / "set.tar", image_folder_files(PARTS), "w")
+    with tarfile.open(path) as tar:
+        place = tar.getmembers()[25].offset
+    data = bytearray(path.read_bytes())
+    data[place : place + len(header)] = header
+    path.write_bytes(gzip.compress(data, 1) if mode == "w:gz" else data)
+    assert "damaged: more follows after its end; fetch it again" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    "pax", [{"GNU.sparse.map": "a,b"}, {"GNU.sparse.size": "abc"}, {"GNU.sparse.realsize": "x"}], ids=str
+)
+def test_extended_headers_that_make_no_sense_are_refused(tmp_path, pax):
+    path = tmp_path / "set.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for name, data in official_files(PARTS).items():
+            member = tarfile.TarInfo(name)
+            member.size, member.pax_headers = len(data), pax if name == IMAGE else {}
+            tar.addfile(member, io.BytesIO(data))
+    refusal(path)
+
+
+def test_a_zip_of_another_compression_that_is_damaged_is_refused(tmp_path):
+    path = tmp_path / "set.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
+        for name, data in official_files(PARTS).items():
+            archive.writestr(name, data)
+    content = bytearray(path.read_bytes())
+    for place in range(200, 3_000, 200):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 255]) + content[place + 1 :])
+        with contextlib.suppress(UserError):
+            list(open_source(str(path)).samples())
+
+
+def test_a_zip_that_is_small_and_unpacks_to_much_is_refused(tmp_path):
+    files = {f"mnist_m/mnist_m_train/{index:08d}.png": bytes(15 << 20) for index in range(24)}
+    assert "unpack" in refusal(write_zip(tmp_path / "set.zip", official_files(PARTS) | files))
+
+
+def test_parquet_with_a_huge_image_is_refused_before_it_is_unpacked(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    image = bytes(17 << 20)
+    table = pa.table({"image": [{"bytes": image, "path": "a"}], "label": pa.array([1], pa.int64())})
+    pq.write_table(table, tmp_path / "train-00000-of-00001.parquet", compression="none", use_dictionary=False)
+    assert "17825792 bytes, where at most 16 MiB" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(("shape", "labels"), [((3, 28, 28, 3), 10**8), ((3, 2_000, 28, 3), 3)], ids=str)
+def test_arrays_that_were_never_written_take_no_memory(tmp_path, shape, labels):
+    import h5py
+
+    with h5py.File(tmp_path / "mnistm.h5", "w") as file:
+        file.create_dataset("train/X", shape, np.uint8)
+        file.create_dataset("train/Y", (labels,), np.int64)
+    assert "train/" in refusal(tmp_path / "mnistm.h5")
+
+
 def test_a_byte_changed_in_a_compressed_tar_or_a_zip_is_noticed(tmp_path):
     for kind in ("tar", "zip"):
         path = WRITE[kind](tmp_path / kind, official_files(PARTS))

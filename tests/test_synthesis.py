@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import os
 import resource
+import struct
 import subprocess
 import sys
 from importlib.resources import files
@@ -141,6 +143,35 @@ def test_grey_photos_are_turned_into_colour_and_small_or_broken_ones_named(tmp_p
     assert "photo cut.png left out: broken (" in notes
     assert "photo text.jpg left out: broken (" in notes
     assert sum(1 for _ in source.samples()) == 72
+
+
+def test_what_is_no_photo_is_neither_run_nor_waited_for(tmp_path, mnist):
+    Image.fromarray(np.zeros((60, 60, 3), np.uint8)).save(tmp_path / "a.png")
+    (tmp_path / "program.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 60 60\nshowpage\n")
+    os.mkfifo(tmp_path / "pipe.png")
+    (note,) = open_source("mnist+photos", mnist=str(mnist), photos=str(tmp_path)).notes
+    assert note.startswith("photo program.jpg left out: broken (cannot identify")
+    with pytest.raises(UserError, match="a file, not a folder"):
+        open_source("mnist+photos", mnist=str(mnist), photos=str(tmp_path / "a.png"))
+
+
+def test_mnist_of_two_sizes_or_none_is_refused(tmp_path, photos):
+    both = noise({"train": 60, "test": 12})
+    other = noise({"train": 60, "test": 12}, side=30)
+    write_mnist(tmp_path, {"train": both["train"], "test": other["test"]}, suffix="")
+    with pytest.raises(UserError, match="train images of 28 x 28 pixels, test images of 30 x 30"):
+        open_source("mnist+photos", mnist=str(tmp_path), photos=str(photos))
+    (tmp_path / "t10k-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 2051, 12, 0, 0))
+    with pytest.raises(UserError, match="nothing in it, by its header 12 x 0 x 0"):
+        open_source("mnist+photos", mnist=str(tmp_path), photos=str(photos))
+
+
+def test_the_sample_too_takes_more_blends(tmp_path):
+    with pytest.raises(UserError, match="0 blends of each training digit"):
+        open_source("sample", blends=0)
+    sample = open_source("sample", blends=2)
+    assert sample.counts == {"train": 16_000, "val": 2_000}
+    assert sum(1 for _ in sample.samples()) == 18_000
 
 
 @pytest.mark.parametrize(

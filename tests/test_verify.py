@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from packed_sets import edit_manifest, flip_byte, png_with, tiny_source
+from packed_sets import edit_manifest, flip_byte, png_with, sign_files, tiny_source
 
 from mnistm_dist.data.inspection import inspect
 from mnistm_dist.data.packing import pack
@@ -87,19 +87,6 @@ def test_a_note_beside_the_shards_does_no_harm_but_another_tar_does(folder: Path
     assert not any(finding.damaged for finding in inspect(ShardSet.open(folder)))
     shutil.copy(folder / "train-000000.tar", folder / "train-000009.tar")
     assert any(finding.damaged for finding in inspect(ShardSet.open(folder)))
-
-
-def sign_files(folder: Path) -> None:
-    """Makes the manifest vouch for the files as they now are, as an attacker would."""
-    import hashlib
-
-    def vouch(value: dict[str, Any]) -> None:
-        for split in value["splits"].values():
-            for entry in (split["index"], *split["shards"]):
-                data = (folder / entry["name"]).read_bytes()
-                entry.update(size=len(data), sha256=hashlib.sha256(data).hexdigest())
-
-    edit_manifest(folder, vouch)
 
 
 def swap_labels(folder: Path) -> None:

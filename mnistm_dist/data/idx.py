@@ -14,7 +14,8 @@ from mnistm_dist.data.samples import CLASSES
 from mnistm_dist.errors import UserError
 
 _PREFIXES: Mapping[str, str] = {"train": "train", "test": "t10k"}
-_MAX_BYTES = 1 << 32
+_MAX_BYTES = 256 << 20
+"""Of a file, and of what it unpacks to: MNIST's largest has 47 MB."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,10 @@ def _find(folder: Path | Traversable, split: str, what: str, dimensions: int) ->
 
 
 def _read_idx(file: Path | Traversable, *, dimensions: int) -> np.ndarray:
-    data = file.read_bytes()
+    with file.open("rb") as stream:
+        data = stream.read(_MAX_BYTES + 1)
+    if len(data) > _MAX_BYTES:
+        raise UserError(f"{file}: larger than {_MAX_BYTES >> 20} MiB, so none of MNIST's; download it again")
     if data[:2] == b"\x1f\x8b":
         data = _unzip(file, data)
     header = 4 * (1 + dimensions)
@@ -68,6 +72,8 @@ def _read_idx(file: Path | Traversable, *, dimensions: int) -> np.ndarray:
         raise UserError(
             f"{file}: {len(data)} bytes where its header promises {expected}; the file is damaged: download it again"
         )
+    if 0 in shape:
+        raise UserError(f"{file}: nothing in it, by its header {' x '.join(map(str, shape))}; download it again")
     return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
 
 
@@ -78,5 +84,5 @@ def _unzip(file: Path | Traversable, data: bytes) -> bytes:
     except zlib.error as error:
         raise UserError(f"{file}: not a whole gzip file ({error}); download it again") from error
     if not inflater.eof:
-        raise UserError(f"{file}: not a whole gzip file (cut short, or larger than {_MAX_BYTES >> 30} GiB unpacked)")
+        raise UserError(f"{file}: not a whole gzip file (cut short, or larger than {_MAX_BYTES >> 20} MiB unpacked)")
     return plain

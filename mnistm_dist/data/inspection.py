@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mnistm_dist.data.damage import UNREADABLE
 from mnistm_dist.data.manifest import MANIFEST_NAME
 from mnistm_dist.data.parallel import ordered_map, workers_for
 from mnistm_dist.data.pixels import Encoded, PixelSums, sum_pixels
@@ -105,7 +106,7 @@ def _inspect_tar(tar: _Tar) -> Finding:
     if finding.status == WHOLE and tar.rows is not None:
         try:
             wrong = _first_difference(tar.claim.path, tar.rows)
-        except (tarfile.TarError, OSError, EOFError) as error:
+        except UNREADABLE as error:
             wrong = f"not readable as a tar ({error})"
         if wrong:
             return Finding(name=finding.name, status=CHANGED, detail=wrong)
@@ -121,14 +122,14 @@ def _first_difference(path: Path, rows: np.ndarray) -> str:
             for suffix in ("png", "cls"):
                 member = next(members, None)
                 found = "the end" if member is None else member.name
-                if member is None or not member.isreg() or found != f"{key}.{suffix}":
+                if member is None or not member.isreg() or member.issparse() or found != f"{key}.{suffix}":
                     return f"{found} where the index has {key}.{suffix}"
                 if suffix == "png" and (member.offset_data, member.size) != (row["offset"], row["size"]):
                     return f"{found} does not lie where the index says"
                 if suffix == "cls":
-                    content = tar.extractfile(member)
+                    content, label = tar.extractfile(member), b"%d" % row["label"]
                     assert content is not None
-                    if content.read() != b"%d" % row["label"]:
+                    if member.size != len(label) or content.read() != label:
                         return f"{found} is not the label of the index, {row['label']}"
                 end = member.offset_data + -(-member.size // BLOCK) * BLOCK
         extra = next(members, None)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from mnistm_dist.data.telling import AGAIN
 from mnistm_dist.errors import UserError
+from mnistm_dist.values import shown
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -121,5 +122,5 @@ class Fields:
 
 
 def _show(value: object) -> str:
-    text = json.dumps(value)
+    text = shown(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

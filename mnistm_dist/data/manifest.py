@@ -16,6 +16,7 @@ from typing import Any
 from mnistm_dist.data.json_fields import MAX_INTEGER, Fields, read_json
 from mnistm_dist.data.png import MAX_SIDE
 from mnistm_dist.data.samples import SPLITS
+from mnistm_dist.data.telling import AGAIN
 from mnistm_dist.errors import UserError
 
 MANIFEST_NAME = "manifest.json"
@@ -147,9 +148,7 @@ def parse(data: bytes, where: str) -> Manifest:
         raise UserError(f"{where}: it lists no split: pack the set again")
     _check_names(manifest, where)
     if top.sha256("identity") != manifest.identity:
-        raise UserError(
-            f"{where}: its identity does not match its content: it was changed; copy the set again, or pack it again"
-        )
+        raise UserError(f"{where}: its identity does not match its content: it was changed: {AGAIN}")
     return manifest
 
 

@@ -19,7 +19,7 @@ from mnistm_dist.data.index import index_bytes, index_dtype
 from mnistm_dist.data.manifest import FORMAT_VERSION, MANIFEST_NAME, PIXEL_GROUPS, Manifest, Shard, Split, parse, render
 from mnistm_dist.data.output import OutputFile
 from mnistm_dist.data.pixels import Encoded, PixelSums, sum_pixels
-from mnistm_dist.data.samples import SPLITS, Source
+from mnistm_dist.data.samples import CLASSES, SPLITS, Source
 from mnistm_dist.data.telling import Progress, stage
 from mnistm_dist.data.writing.lineage import find_lineage
 from mnistm_dist.data.writing.splitting import Part, count_shards, cut_splits
@@ -81,7 +81,7 @@ def pack(
             lineage=found,
             layout=source.layout,
             description="".join(letter if letter.isprintable() else "?" for letter in source.description),
-            classes=source.classes,
+            classes=CLASSES,
             image_size=spool.image_size,
             seed=seed,
             pixels_sha256=sums.groups,
@@ -145,7 +145,7 @@ def _write_splits(
         splits[part.name] = Split(
             name=part.name,
             count=part.count,
-            class_counts=tuple(np.bincount(index["label"], minlength=len(spool.source.classes)).tolist()),
+            class_counts=tuple(np.bincount(index["label"], minlength=len(CLASSES)).tolist()),
             mean=mean,
             std=std,
             pixels_sha256=sums.splits[part.name],

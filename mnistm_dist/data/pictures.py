@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import os
 import stat
-import struct
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from mnistm_dist.data.damage import UNREADABLE
 from mnistm_dist.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF", "JPEG2000")
@@ -26,12 +25,6 @@ SUFFIXES = (
 """File names that are taken for pictures in a folder, in small letters."""
 LARGE_SIDE = 4096
 """Pixels of a side from which it is averaged down as soon as it is decoded, to no less than half of this."""
-
-DECODING_ERRORS = (
-    *(OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError, RuntimeError, MemoryError),
-    *(struct.error, zlib.error, Image.DecompressionBombError),
-)
-"""What Pillow raises at files that are broken in one way or another."""
 
 
 def find_pictures(paths: Iterable[str | Path], tell: Callable[[str], None]) -> Iterator[Path]:
@@ -59,19 +52,24 @@ def read_picture(path: str | Path) -> np.ndarray:
     try:
         if not stat.S_ISREG(Path(path).stat().st_mode):
             raise UserError(f"{path}: neither a file nor a folder")
-        # Pillow loads its formats on demand; this loads all, so that those it was built without can be left out.
-        Image.init()
-        with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
+        with Image.open(path, formats=formats_here()) as image:
             return to_rgb(image, str(path))
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
     except UnidentifiedImageError as error:
         raise UserError(f"{path}: not a picture that can be read; accepted are {', '.join(FORMATS)}") from error
-    except DECODING_ERRORS as error:
+    except UNREADABLE as error:
         if isinstance(error, UserError):
             raise
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise UserError(f"{path}: a broken picture ({reason})") from error
+
+
+def formats_here() -> list[str]:
+    """Those of `FORMATS` that Pillow was built with, for ``formats=`` of `Image.open`."""
+    # Pillow loads its formats on demand; this loads all.
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
 
 
 def to_rgb(image: Image.Image, origin: str) -> np.ndarray:

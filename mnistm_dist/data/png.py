@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
+from mnistm_dist.data.damage import UNREADABLE
 from mnistm_dist.errors import UserError
 
 MAX_SIDE = 1024
@@ -22,7 +23,6 @@ MAX_SIDE = 1024
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _COLOUR_TYPES = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGB with alpha"}
-_DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 _ADVICE = "accepted are 8-bit RGB PNGs: replace or leave out this image"
 
 
@@ -91,11 +91,14 @@ def decode_png(data: bytes, origin: str, size: tuple[int, int] | None = None) ->
     try:
         # The plugin itself, and not Image.open, which spends a tenth of the time on finding it.
         image = PngImageFile(io.BytesIO(data))
+        # A second header may promise more than any memory holds.
+        if image.mode != "RGB" or image.size != found[::-1]:
+            raise UserError(f"{origin}: a broken PNG: decoded to {image.mode} {image.size} ({_ADVICE})")
         pixels = np.frombuffer(image.tobytes(), dtype=np.uint8)
-    except _DECODING_ERRORS as error:
+    except UNREADABLE as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{origin}: a broken PNG: {error} ({_ADVICE})") from error
-    if image.mode != "RGB" or image.size != found[::-1]:
-        raise UserError(f"{origin}: a broken PNG: decoded to {image.mode} {image.size} ({_ADVICE})")
     return pixels.reshape(*found, 3)
 
 

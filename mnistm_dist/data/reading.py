@@ -125,7 +125,9 @@ class SplitReader:
         offsets, sizes = rows["offset"].astype(np.int64), rows["size"].astype(np.int64)
         ends = offsets + sizes
         limit = self.shards.split(self.split).shards[shard].size
-        if offsets[0] < 0 or sizes.min() < 0 or (offsets[1:] < ends[:-1]).any() or ends[-1] > limit:
+        # Each number by itself before their sums, which may be beyond what an int64 holds.
+        strange = offsets.min() < 0 or sizes.min() < 1 or max(offsets.max(), sizes.max()) > limit
+        if strange or (offsets[1:] < ends[:-1]).any() or ends[-1] > limit:
             raise self._bad_index("it does not fit its shards")
         return _Span(
             shard=shard,

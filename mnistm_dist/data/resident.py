@@ -28,6 +28,7 @@ from mnistm_dist.data.order import Order
 from mnistm_dist.data.reading import SplitReader, open_split, set_entry
 from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.data.telling import Progress, stage
+from mnistm_dist.data.wholeness import stamp_of
 
 _CHUNK_BYTES = 4 << 20
 """Decoded bytes that one task decodes and one write writes."""
@@ -152,7 +153,7 @@ def _card_path(path: Path) -> Path:
 
 def _write_card(path: Path, checksum: int) -> None:
     with cache_failures(path):
-        write_whole(_card_path(path), json.dumps({"crc32": checksum, "stamp": _stamp(path)}).encode())
+        write_whole(_card_path(path), json.dumps({"crc32": checksum, "stamp": stamp_of(path.stat())}).encode())
 
 
 def _is_whole(path: Path, size: int) -> bool:
@@ -161,7 +162,7 @@ def _is_whole(path: Path, size: int) -> bool:
     try:
         card = json.loads(_card_path(path).read_bytes())
         checksum, stamp = card["crc32"], card["stamp"]
-        found = _stamp(path)
+        found = stamp_of(path.stat())
     except (OSError, ValueError, TypeError, KeyError):
         return False
     if found[0] != size:
@@ -176,11 +177,6 @@ def _is_whole(path: Path, size: int) -> bool:
         return False
     _write_card(path, checksum)
     return True
-
-
-def _stamp(path: Path) -> list[int]:
-    state = path.stat()
-    return [state.st_size, state.st_mtime_ns, state.st_ino]
 
 
 def _map(path: Path, reader: SplitReader) -> Tensor:

@@ -28,7 +28,7 @@ class Sample:
     index: int
     """Place within its split, 0 to n - 1, in the source's order; samples may come in any order."""
     label: int
-    """Place of its class in the source's `classes`."""
+    """Place of its class in `CLASSES`."""
     png: bytes | None = None
     """The source's own PNG bytes, untouched and not yet looked into; None where it holds pixels."""
     pixels: np.ndarray | None = None
@@ -53,8 +53,6 @@ class Source:
     """`official` or `regenerated` where the layout itself implies it, else None."""
     notes: tuple[str, ...] = ()
     """One line each: what was left out or turned into something else, for a person to see."""
-    classes: tuple[str, ...] = CLASSES
-    """The names of the classes, in the order of the labels."""
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -69,8 +67,8 @@ class Source:
         """
         seen = {split: np.zeros(count, dtype=bool) for split, count in self.counts.items()}
         for sample in self.read():
-            if not 0 <= sample.label < len(self.classes):
-                raise UserError(f"{sample.origin}: label {sample.label}; accepted are 0 to {len(self.classes) - 1}")
+            if not 0 <= sample.label < len(CLASSES):
+                raise UserError(f"{sample.origin}: label {sample.label}; accepted are 0 to {len(CLASSES) - 1}")
             places = seen[sample.split]
             if not 0 <= sample.index < len(places) or places[sample.index]:
                 raise UserError(f"{sample.origin}: not there when {self.description} was opened; it changed meanwhile")

@@ -12,11 +12,11 @@ from pathlib import Path
 from mnistm_dist.data.cache import choose_cache_dir
 from mnistm_dist.data.download import fetch_mnist
 from mnistm_dist.data.layouts.detection import KNOWN_LAYOUTS, MADE_LAYOUTS, detect
-from mnistm_dist.data.samples import CLASSES, SPLITS, Sample, Source
+from mnistm_dist.data.samples import Source
 from mnistm_dist.data.synthesis import open_mnist_and_photos, open_sample
 from mnistm_dist.errors import UserError
 
-__all__ = ["CLASSES", "KNOWN_LAYOUTS", "SPLITS", "Sample", "Source", "open_source"]
+__all__ = ["KNOWN_LAYOUTS", "Source", "open_source"]
 
 
 def open_source(
@@ -45,15 +45,16 @@ def open_source(
         raise UserError(f"--photos is for the source mnist+photos, not for {source}")
     if blends is not None and source not in MADE_LAYOUTS:
         raise UserError(f"--blends is for {' and '.join(MADE_LAYOUTS)}, whose images are made; {source} has its own")
+    made = 1 if blends is None else blends
     if source == "sample":
         if mnist is not None:
             raise UserError("--mnist is for mnist+photos and for pickles; the sample brings its own digits")
-        opened = open_sample(seed=seed, blends=blends or 1)
+        opened = open_sample(seed=seed, blends=made)
     elif source == "mnist+photos":
         if mnist is None or photos is None:
             raise UserError("mnist+photos needs --mnist DIR, with MNIST's IDX files (or auto), and --photos DIR")
         folder = _mnist_folder(mnist, cache_dir)
-        opened = open_mnist_and_photos(folder, Path(photos), seed=seed, blends=blends or 1)
+        opened = open_mnist_and_photos(folder, Path(photos), seed=seed, blends=made)
     else:
         opened = _open_path(Path(source), layout, mnist, cache_dir)
     for split in opened.splits:

@@ -20,9 +20,10 @@ from typing import IO
 import numpy as np
 from PIL import Image
 
+from mnistm_dist.data.damage import UNREADABLE
 from mnistm_dist.data.hashing import uniform
 from mnistm_dist.data.idx import Digits, read_digits
-from mnistm_dist.data.pictures import DECODING_ERRORS
+from mnistm_dist.data.pictures import formats_here
 from mnistm_dist.data.samples import Sample, Source
 from mnistm_dist.errors import UserError
 
@@ -33,6 +34,7 @@ SAMPLE_TRAIN_SIZE = 8_000
 MNIST_TRAIN_SIZE = 55_000
 """Of MNIST's 60,000 training digits, the first ones are train, the others val, before MNIST's 10,000 test digits."""
 _CHUNK = 1_024
+_BROKEN: tuple[type[Exception], ...] = (*UNREADABLE, Image.DecompressionBombWarning)
 _NAMED = 5
 
 
@@ -62,8 +64,11 @@ def read_photos(folder: Path | Traversable, *, smallest: int) -> Photos:
     UserError where no photo is left. JPEGs may decode to slightly different pixels on another libjpeg; PNGs never do.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; name one of colour photos with --photos")
-    found = sorted(entry.name for entry in folder.iterdir() if entry.name.lower().endswith(PHOTO_SUFFIXES))
+        found_here = "a file, not a folder" if folder.is_file() else "no such folder"
+        raise UserError(f"{folder}: {found_here}; name one of colour photos with --photos")
+    found = sorted(
+        entry.name for entry in folder.iterdir() if entry.name.lower().endswith(PHOTO_SUFFIXES) and entry.is_file()
+    )
     names: list[str] = []
     skipped: list[str] = []
     sizes: list[tuple[int, int]] = []
@@ -71,7 +76,7 @@ def read_photos(folder: Path | Traversable, *, smallest: int) -> Photos:
         for name in found:
             try:
                 photo = _decode(folder / name)
-            except (*DECODING_ERRORS, Image.DecompressionBombWarning) as error:
+            except _BROKEN as error:
                 skipped.append(f"photo {name} left out: broken ({' '.join(str(error).split())})")
                 continue
             height, width = photo.shape[:2]
@@ -100,7 +105,7 @@ def read_photos(folder: Path | Traversable, *, smallest: int) -> Photos:
 def _decode(file: Path | Traversable) -> np.ndarray:
     with warnings.catch_warnings(), file.open("rb") as stream:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(stream) as image:
+        with Image.open(stream, formats=formats_here()) as image:
             return np.asarray(image.convert("RGB"))
 
 
@@ -158,9 +163,16 @@ def open_mnist_and_photos(mnist: Path, photos_folder: Path, *, seed: int, blends
 
     Val is MNIST's last 5,000 training digits, then its 10,000 test digits, as in the source report. A smaller MNIST is
     cut at the same fraction. Each training digit is blended over `blends` patches, at least 1: the first is the one
-    that it has alone, and val is the same whatever their number. Raises UserError as `read_digits` and `read_photos`.
+    that it has alone, and val is the same whatever their number. Raises UserError as `read_digits` and `read_photos`,
+    and where train and test have images of two sizes.
     """
     digits = [read_digits(mnist, "train"), read_digits(mnist, "test")]
+    train_size, test_size = ("{} x {}".format(*part.images.shape[1:]) for part in digits)
+    if train_size != test_size:
+        raise UserError(
+            f"{mnist}: train images of {train_size} pixels, test images of {test_size}: one set holds one image size; "
+            "download them again"
+        )
     photos = read_photos(photos_folder, smallest=max(digits[0].images.shape[1:]))
     total = len(digits[0].labels)
     return _blended(
@@ -177,6 +189,8 @@ def open_mnist_and_photos(mnist: Path, photos_folder: Path, *, seed: int, blends
 def _blended(
     *, digits: Sequence[Digits], photos: Photos, train: int, blends: int, seed: int, layout: str, description: str
 ) -> Source:
+    if blends < 1:
+        raise UserError(f"{layout}: {blends} blends of each training digit; accepted are 1 and more")
     images = np.concatenate([part.images for part in digits])
     labels = np.concatenate([part.labels for part in digits])
     return Source(

@@ -43,8 +43,8 @@ class Bar:
         self._progress.leave_out(seconds)
 
     def __call__(self, done: int, total: int) -> None:
-        """Says that `done` of `total` are done."""
-        self._progress.total = total
+        """Says that `done` of `total`, 0 where nobody knows how many, are done."""
+        self._progress.total = total or None
         self.update(done)
 
 

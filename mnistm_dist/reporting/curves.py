@@ -76,8 +76,10 @@ def learning_curves(
     figure.suptitle(title, x=0.01, ha="left", fontsize=9.5, fontweight="bold")
     scales = {name: (ended or {}).get(name) or _epochs_per_step(rows) for name, rows in runs.items()}
     by_epoch = all(scales.values())
-    for place, (name, rows) in enumerate(runs.items()):
-        scale = (scales[name] or 1.0) if by_epoch else 1.0
+    for place, (run, rows) in enumerate(runs.items()):
+        # matplotlib leaves a name that begins with _ out of a legend.
+        name = f" {run}" if run.startswith("_") else run
+        scale = (scales[run] or 1.0) if by_epoch else 1.0
         colour, line = SERIES[place % len(SERIES)], LINES[place % len(LINES)]
         steps, values = series(rows, "train", "train/loss")
         _training_line(loss, steps * scale, values, colour, name, line)

@@ -40,6 +40,7 @@ STYLE: Any = {  # Any: matplotlib types its keys as one literal of hundreds of n
     "font.family": "DejaVu Sans",
     "font.size": 9.0,
     "text.color": INK,
+    "text.parse_math": False,
     "axes.labelcolor": INK,
     "axes.edgecolor": MUTED,
     "axes.titlesize": 9.5,

@@ -34,7 +34,7 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> list[str]:
         page = markup.document(title, page_runs.top(runs), page_runs.sections(runs), foot)
     temporary = out.with_name(f".{out.name}.part")
     try:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
         temporary.replace(out)
     except OSError as error:
         with contextlib.suppress(OSError):

@@ -15,6 +15,7 @@ from mnistm_dist.reporting.predictions import mistakes
 from mnistm_dist.reporting.progress import duration, number
 from mnistm_dist.reporting.runs import SPLITS, RunRecord, flatten
 from mnistm_dist.reporting.words import describe, percent, plural
+from mnistm_dist.values import shown
 
 SPLIT_NAMES = {"val": "validation", "test": "test"}
 LISTED_MISTAKES = 20
@@ -179,7 +180,7 @@ def _mistakes(run: RunRecord, split: str) -> Markup | None:
     path = run.path / f"mistakes_{split}.png"
     found = mistakes(run.predictions[split]) if split in run.predictions else []
     parts: list[Markup | None] = []
-    if path.exists():
+    if path.is_file():
         parts.append(markup.picture(path, f"Images of {split} that the model reads wrong"))
     if found:
         rows: list[list[Cell]] = [
@@ -223,7 +224,7 @@ def _recipe(run: RunRecord) -> Markup | None:
 def shown_value(value: object) -> str:
     """A value of a configuration or an environment, as a person reads it."""
     if isinstance(value, list | tuple):
-        return ", ".join(map(shown_value, value))
+        return ", ".join(shown(part) if isinstance(part, list | tuple | dict) else shown_value(part) for part in value)
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mnistm_dist.config import read_yaml
-from mnistm_dist.errors import UserError
+from mnistm_dist.errors import UserError, printable
 from mnistm_dist.reporting import run_fields
 from mnistm_dist.reporting.metrics import Metrics
 from mnistm_dist.reporting.predictions import Predictions, read_predictions
@@ -86,7 +86,7 @@ def read_run(path: Path, version: str) -> RunRecord:
         missing.append(f"The run was written by version {found or 'unknown'} and is read by {version}.")
     return RunRecord(
         path=path,
-        name=path.resolve().name,
+        name=printable(path.resolve().name),
         config=config,
         environment=environment,
         state=state,
@@ -166,6 +166,7 @@ def _rows(path: Path, missing: list[str]) -> list[Mapping[str, Any]]:
         if (
             isinstance(row, Mapping)
             and row.get("step") is not None
+            and (row.get("kind") != "evaluation" or row.get("epoch") is not None)
             and not run_fields.wrong_fields(row, run_fields.ROW)
         ):
             rows.append(row)

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Protocol, TextIO
 
+from mnistm_dist.errors import printable
 from mnistm_dist.reporting.progress import Progress
 
 if TYPE_CHECKING:
@@ -98,11 +99,11 @@ class PlainScreen:
         self.line(title)
         width = max((len(name) for name in rows), default=0)
         for name, value in rows.items():
-            self.line(f"  {name.ljust(width)}  {value}")
+            self.line(f"  {name.ljust(width)}  {printable(value)}")
 
     def line(self, text: str) -> None:
         for part in text.splitlines() or [""]:
-            self._write(f"{time.strftime('%H:%M:%S')} {part}".rstrip() + "\n")
+            self._write(f"{time.strftime('%H:%M:%S')} {printable(part)}".rstrip() + "\n")
 
     def warn(self, text: str) -> None:
         self.line(f"warning: {text}")
@@ -171,7 +172,7 @@ class TerminalScreen:
         grid.add_column(style="cyan", no_wrap=True)
         grid.add_column(overflow="fold")
         for name, value in rows.items():
-            grid.add_row(Text(name), Text(value))
+            grid.add_row(Text(name), Text(printable(value)))
         self._print(
             Panel(grid, title=Text(title, style="bold"), title_align="left", width=self._width, border_style="cyan")
         )
@@ -179,12 +180,12 @@ class TerminalScreen:
     def line(self, text: str) -> None:
         from rich.text import Text
 
-        self._print(Text(text))
+        self._print(Text("\n".join(map(printable, text.splitlines()))))
 
     def warn(self, text: str) -> None:
         from rich.text import Text
 
-        self._print(Text.assemble(("warning: ", "bold yellow"), text))
+        self._print(Text.assemble(("warning: ", "bold yellow"), printable(text)))
 
     def text(self, text: str) -> None:
         from rich.text import Text

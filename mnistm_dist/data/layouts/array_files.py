@@ -22,7 +22,7 @@ from mnistm_dist.data.layouts.arrays import (
     reading,
 )
 from mnistm_dist.data.layouts.decompression import check_expansion
-from mnistm_dist.data.samples import SPLITS, Source
+from mnistm_dist.data.samples import CLASSES, SPLITS, Source
 from mnistm_dist.errors import UserError
 
 
@@ -76,6 +76,10 @@ def open_hdf5(file: Path) -> Source:
             if not isinstance(images, h5py.Dataset) or not isinstance(labels, h5py.Dataset):
                 raise UserError(f"{file}: {split}: X and Y are not both datasets; accepted are groups of two datasets")
             count = check_images(f"{file}: {split}/X", images.shape, images.dtype)
+            # What was never written takes no room in the file, and a label may stand for as many as its shape says.
+            check_expansion(f"{file}: {split}/Y", file.stat().st_size, labels.size * labels.dtype.itemsize)
+            if labels.size not in (count, count * len(CLASSES)):
+                raise UserError(f"{file}: {split}/Y: {labels.size} labels for {count} images; each needs one")
             checked = check_labels(f"{file}: {split}/Y", labels[()], count)
             splits[split] = ArraySplit(origin=f"{file}: {split}/X", labels=checked, images=held(images))
     return arrays_source("hdf5", f"{file}, HDF5", splits)

@@ -3,41 +3,23 @@
 from __future__ import annotations
 
 import importlib
-import pickle
-import struct
-import tokenize
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
+from mnistm_dist.data.damage import UNREADABLE
+from mnistm_dist.data.png import MAX_SIDE
 from mnistm_dist.data.samples import CLASSES, Sample, Source
 from mnistm_dist.errors import UserError
 
-_CHUNK = 1_024
-_UNREADABLE = (
-    OSError,
-    EOFError,
-    ValueError,
-    KeyError,
-    IndexError,
-    TypeError,
-    RuntimeError,
-    NotImplementedError,
-    MemoryError,
-    SyntaxError,
-    tokenize.TokenError,
-    pickle.UnpicklingError,
-    zlib.error,
-    struct.error,
-    zipfile.BadZipFile,
-)
+_CHUNK_BYTES = 4 << 20
+"""Of images that are read together, about."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +50,14 @@ def held(images: Any) -> Callable[[], Any]:
 
 
 def check_images(origin: str, shape: Sequence[int], dtype: object) -> int:
-    """How many images an array holds. Raises UserError unless it is uint8 (n, height, width, 3)."""
-    if len(shape) != 4 or shape[3] != 3 or 0 in shape[1:] or str(dtype) not in ("uint8", "torch.uint8"):
-        raise UserError(f"{origin}: {dtype} of shape {tuple(shape)}; accepted are images uint8 (n, height, width, 3)")
+    """How many images an array holds. Raises UserError unless it is uint8 (n, height, width, 3) of sides that PNGs may
+    have."""
+    fits = len(shape) == 4 and shape[3] == 3 and all(1 <= side <= MAX_SIDE for side in shape[1:3])
+    if not fits or str(dtype) not in ("uint8", "torch.uint8"):
+        raise UserError(
+            f"{origin}: {dtype} of shape {tuple(shape)}; accepted are images uint8 (n, height, width, 3), "
+            f"1 to {MAX_SIDE:,} pixels a side"
+        )
     return int(shape[0])
 
 
@@ -113,12 +100,11 @@ def reading(origin: str, holds: str, *also: type[Exception]) -> Iterator[None]:
     """Turns what torch, numpy, h5py and pyarrow raise at a file that is damaged, or not of their kind, into a
     UserError; `holds` says what it should hold, and `also` are more exceptions of a library's own.
     """
-    unreadable: tuple[type[Exception], ...] = (*_UNREADABLE, *also)
     try:
         yield
     except UserError:
         raise
-    except unreadable as error:
+    except (*UNREADABLE, *also) as error:
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise UserError(f"{origin}: damaged, or something else than {holds} ({reason})") from error
 
@@ -126,10 +112,11 @@ def reading(origin: str, holds: str, *also: type[Exception]) -> Iterator[None]:
 def _read(splits: Mapping[str, ArraySplit]) -> Iterator[Sample]:
     for split, part in splits.items():
         images = part.images()
-        for start in range(0, len(part.labels), _CHUNK):
-            labels = part.labels[start : start + _CHUNK].tolist()
+        chunk = max(1, _CHUNK_BYTES // prod(images.shape[1:]))
+        for start in range(0, len(part.labels), chunk):
+            labels = part.labels[start : start + chunk].tolist()
             with reading(f"{part.origin}: images from {start} on", "images"):
-                block = np.ascontiguousarray(images[start : start + _CHUNK])
+                block = np.ascontiguousarray(images[start : start + chunk])
             for index, (label, pixels) in enumerate(zip(labels, block, strict=True), start):
                 origin = f"{part.origin}: image {index}"
                 yield Sample(split=split, index=index, label=label, pixels=pixels, origin=origin)

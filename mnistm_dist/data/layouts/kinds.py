@@ -7,6 +7,7 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from mnistm_dist.data.damage import UNREADABLE
 from mnistm_dist.data.layouts.decompression import unpack
 from mnistm_dist.errors import UserError
 
@@ -82,7 +83,7 @@ def _kind_of_zip(path: Path) -> str:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+    except UNREADABLE as error:
         raise UserError(f"{path}: cut short or damaged, no whole zip ({error}); fetch it again") from error
     if names and all(name.endswith(".npy") for name in names):
         return "npz"

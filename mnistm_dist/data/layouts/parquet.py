@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from mnistm_dist.data.layouts.arrays import need_library, reading
+from mnistm_dist.data.layouts.decompression import check_expansion
+from mnistm_dist.data.layouts.trees import MAX_IMAGE_BYTES, check_size
 from mnistm_dist.data.samples import CLASSES, Sample, Source
 from mnistm_dist.errors import UserError
 
-_BATCH = 256
+_BATCH = 16
+"""Rows that are unpacked together: a few bytes of a file can stand for one large image in each of them."""
 _BUFFER = 1 << 20
 _IMAGE_TYPES = ("binary", "large_binary")
 _LABEL_TYPES = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
@@ -58,6 +61,8 @@ def _rows(file: Path) -> int:
             found = ", ".join(f"{name} {kind}" for name, kind in kinds.items())
             needed = "needed are image, a struct with bytes, and label, an integer"
             raise UserError(f"{file}: columns {found[:120]}; {needed}")
+        groups = (opened.metadata.row_group(number) for number in range(opened.metadata.num_row_groups))
+        check_expansion(str(file), file.stat().st_size, sum(group.total_byte_size for group in groups))
         return int(opened.metadata.num_rows)
 
 
@@ -72,12 +77,21 @@ def _read(files: Mapping[str, Sequence[Path]]) -> Iterator[Sample]:
 
 
 def _cells(opened: Any) -> Iterator[tuple[Any, int | None]]:
+    """Image and label of each row, the image as a scalar of pyarrow, whose bytes are not copied yet."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
     for batch in opened.iter_batches(batch_size=_BATCH, columns=["image", "label"]):
-        yield from zip(batch.column("image").to_pylist(), batch.column("label").to_pylist(), strict=True)
+        images = batch.column("image")
+        if pa.types.is_struct(images.type):
+            images = pc.struct_field(images, "bytes")
+        yield from zip(images, batch.column("label").to_pylist(), strict=True)
 
 
 def _sample(split: str, index: int, image: Any, label: int | None, origin: str) -> Sample:
-    png = image.get("bytes") if isinstance(image, dict) else image
+    if image.is_valid:
+        check_size(origin, image.as_buffer().size, MAX_IMAGE_BYTES)
+    png = image.as_py()
     if png is None:
         raise UserError(f"{origin}: no bytes of an image; parquet that only names files elsewhere is not accepted")
     if label is None:

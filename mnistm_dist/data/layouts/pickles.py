@@ -14,26 +14,14 @@ from typing import Any, ClassVar, cast
 
 import numpy as np
 
+from mnistm_dist.data.damage import UNREADABLE
 from mnistm_dist.data.idx import read_digits
 from mnistm_dist.data.layouts.arrays import ArraySplit, arrays_source, check_images, check_labels, held
 from mnistm_dist.data.layouts.decompression import unpack
 from mnistm_dist.data.samples import SPLITS, Source
 from mnistm_dist.errors import UserError
 
-_BROKEN = (
-    pickle.UnpicklingError,
-    AttributeError,
-    EOFError,
-    ImportError,
-    IndexError,
-    KeyError,
-    MemoryError,
-    OverflowError,
-    RecursionError,
-    TypeError,
-    ValueError,
-    struct.error,
-)
+_BROKEN: tuple[type[Exception], ...] = (*UNREADABLE, AttributeError, ImportError)
 """What unpickling raises at bytes that make no sense."""
 
 
@@ -78,9 +66,11 @@ def _load(file: Path) -> dict[str, np.ndarray]:
                 raise
             reason = " ".join(str(error).split())[:120] or type(error).__name__
             raise UserError(f"{file}: no whole pickle of arrays ({reason}); fetch it again") from error
-    if not isinstance(found, dict) or not all(isinstance(value, _Array) for value in found.values()):
+    if not isinstance(found, dict) or not all(
+        isinstance(key, str | bytes) and isinstance(value, _Array) for key, value in found.items()
+    ):
         raise UserError(f"{file}: a {type(found).__name__}; accepted is a dict of arrays")
-    return {key.decode("latin-1") if isinstance(key, bytes) else str(key): value.array for key, value in found.items()}
+    return {key.decode("latin-1") if isinstance(key, bytes) else key: value.array for key, value in found.items()}
 
 
 def _load_bytearray(unpickler: Any) -> None:
@@ -90,6 +80,13 @@ def _load_bytearray(unpickler: Any) -> None:
     if len(data) != size:
         raise EOFError(f"{len(data)} bytes where {size} are promised")
     unpickler.append(bytearray(data))
+
+
+def _load_build(unpickler: Any) -> None:
+    """The state of an object. The stock reader would set attributes of a stand-in itself: its defaults, its code."""
+    if not isinstance(unpickler.stack[-2], _Array | _Dtype):
+        raise pickle.UnpicklingError(f"a state for a {type(unpickler.stack[-2]).__name__}")
+    pickle._Unpickler.load_build(unpickler)  # type: ignore[attr-defined]  # of the unpickler in Python
 
 
 class _ArraysOnly(pickle._Unpickler):
@@ -102,7 +99,11 @@ class _ArraysOnly(pickle._Unpickler):
         super().__init__(stream, encoding="bytes")
         self._origin = file
 
-    dispatch: ClassVar = {**pickle._Unpickler.dispatch, pickle.BYTEARRAY8[0]: _load_bytearray}
+    dispatch: ClassVar = {
+        **pickle._Unpickler.dispatch,
+        pickle.BYTEARRAY8[0]: _load_bytearray,
+        pickle.BUILD[0]: _load_build,
+    }
 
     def find_class(self, module: str, name: str) -> Any:
         try:
@@ -116,8 +117,11 @@ class _ArraysOnly(pickle._Unpickler):
 class _Array:
     """Stands in for an array, from numpy's `_reconstruct` to its state."""
 
+    array = np.empty((0,), np.uint8)
+    """Of the class too: a pickle can make an object without calling its ``__init__``."""
+
     def __init__(self, *ignored: object) -> None:
-        self.array = np.empty((0,), np.uint8)
+        pass
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, shape, dtype, is_fortran, raw = state

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import tarfile
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, cast
 
+from mnistm_dist.data.damage import UNREADABLE
 from mnistm_dist.data.layouts.decompression import unpack
 from mnistm_dist.data.layouts.trees import LINK, Archive, is_text
 from mnistm_dist.errors import UserError
@@ -55,26 +57,36 @@ class Tar(Archive):
 
 
 def _members(path: Path) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+    with _whole(path), unpack(path) as stream, tarfile.open(fileobj=cast(IO[bytes], stream), mode="r|") as tar:
+        while (member := tar.next()) is not None:
+            yield tar, member
+            # It would keep every member that it has seen; its parameter against that came with Python 3.13.
+            tar.members = []  # type: ignore[attr-defined]
+        # tarfile takes a damaged header for the end. The checksum of a compressed file stands at its end, too.
+        rest = cast(IO[bytes], tar.fileobj)
+        while data := rest.read(_CHUNK):
+            if data.strip(b"\0"):
+                raise UserError(f"{path}: damaged: more follows after its end; fetch it again")
+        # A tar cut between two members is read without an error.
+        if stream.count <= tar.offset:
+            raise UserError(f"{path}: cut short: the mark at the end of a tar is not there; fetch it again")
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[None]:
     try:
-        with unpack(path) as stream, tarfile.open(fileobj=cast(IO[bytes], stream), mode="r|") as tar:
-            while (member := tar.next()) is not None:
-                yield tar, member
-                # It would keep every member that it has seen; its parameter against that came with Python 3.13.
-                tar.members = []  # type: ignore[attr-defined]
-            # The checksum of a compressed file stands at its end.
-            while stream.read(_CHUNK):
-                pass
-            # A tar cut between two members is read without an error.
-            if stream.count <= tar.offset:
-                raise UserError(f"{path}: cut short: the mark at the end of a tar is not there; fetch it again")
-    except tarfile.TarError as error:
+        yield
+    except UNREADABLE as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{path}: cut short, damaged, or no tar ({error}); fetch it again") from error
 
 
 def _data(path: Path, tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    stream = tar.extractfile(member)
-    assert stream is not None, "only regular files are read"
-    data = stream.read()
+    with _whole(path):
+        stream = tar.extractfile(member)
+        assert stream is not None, "only regular files are read"
+        data = stream.read()
     if len(data) != member.size:
         raise UserError(f"{path}: {member.name}: cut short; fetch the archive again")
     return data

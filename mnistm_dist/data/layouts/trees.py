@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import stat
 import zipfile
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mnistm_dist.data.damage import UNREADABLE
+from mnistm_dist.data.layouts.decompression import check_expansion
 from mnistm_dist.errors import UserError
 
 MAX_IMAGE_BYTES = 16 << 20
@@ -170,8 +171,9 @@ class Zip(Archive):
         self._infos: dict[str, zipfile.ZipInfo] = {}
         try:
             self._zip = zipfile.ZipFile(path)
-        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        except UNREADABLE as error:
             raise UserError(f"{path}: not a whole zip ({error}); fetch it again") from error
+        check_expansion(str(path), path.stat().st_size, sum(info.file_size for info in self._zip.infolist()))
         for info in self._zip.infolist():
             if info.filename.endswith("/"):
                 continue
@@ -196,7 +198,7 @@ class Zip(Archive):
         info = self._infos[name]
         try:
             data = self._zip.read(info)
-        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError) as error:
+        except UNREADABLE as error:
             raise UserError(
                 f"{self.origin(name)}: damaged, or packed in an unknown way ({error}); fetch the archive again"
             ) from error

@@ -25,7 +25,7 @@ from mnistm_dist.config import (
     fields_of,
     read_recipe,
 )
-from mnistm_dist.errors import UserError, tell_error
+from mnistm_dist.errors import UserError, before_joining, tell_error
 from mnistm_dist.values import parse_value
 
 
@@ -129,7 +129,8 @@ def parse_flags(argv: list[str]) -> Request:
     """The command line of ``mnistm_dist.train``. Raises `UserError` for a value that a field does not take."""
     flags = vars(train_parser().parse_args(argv))
     recipe = flags.pop("recipe")
-    given = read_recipe(recipe) if recipe is not None else {}
+    with before_joining():
+        given = read_recipe(recipe) if recipe is not None else {}
     set_by_flag = set()
     for name, (_, f, kind) in field_types().items():
         if flags[name] is not None:

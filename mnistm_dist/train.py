@@ -30,8 +30,7 @@ if TYPE_CHECKING:
 
 def main(argv: list[str]) -> int:
     """Trains, and returns the exit code: 0 finished, 2 a person's mistake, 75 saved and left after a signal."""
-    with before_joining():
-        request = parse_flags(argv)
+    request = parse_flags(argv)
     # Heavy imports come after the flags, so that --help and a mistyped flag answer at once.
     from mnistm_dist.launch import choose_start
     from mnistm_dist.reporting.console import Console

@@ -114,7 +114,7 @@ def test_of_two_processes_one_tells_a_mistake(door, small_set, tmp_path, flags, 
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("flags", [("--resume", "nowhere"), ("--recipe", "nowhere.yaml"), ("--epochs", "none")])
+@pytest.mark.parametrize("flags", [("--resume", "nowhere"), ("--recipe", "nowhere.yaml")])
 def test_what_one_node_finds_before_all_have_joined_its_first_process_tells(door, flags):
     second_node = {"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
     assert flags[1] in refused(door("train", *flags, **second_node))

@@ -8,6 +8,7 @@ import io
 import os
 import pickle
 import random
+import re
 import shutil
 import stat
 import struct
@@ -346,6 +347,18 @@ def test_a_pickle_of_anything_but_arrays_is_refused_and_none_of_it_runs(tmp_path
     path.write_bytes(gzip.compress(data) if suffix.endswith("gz") else data)
     assert said in refusal(path, mnist=str(write_mnist(tmp_path / "mnist", PARTS)))
     assert not (tmp_path / "evil").exists()
+
+
+def test_a_torch_file_of_the_old_format_whose_storages_are_misnamed_is_refused(tmp_path):
+    import torch
+
+    path = tmp_path / "mnist_m_train.pt"
+    torch.save((torch.zeros(2, 8, 8, 3, dtype=torch.uint8), torch.ones(2)), path, _use_new_zipfile_serialization=False)
+    data = path.read_bytes()
+    key = re.findall(rb"X.\x00\x00\x00(\d{6,})", data, re.DOTALL)[-1]
+    place = data.rindex(key)
+    path.write_bytes(data[:place] + key[::-1].replace(b"0", b"1") + data[place + len(key) :])
+    assert "damaged, or something else than a tuple of two tensors" in refusal(tmp_path)
 
 
 def test_a_torch_file_with_code_in_it_is_refused_and_does_not_run(tmp_path, monkeypatch):

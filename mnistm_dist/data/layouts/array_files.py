@@ -35,7 +35,7 @@ def open_pt(files: Mapping[str, Path]) -> Source:
 
     splits: dict[str, ArraySplit] = {}
     for split, file in files.items():
-        with reading(str(file), "a tuple of two tensors"):
+        with reading(str(file), "a tuple of two tensors", AssertionError):
             found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
         if not isinstance(found, tuple | list) or len(found) != 2 or not all(map(torch.is_tensor, found)):
             raise UserError(f"{file}: a {type(found).__name__}; accepted is a tuple of two tensors, images and labels")

@@ -16,12 +16,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mnistm_dist.errors import run_door
+from mnistm_dist.errors import UserError, run_door
 from mnistm_dist.flags import ArgumentParser, whole_number
 from mnistm_dist.stdout import write_result
 
 if TYPE_CHECKING:
     from mnistm_dist.data.manifest import Manifest
+    from mnistm_dist.reporting.console import Console
 
 
 class ShowLayouts(argparse.Action):
@@ -75,8 +76,6 @@ def main(argv: list[str]) -> int:
 
     from mnistm_dist.data.cache import choose_cache_dir
     from mnistm_dist.data.download import download
-    from mnistm_dist.data.packing import pack
-    from mnistm_dist.data.sources import open_source
     from mnistm_dist.data.writing.staging import refuse_existing
     from mnistm_dist.reporting.console import Console
 
@@ -88,6 +87,23 @@ def main(argv: list[str]) -> int:
     if args.download is not None:
         with console.progress("download", None, "bytes") as bar:
             path = str(download(args.download, cache_dir, progress=bar, say=console.line))
+    try:
+        manifest = _pack(path, args, cache_dir, console)
+    except UserError as error:
+        if args.download is None:
+            raise
+        name = Path(path).relative_to(cache_dir).parts[1]
+        raise UserError(
+            f"{error}; if what was downloaded is at fault, it comes anew after python -m mnistm_dist.cache clear {name}"
+        ) from error
+    console.header(f"packed: {args.out}", _summary(manifest, time.monotonic() - started))
+    return 0
+
+
+def _pack(path: str, args: argparse.Namespace, cache_dir: Path, console: Console) -> Manifest:
+    from mnistm_dist.data.packing import pack
+    from mnistm_dist.data.sources import open_source
+
     source = open_source(
         path,
         layout=args.layout,
@@ -100,7 +116,7 @@ def main(argv: list[str]) -> int:
     for note in source.notes:
         console.warn(note)
     with console.progress("pack", sum(source.counts.values()), "images") as bar:
-        manifest = pack(
+        return pack(
             source,
             args.out,
             num_shards=args.num_shards,
@@ -109,8 +125,6 @@ def main(argv: list[str]) -> int:
             lineage=None if args.download is None else "official",
             progress=bar,
         )
-    console.header(f"packed: {args.out}", _summary(manifest, time.monotonic() - started))
-    return 0
 
 
 def _summary(manifest: Manifest, seconds: float) -> dict[str, str]:

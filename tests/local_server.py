@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import threading
 import time
@@ -29,7 +30,8 @@ class LocalServer:
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                server.answer(self)
+                with contextlib.suppress(ConnectionError):  # the client may have heard enough
+                    server.answer(self)
 
             def log_message(self, format: str, *args: object) -> None:
                 pass

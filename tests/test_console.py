@@ -232,10 +232,19 @@ def test_names_that_the_streams_encoding_lacks_are_written_all_the_same() -> Non
 def test_a_name_cannot_command_the_terminal(screen) -> None:
     stream = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     shown = screen(stream)
-    for show in (shown.line, shown.warn, lambda name: shown.panel("packed", {"from": name})):
+    ways = (
+        shown.line,
+        shown.warn,
+        shown.text,
+        lambda name: shown.panel("packed", {"from": name}),
+        lambda name: shown.panel(name, {}),
+        lambda name: shown.panel("packed", {name: ""}),
+        lambda name: shown.row([name], [1], "row"),
+    )
+    for show in ways:
         show("a\x1b]0;owned\x07\udcff")
     said = stream.buffer.getvalue() if screen is PlainScreen else (stream.flush(), stream.buffer.getvalue())[1]
-    assert said.count(b"a\\x1b]0;owned\\x07\\udcff") == 3
+    assert said.count(b"a\\x1b]0;owned\\x07\\udcff") == len(ways)
     assert b"\x1b" not in said
 
 
@@ -295,6 +304,14 @@ def test_bytes_are_shown_as_megabytes() -> None:
     progress.advance(90_500_000, {})
     assert progress.counted() == "90.5/181.0 MB"
     assert progress.rate() == "45.2 MB/s"
+
+
+def test_a_callback_that_knows_no_total_shows_what_is_done() -> None:
+    stream = io.StringIO()
+    with Console(stream=stream).progress("download", None, "bytes") as bar:
+        bar(90_500_000, 0)
+    assert "download: 90.5 MB in" in stream.getvalue()
+    assert "/" not in stream.getvalue().replace("MB/s", "")
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,15 @@ import pytest
 from layouts import noise, official_files, write_parquet, write_tar
 from local_server import LocalServer
 
+from mnistm_dist.cache import main as cache_door
 from mnistm_dist.data import download as module
 from mnistm_dist.data import transfer
 from mnistm_dist.data.cache import entries
 from mnistm_dist.data.download import download, fetch_mnist
 from mnistm_dist.data.idx import read_digits
-from mnistm_dist.data.public_copies import OFFICIAL_COPIES, Copy, RemoteFile
+from mnistm_dist.data.public_copies import OFFICIAL_COPIES, Copy
 from mnistm_dist.data.sources import open_source
+from mnistm_dist.data.transfer import RemoteFile
 from mnistm_dist.errors import UserError, run_door
 from mnistm_dist.pack import main as pack_door
 
@@ -43,12 +45,19 @@ def known(server: LocalServer, name: str = NAME, **wrong: object) -> RemoteFile:
     """What is known of a file that is served."""
     data = (server.folder / name).read_bytes()
     facts = {"size": len(data), "checksum": ("sha256", hashlib.sha256(data).hexdigest())}
-    return RemoteFile(address=f"{server.address}/{name}", name=name, **{**facts, **wrong})
+    return RemoteFile(address=f"{server.address}/{name}", **{**facts, **wrong})
 
 
 def offer(monkeypatch, *copies: list[RemoteFile]) -> None:
     """Puts copies in the place of the public ones."""
-    offered = [Copy(name=f"copy{number}", said_by=f"copy {number}", files=files) for number, files in enumerate(copies)]
+    offered = [
+        Copy(
+            name=f"copy{number}",
+            said_by=f"copy {number}",
+            files={file.address.rpartition("/")[2]: file for file in files},
+        )
+        for number, files in enumerate(copies)
+    ]
     monkeypatch.setattr(module, "OFFICIAL_COPIES", offered)
 
 
@@ -56,8 +65,7 @@ def test_the_public_copies_say_where_they_are_quoted_and_can_be_told_apart():
     assert len({copy.name for copy in OFFICIAL_COPIES}) == len(OFFICIAL_COPIES) > 1
     for copy in OFFICIAL_COPIES:
         assert copy.said_by
-        assert all(file.address.startswith("https://") for file in copy.files)
-        assert len({file.name for file in copy.files}) == len(copy.files)
+        assert all(file.address.startswith("https://") for file in copy.files.values())
 
 
 def test_a_download_tells_its_bytes_and_is_not_fetched_twice(server, tmp_path, monkeypatch):
@@ -122,7 +130,7 @@ def test_a_file_in_the_cache_that_has_changed_is_fetched_anew(server, tmp_path, 
 @pytest.mark.parametrize("page", [b"<!DOCTYPE html><html>Sorry</html>", b"\n<HTML>", b'{"error": "rate limit"}'])
 def test_a_page_of_text_in_place_of_the_archive_is_refused_at_its_first_bytes(server, tmp_path, page):
     server.lies[NAME] = page.ljust(5_000_000)
-    with pytest.raises(UserError, match="it sends a page of text, not mnist_m"):
+    with pytest.raises(UserError, match="it sends a page of text"):
         download(f"{server.address}/{NAME}", tmp_path / "cache")
     assert not list((tmp_path / "cache").rglob(NAME))
 
@@ -130,10 +138,10 @@ def test_a_page_of_text_in_place_of_the_archive_is_refused_at_its_first_bytes(se
 @pytest.mark.parametrize(
     ("lie", "said"),
     [
-        (lambda data: data[:-1] + b"x", "bytes that are not those of mnist_m.tar.gz: its size is"),
-        (lambda data: data[:-9], "bytes that are not those of mnist_m.tar.gz: its size is"),
-        (lambda data: data + b"x" * 5_000_000, "longer than the"),
-        (lambda data: b"", "0 bytes that are not those of"),
+        (lambda data: data[:-1] + b"x", "its sha256 is not the expected "),
+        (lambda data: data[:-9], "bytes of the expected "),
+        (lambda data: data + b"x" * 5_000_000, "the most that it may have"),
+        (lambda data: b"", "it ends after 0 bytes of the expected "),
     ],
 )
 def test_another_file_in_place_of_the_archive_is_refused_and_leaves_nothing_that_looks_whole(
@@ -151,8 +159,8 @@ def test_another_file_in_place_of_the_archive_is_refused_and_leaves_nothing_that
 def test_a_copy_that_is_gone_is_passed_over_and_the_next_one_taken(server, tmp_path, monkeypatch):
     server.lies["page.zip"] = b"<html>"
     (server.folder / "page.zip").write_bytes(b"")
-    gone = RemoteFile(address=f"{server.address}/gone.zip", name="gone.zip")
-    page = RemoteFile(address=f"{server.address}/page.zip", name="page.zip")
+    gone = RemoteFile(address=f"{server.address}/gone.zip")
+    page = RemoteFile(address=f"{server.address}/page.zip")
     offer(monkeypatch, [gone], [page], [known(server)])
     said: list[str] = []
     assert download("official", tmp_path / "cache", say=said.append).name == NAME
@@ -176,7 +184,7 @@ def test_a_copy_of_several_files_becomes_a_folder(server, tmp_path, monkeypatch)
 
 def test_a_server_that_is_not_there_is_said_after_a_few_tries(server, tmp_path):
     server.stop()
-    with pytest.raises(UserError, match="no connection, 5 times in a row"):
+    with pytest.raises(UserError, match="the connection failed 5 times in a row"):
         download(f"{server.address}/{NAME}", tmp_path)
 
 
@@ -189,7 +197,8 @@ def test_an_address_of_another_kind_is_refused(tmp_path, address):
 @pytest.mark.parametrize("path", ["", "..", "%2e%2e", "a%00b", "..%2f..%2fevil"])
 def test_no_address_names_a_file_outside_of_the_cache(tmp_path, path):
     copy = module._copy_at(f"https://host/{path}")
-    assert (tmp_path / copy.files[0].name).resolve().parent == tmp_path
+    (name,) = copy.files
+    assert (tmp_path / name).resolve().parent == tmp_path
 
 
 def test_the_door_packs_a_download_only_when_its_pixels_are_official(server, tmp_path, monkeypatch, capsys):
@@ -200,6 +209,13 @@ def test_the_door_packs_a_download_only_when_its_pixels_are_official(server, tmp
     assert "by its pixels and labels it is not the official set" in error
     assert len(error.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+    # It has nothing but its pixels to tell that it is bad: the line says how the file is had anew.
+    (entry,) = entries(tmp_path / "cache")
+    assert error.rstrip().endswith(f"python -m mnistm_dist.cache clear {entry.path.name}")
+    assert run_door(cache_door, ["clear", entry.path.name]) == 0
+    requests = len(server.requests)
+    assert run_door(pack_door, arguments) == 2
+    assert len(server.requests) > requests
 
 
 @pytest.mark.parametrize("arguments", [[], ["sample", "--download", "official"]])

@@ -188,6 +188,12 @@ def test_several_runs_lie_over_one_another_by_epoch() -> None:
     assert a.get_marker() != b.get_marker()
 
 
+def test_a_run_of_any_name_stands_in_the_legend() -> None:
+    figure = learning_curves({name: log_rows(4, 20, 0.97, 0, None) for name in ("_a", "$b_{2}$")})
+    assert [text.get_text().strip() for text in figure.legends[0].get_texts()] == ["_a", "$b_{2}$"]
+    figure.draw_without_rendering()
+
+
 def test_a_run_that_ended_within_an_epoch_is_drawn_as_long_as_it_was() -> None:
     cut = [row for row in log_rows(1, 20, 0.97, 0, None) if row["step"] <= 5 and row["kind"] != "evaluation"]
     cut.append({"kind": "evaluation", "step": 5, "epoch": 0, "val/loss": 2.0, "val/accuracy": 0.2})

@@ -51,10 +51,11 @@ def test_a_manifest_that_is_a_folder_is_refused(folder: Path) -> None:
         b"[]",
         b"null",
         b"[" * 100_000,
+        b'{"format_version": ' + b"[" * 900 + b"]" * 900 + b"}",
         b'{"format_version": NaN}',
         b'{"a": ' + b"9" * 9000 + b"}",
     ],
-    ids=["empty", "cut", "binary", "list", "null", "deep", "nan", "huge"],
+    ids=["empty", "cut", "binary", "list", "null", "deep", "deep value", "nan", "huge"],
 )
 def test_a_manifest_that_is_not_json_is_refused_in_one_line(folder: Path, data: bytes) -> None:
     (folder / "manifest.json").write_bytes(data)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import resource
 import subprocess
 import sys
 import tarfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,12 +88,19 @@ if __name__ == "__main__":
 """
 
 
+def cpu_seconds() -> float:
+    """Of the processes that this one has waited for: a clock on the wall would measure who else is here."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 @dataclass(frozen=True, kw_only=True)
 class Packed:
     """The official set, packed by the door."""
 
     shards: ShardSet
     seconds: float
+    """Of a core."""
     peak_kilobytes: int
     """The most memory that its process held at once."""
 
@@ -105,11 +112,11 @@ def official(tmp_path_factory: pytest.TempPathFactory) -> Packed:
         pytest.skip("the official archive is not here (../shared/data/mnist_m.tar.gz)")
     folder = tmp_path_factory.mktemp("official")
     (folder / "measured_pack.py").write_text(MEASURED_PACK)
-    started = time.monotonic()
+    started = cpu_seconds()
     command = [sys.executable, folder / "measured_pack.py", ARCHIVE, "--out", folder / "set"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    seconds = time.monotonic() - started
+    seconds = cpu_seconds() - started
     shards = ShardSet.open(folder / "set")
     return Packed(shards=shards, seconds=seconds, peak_kilobytes=int(done.stdout.split()[-1]))
 
@@ -129,13 +136,14 @@ def test_the_official_set_is_known_by_its_sums(official: Packed) -> None:
     assert np.allclose(np.sqrt(sum(squares) / 59_001 - mean**2), [0.25195, 0.23678, 0.25870], rtol=0, atol=6e-6)
 
 
-def test_the_official_set_is_packed_in_two_minutes_and_500_mb(official: Packed) -> None:
+def test_the_official_set_is_packed_in_two_minutes_of_a_core_and_500_mb(official: Packed) -> None:
     assert official.peak_kilobytes < 500 * 1024
     assert official.seconds < 120
 
 
 def test_stock_webdataset_reads_the_official_pixels_and_labels(official: Packed) -> None:
-    wds = pytest.importorskip("webdataset")
+    import webdataset as wds
+
     shards = official.shards
     urls = [str(shards.root / shard.name) for shard in shards.split("test").shards]
     samples = {

@@ -264,6 +264,25 @@ def test_parquet_with_a_huge_image_is_refused_before_it_is_unpacked(tmp_path):
     assert "17825792 bytes, where at most 16 MiB" in refusal(tmp_path)
 
 
+def test_parquet_whose_few_bytes_stand_for_gigabytes_is_read_in_little_memory(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = 500
+    image = np.random.default_rng(1).bytes(4 << 20)
+    images = pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int8()), pa.array([image]))
+    table = pa.table({"image": images.cast(pa.binary()), "label": pa.array([1] * rows, pa.int64())})
+    path = tmp_path / "train-00000-of-00001.parquet"
+    pq.write_table(table, path, dictionary_pagesize_limit=8 << 20)
+    del table, images
+    assert path.stat().st_size < 5 << 20
+    source = open_source(str(tmp_path))
+    before = pa.total_allocated_bytes()
+    most = max(pa.total_allocated_bytes() - before for _ in source.samples())
+    assert source.counts == {"train": rows}
+    assert most < 200 << 20
+
+
 @pytest.mark.parametrize(("shape", "labels"), [((3, 28, 28, 3), 10**8), ((3, 2_000, 28, 3), 3)], ids=str)
 def test_arrays_that_were_never_written_take_no_memory(tmp_path, shape, labels):
     import h5py
@@ -335,6 +354,16 @@ PICKLES: dict[str, tuple[bytes, str]] = {
     "bytes of a terabyte": (BYTES_BOMB, "no whole pickle of arrays (4 bytes where 1099511627776 are promised)"),
     "cut short": (pickle.dumps({"train": PARTS["train"].images})[:-9], "no whole pickle of arrays"),
     "text": (b"(this is no pickle", "no whole pickle of arrays"),
+    "an object that nothing made": (
+        b"\x80\x02}U\x05traincnumpy.core.multiarray\n_reconstruct\n)\x81s.",
+        "uint8 of shape (0,)",
+    ),
+    "a state for a stand-in": (
+        b"\x80\x02cnumpy.core.multiarray\n_reconstruct\n}U\x05arrayK\x01sb.",
+        "(a state for a type)",
+    ),
+    "a state for a dict": (b"\x80\x02}}b.", "(a state for a dict)"),
+    "a key of a megabyte": (pickle.dumps({"a" * 10**6: np.zeros((1, 2, 2, 3), np.uint8)}), "a dict of aaaa"),
 }
 
 
@@ -345,7 +374,9 @@ def test_a_pickle_of_anything_but_arrays_is_refused_and_none_of_it_runs(tmp_path
     data, said = PICKLES[case]
     path = tmp_path / f"set{suffix}"
     path.write_bytes(gzip.compress(data) if suffix.endswith("gz") else data)
-    assert said in refusal(path, mnist=str(write_mnist(tmp_path / "mnist", PARTS)))
+    message = refusal(path, mnist=str(write_mnist(tmp_path / "mnist", PARTS)))
+    assert said in message
+    assert len(message) < 600
     assert not (tmp_path / "evil").exists()
 
 
@@ -523,6 +554,17 @@ def test_flags_that_do_not_belong_to_a_source_are_refused(tmp_path):
         with pytest.raises(UserError) as caught:
             open_source(**arguments)
         assert said in str(caught.value)
+
+
+def test_a_zip_that_spells_a_name_as_no_utf_8_is_refused(tmp_path):
+    path = write_zip(tmp_path / "set.zip", official_files(PARTS))
+    data = bytearray(path.read_bytes())
+    name = IMAGE.encode()
+    local, central = data.index(name), data.rindex(name)
+    data[central - 46 + 9] |= 8  # the flag that says UTF-8
+    data[local + len(name) - 5] = 0xFF
+    path.write_bytes(data)
+    assert "00000003.png: damaged" in refusal(path)
 
 
 def test_a_zip_whose_member_is_longer_than_it_says_gives_an_error_not_memory(tmp_path):

@@ -21,6 +21,9 @@ from PIL import Image
 
 from mnistm_dist.data.hashing import uniform
 from mnistm_dist.data.idx import read_digits
+from mnistm_dist.data.inspection import inspect
+from mnistm_dist.data.packing import pack
+from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.data.sources import Source, open_source
 from mnistm_dist.data.synthesis import blend, read_photos
 from mnistm_dist.errors import UserError
@@ -247,6 +250,19 @@ def test_more_blends_give_each_training_digit_other_patches_and_leave_the_rest(t
     assert len({pixels for _, pixels in thrice.values()}) == len(thrice)
 
 
+def test_more_blends_leave_val_as_it_is_and_are_packed_whole(tmp_path, photos, mnist):
+    packed = []
+    for blends in (1, 2):
+        source = open_source("mnist+photos", mnist=str(mnist), photos=str(photos), blends=blends)
+        packed.append(pack(source, tmp_path / f"set{blends}", num_shards=2))
+        found = inspect(ShardSet.open(tmp_path / f"set{blends}"))
+        assert [finding for finding in found if finding.damaged] == []
+    once, twice = (manifest.splits for manifest in packed)
+    assert twice["train"].count == 2 * once["train"].count
+    assert twice["val"].pixels_sha256 == once["val"].pixels_sha256
+    assert twice["train"].pixels_sha256 != once["train"].pixels_sha256
+
+
 @pytest.mark.skipif(not SHARED.exists(), reason="MNIST and photos are not in ../shared/data")
 def test_the_whole_mnist_gives_55_000_and_15_000():
     source = open_source("mnist+photos", mnist=str(SHARED / "mnist"), photos=str(SHARED / "photos"))
@@ -285,6 +301,15 @@ def test_a_damaged_idx_file_is_refused_by_name(tmp_path, what, damage):
         read_digits(tmp_path, "train")
     assert str(caught.value).startswith(f"{file}: ")
     assert said in str(caught.value)
+
+
+def test_a_file_that_is_far_too_large_for_mnist_is_refused_unread(tmp_path):
+    write_mnist(tmp_path, PARTS, suffix="")
+    file = tmp_path / "train-images-idx3-ubyte"
+    with file.open("ab") as stream:
+        stream.truncate(1 << 40)
+    with pytest.raises(UserError, match="larger than 256 MiB, so none of MNIST's"):
+        read_digits(tmp_path, "train")
 
 
 def test_idx_files_that_are_missing_or_do_not_match_are_refused(tmp_path):

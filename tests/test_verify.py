@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -136,12 +137,42 @@ def repeat_a_key(folder: Path) -> None:
     index.flush()
 
 
+def edit_first_label(folder: Path, edit: Callable[[bytearray], None]) -> None:
+    """Changes the header of the first ``.cls`` of a shard, and its checksum with it."""
+    path = folder / "train-000000.tar"
+    data, start = bytearray(path.read_bytes()), 512 + -(-rows_size(folder) // 512) * 512
+    header = data[start : start + 512]
+    edit(header)
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    data[start : start + 512] = header
+    path.write_bytes(data)
+
+
+def make_a_label_sparse(folder: Path) -> None:
+    edit_first_label(folder, lambda header: header.__setitem__(156, ord("S")))
+
+
+def make_a_label_a_gigabyte(folder: Path) -> None:
+    edit_first_label(folder, lambda header: header.__setitem__(slice(124, 136), b"%011o\0" % (1 << 30)))
+
+
+def write_a_senseless_extended_header(folder: Path) -> None:
+    with tarfile.open(folder / "train-000000.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        member = tarfile.TarInfo("00000000.png")
+        member.pax_headers = {"GNU.sparse.map": "a,b"}
+        tar.addfile(member)
+
+
 FORGERIES = {
     "label": (swap_labels, "train-000000.tar", "is not the label"),
     "renamed member": (rename_member, "train-000000.tar", "where the index has"),
     "dropped sample": (drop_last_sample, "train-000000.tar", "the end where the index has"),
     "one member more": (append_a_member, "train-000000.tar", "one member more"),
     "bytes after the end": (hide_bytes_after_the_end, "train-000000.tar", "does not end"),
+    "sparse label": (make_a_label_sparse, "train-000000.tar", ".cls where the index has"),
+    "label of a gigabyte": (make_a_label_a_gigabyte, "train-000000.tar", "is not the label"),
+    "extended header": (write_a_senseless_extended_header, "train-000000.tar", "not readable as a tar"),
     "no tar": (no_tar, "train-000000.tar", "not readable as a tar"),
     "key twice": (repeat_a_key, "val-000000.tar", "where the index has"),
 }

@@ -1,8 +1,7 @@
 """Packed sets on a server: fetched once per node into the cache, each file checked against the manifest.
 
 1. The manifest is asked for at every launch; where the server cannot be reached, that of an earlier fetch serves.
-2. Files that are there and whole stay; the others are fetched by several threads, each into ``NAME.partial``. A
-   transfer that was cut, in this launch or an earlier one, goes on where it ended.
+2. Files that are there and whole stay; the others are fetched by several threads (transfer.py).
 3. A file gets its name when its size and sha256 are the manifest's, and ``manifest.json`` comes last.
 """
 
@@ -18,7 +17,7 @@ from mnistm_dist.data.cache import cache_failures, entry_lock, make_entry, make_
 from mnistm_dist.data.manifest import MANIFEST_NAME, Manifest, parse
 from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.data.telling import Progress
-from mnistm_dist.data.transfer import SCHEMES, Cut, Server, download, read_small, split_address
+from mnistm_dist.data.transfer import SCHEMES, Cut, RemoteFile, Server, download, read_small, split_address
 from mnistm_dist.data.wholeness import WHOLE, FileClaim, examine
 from mnistm_dist.errors import UserError
 
@@ -93,7 +92,11 @@ def _fetch_files(server: Server, base: str, missing: list[FileClaim], total: int
 
     tell(0)
     with ThreadPoolExecutor(max_workers=_CONNECTIONS, thread_name_prefix="fetch") as pool:
-        tasks = [pool.submit(download, server, f"{base}/{claim.path.name}", claim, tell, stop) for claim in missing]
+        tasks = []
+        for claim in missing:
+            address, checksum = f"{base}/{claim.path.name}", ("sha256", claim.sha256)
+            file = RemoteFile(address=address, size=claim.size, checksum=checksum)
+            tasks.append(pool.submit(download, server, file, claim.path, tell, stop))
         try:
             for task in as_completed(tasks):
                 task.result()

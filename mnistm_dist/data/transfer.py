@@ -1,7 +1,8 @@
 """One file on a server: its bytes from any place on, and its download into a checked local file.
 
 https, http and s3 through fsspec. It hides which errors a connection can end in; here they become two: `Cut`,
-after which it pays to try again, and `UserError`.
+after which it pays to try again, and `UserError`. A file is fetched into ``NAME.partial``, after a cut, in this call or
+an earlier one, it goes on where it ended, and it gets its name when its size and checksum are right.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
@@ -19,7 +21,6 @@ from urllib.parse import SplitResult, urlsplit
 import fsspec
 
 from mnistm_dist.data.cache import cache_failures
-from mnistm_dist.data.wholeness import FileClaim
 from mnistm_dist.errors import UserError
 
 SCHEMES = ("https", "http", "s3")
@@ -33,6 +34,20 @@ FIRST_PAUSE = 0.2
 _PIECE = 1 << 20
 _BLOCK = 8 << 20
 _CONNECT_SECONDS, _SILENCE_SECONDS = 20, 60
+_MAX_BYTES = 16 << 30
+"""No file of unknown size is larger: a server that sends for ever is stopped."""
+_PAGES = (b"<!doctype", b"<html", b"<?xml", b"<head", b"{")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemoteFile:
+    """One file on a server, and what is known of it beforehand."""
+
+    address: str
+    size: int | None = None
+    """Bytes."""
+    checksum: tuple[str, str] | None = None
+    """Name of the hash, and its hexadecimal value."""
 
 
 def split_address(address: str) -> SplitResult | None:
@@ -134,67 +149,86 @@ def read_small(server: Server, address: str, limit: int) -> bytes:
 
 
 def download(
-    server: Server, address: str, claim: FileClaim, tell: Callable[[int], None], stop: threading.Event
+    server: Server,
+    file: RemoteFile,
+    target: Path,
+    tell: Callable[[int], None],
+    stop: threading.Event | None = None,
 ) -> None:
-    """Brings one file to ``claim.path`` once its size and sha256 are the claimed ones; goes on from an earlier
-    ``.partial``.
+    """Brings one file to ``target``; one of which nothing is known is whole where the server ends it.
 
-    ``tell(bytes)`` hears what has come, ``stop`` ends it early, what has come then stays. Raises `UserError`.
+    ``tell(bytes)`` hears what has come, less than none where it turns out to be wrong; ``stop`` ends it early, and what
+    has come then stays. Raises `UserError`.
     """
-    partial = claim.path.with_name(f"{claim.path.name}.partial")
-    start = min(partial.stat().st_size, claim.size) if partial.exists() else 0
-    from_earlier = start > 0
-    tell(start)
-    tries = 0
-    while True:
-        while start < claim.size:
-            end, cut = _append(server, address, claim, partial, start, tell, stop)
-            if stop.is_set():
-                return
-            tries = 0 if end > start else tries + 1
-            if end == start and cut is None:
-                raise UserError(f"{address}: it ends after {end:,} of the manifest's {claim.size:,} bytes")
-            if tries == TRIES:
-                raise UserError(
-                    f"{address}: the connection failed {tries} times in a row ({cut}); what has come is kept: try again"
-                )
-            if tries:
-                stop.wait(FIRST_PAUSE * 2 ** (tries - 1))
-            start = end
-        with cache_failures(partial), partial.open("rb") as file:
-            right = hashlib.file_digest(file, "sha256").hexdigest() == claim.sha256
-        if right:
-            with cache_failures(partial):
-                partial.replace(claim.path)
+    stop = stop or threading.Event()
+    partial = target.with_name(f"{target.name}.partial")
+    earlier = partial.stat().st_size if partial.exists() else 0
+    # What an earlier call left behind may be what is wrong: then all is fetched anew.
+    for start in (earlier, 0) if earlier else (0,):
+        tell(start)
+        end = _fetch(server, file, partial, start, tell, stop)
+        if stop.is_set():
             return
-        partial.unlink()
-        if not from_earlier:
-            raise UserError(f"{address}: its sha256 is not the manifest's: the server sends another file")
-        # The earlier part may be what is wrong.
-        from_earlier = False
-        tell(-start)
-        start = 0
+        if not end or end < (file.size or 0):
+            expected = f" of the expected {file.size:,}" if file.size is not None else ""
+            raise UserError(f"{file.address}: it ends after {end:,} bytes{expected}")
+        if is_right(file, partial):
+            with cache_failures(partial):
+                partial.replace(target)
+            return
+        with cache_failures(partial):
+            partial.unlink()
+        tell(-end)
+    assert file.checksum is not None
+    name, value = file.checksum
+    raise UserError(f"{file.address}: its {name} is not the expected {value}: the server sends another file")
+
+
+def is_right(file: RemoteFile, path: Path) -> bool:
+    """Whether ``path`` is what is known of the file; anything but nothing, where nothing is known."""
+    with cache_failures(path), path.open("rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if size == 0 or size != (file.size or size):
+            return False
+        if file.checksum is None:
+            return True
+        name, value = file.checksum
+        return hashlib.file_digest(stream, lambda: hashlib.new(name, usedforsecurity=False)).hexdigest() == value
+
+
+def _fetch(
+    server: Server, file: RemoteFile, partial: Path, start: int, tell: Callable[[int], None], stop: threading.Event
+) -> int:
+    """Writes what comes from ``start`` on, trying again as long as something comes; gives where it ended."""
+    tries = 0
+    while start < (file.size or _MAX_BYTES) and not stop.is_set():
+        end, cut = _append(server, file, partial, start, tell, stop)
+        if cut is None and (file.size is None or end == start):
+            return end
+        tries = 0 if end > start else tries + 1
+        if tries == TRIES:
+            kept = f"; the {end:,} bytes that have come are kept: try again" if end else ""
+            raise UserError(f"{file.address}: the connection failed {tries} times in a row ({cut}){kept}")
+        if tries:
+            stop.wait(FIRST_PAUSE * 2 ** (tries - 1))
+        start = end
+    return start
 
 
 def _append(
-    server: Server,
-    address: str,
-    claim: FileClaim,
-    partial: Path,
-    start: int,
-    tell: Callable[[int], None],
-    stop: threading.Event,
+    server: Server, file: RemoteFile, partial: Path, start: int, tell: Callable[[int], None], stop: threading.Event
 ) -> tuple[int, Cut | None]:
-    """Writes what comes from ``start`` on; gives where it ended and, unless the server ended it, why."""
-    end = start
-    with cache_failures(partial, claim.size), partial.open("r+b" if start else "wb") as file:
-        file.truncate(start)
-        file.seek(start)
+    """Writes what one connection brings; gives where it ended and, unless the server ended it, why."""
+    end, limit = start, file.size or _MAX_BYTES
+    with cache_failures(partial, file.size), partial.open("r+b" if start else "wb") as target:
+        target.seek(start)
         try:
-            for piece in server.read(address, start, claim.size):
-                if end + len(piece) > claim.size:
-                    raise UserError(f"{address}: longer than the manifest's {claim.size:,} bytes")
-                file.write(piece)
+            for piece in server.read(file.address, start, file.size):
+                if end == 0 and file.checksum is None and piece.lstrip()[:9].lower().startswith(_PAGES):
+                    raise UserError(f"{file.address}: it sends a page of text")
+                if end + len(piece) > limit:
+                    raise UserError(f"{file.address}: longer than {limit:,} bytes, the most that it may have")
+                target.write(piece)
                 end += len(piece)
                 tell(len(piece))
                 if stop.is_set():
@@ -202,6 +236,6 @@ def _append(
         except Cut as cut:
             return end, cut
         finally:
-            file.flush()
-            os.fsync(file.fileno())
+            target.flush()
+            os.fsync(target.fileno())
     return end, None

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, ParamSpec
 
 import matplotlib
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -86,11 +85,6 @@ def new_figure(height: float, width: float = COLUMN_INCHES, gap: float = 0.04) -
     return Figure(
         figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=gap, h_pad=gap, wspace=0.01, hspace=0.01)
     )
-
-
-def bare(axes: Axes) -> None:
-    """Takes ticks, grid and frame away."""
-    axes.set_axis_off()
 
 
 def save(figure: Figure, path: Path) -> Path:

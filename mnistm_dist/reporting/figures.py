@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import NullLocator
 
-from mnistm_dist.reporting.drawing import COLUMN_INCHES, GRID, INK, MUTED, SERIES, bare, new_figure, styled
+from mnistm_dist.reporting.drawing import COLUMN_INCHES, GRID, INK, MUTED, SERIES, new_figure, styled
 from mnistm_dist.reporting.metrics import CalibrationBin, Metrics
 from mnistm_dist.reporting.predictions import Mistake
 from mnistm_dist.reporting.words import percent, plural
@@ -133,7 +133,7 @@ def _tiles(images: Sequence[np.ndarray], captions: Sequence[str], title: str, no
     figure = new_figure(height=0.3 + height * COLUMN_INCHES / width, gap=0.02)
     figure.suptitle(title, x=0.01, ha="left", fontsize=9.5, fontweight="bold")
     axes = figure.add_subplot()
-    bare(axes)
+    axes.set_axis_off()
     if not images:
         axes.text(0.5, 0.5, nothing, ha="center", va="center", transform=axes.transAxes)
         return figure

@@ -22,7 +22,7 @@ from mnistm_dist.reporting.words import percent
 
 
 def top(runs: Sequence[RunRecord]) -> Markup:
-    """Title, the best run, and what is missing."""
+    """Title, names, and what is missing."""
     missing = [f"{run.name}: {line}" for run in runs for line in run.missing]
     names = ", ".join(run.name for run in runs)
     return markup.join(

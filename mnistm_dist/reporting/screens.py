@@ -96,10 +96,10 @@ class PlainScreen:
         self._shown: dict[Progress, float] = {}
 
     def panel(self, title: str, rows: dict[str, str]) -> None:
-        self.line(title)
-        width = max((len(name) for name in rows), default=0)
+        self.line(printable(title))
+        width = max((len(printable(name)) for name in rows), default=0)
         for name, value in rows.items():
-            self.line(f"  {name.ljust(width)}  {printable(value)}")
+            self.line(f"  {printable(name).ljust(width)}  {printable(value)}")
 
     def line(self, text: str) -> None:
         for part in text.splitlines() or [""]:
@@ -172,9 +172,15 @@ class TerminalScreen:
         grid.add_column(style="cyan", no_wrap=True)
         grid.add_column(overflow="fold")
         for name, value in rows.items():
-            grid.add_row(Text(name), Text(printable(value)))
+            grid.add_row(Text(printable(name)), Text(printable(value)))
         self._print(
-            Panel(grid, title=Text(title, style="bold"), title_align="left", width=self._width, border_style="cyan")
+            Panel(
+                grid,
+                title=Text(printable(title), style="bold"),
+                title_align="left",
+                width=self._width,
+                border_style="cyan",
+            )
         )
 
     def line(self, text: str) -> None:
@@ -191,13 +197,13 @@ class TerminalScreen:
         from rich.text import Text
 
         for paragraph in text.splitlines():
-            self._print(Text(paragraph), width=self._width)
+            self._print(Text(printable(paragraph)), width=self._width)
 
     def row(self, cells: Sequence[str], widths: Sequence[int], kind: str) -> None:
         from rich.text import Text
 
         style = {"head": "bold underline", "best": "green"}.get(kind, "")
-        self._print(Text(cells_of(cells, widths), style=style, no_wrap=True, overflow="ellipsis"))
+        self._print(Text(printable(cells_of(cells, widths)), style=style, no_wrap=True, overflow="ellipsis"))
 
     def due(self, progress: Progress) -> bool:
         return time.monotonic() - self._drawn >= REFRESH_SECONDS

@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
     import numpy as np
 
     from mnistm_dist.data.cache import choose_cache_dir
-    from mnistm_dist.data.order import step_positions
+    from mnistm_dist.data.order import step_positions, steps_for
     from mnistm_dist.data.settling import choose_reading, create_order, open_shards
 
     shards = open_shards(str(config.data.shards), cache_dir=choose_cache_dir(config.data.cache_dir))
@@ -53,6 +53,9 @@ def main(argv: list[str]) -> int:
         config.data, shards.manifest, batch_size=batch_size, world_size=world_size
     )
     config = configuration.replace(config, order=order_name, data=data, streams=streams)
+    steps = steps_for(config.schedule.epochs, size=shards.split("train").count, batch_size=batch_size)
+    if args.run and args.step >= steps:
+        raise UserError(f"--step {args.step}: {args.run} has {steps:,} steps; use 0 to {steps - 1}")
     order = create_order(config.data, config.schedule, shards.manifest)
     shares = [
         step_positions(args.step, batch_size=batch_size, world_size=world_size, rank=rank) for rank in range(world_size)

@@ -161,8 +161,8 @@ def test_evaluation_sees_each_image_once_in_canonical_batches(kind, world_size, 
     reader, truth = opened(kind, small_set, cache_dir, "val"), Truth.of(small_set, "val")
     ranks = [list(evaluation_batches(reader, batch_size=25, world_size=world_size, rank=r)) for r in range(world_size)]
     for rank, batches in enumerate(ranks):
-        assert [batch.index for batch in batches] == list(range(rank, 4, world_size))
-    batches = sorted((batch for rank in ranks for batch in rank), key=lambda batch: batch.index)
+        assert [batch.ids[0] // 25 for batch in batches] == list(range(rank, 4, world_size))
+    batches = sorted((batch for rank in ranks for batch in rank), key=lambda batch: batch.ids[0])
     assert [batch.count for batch in batches] == [25, 25, 25, 22]
     assert np.concatenate([batch.ids[: batch.count] for batch in batches]).tolist() == list(range(97))
     for batch in batches:

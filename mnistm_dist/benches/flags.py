@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mnistm_dist.flags import ArgumentParser
+from mnistm_dist.flags import ArgumentParser, whole_number
 
 ONE_CORE, ALL_CORES = 1, 0
 """Default threads."""
@@ -86,15 +86,8 @@ def number(
     parser: ArgumentParser, flag: str, default: int | None, *, low: int, text: str, shown: str | None = None
 ) -> None:
     """A flag that takes a whole number from ``low`` on."""
-
-    def parse(given: str) -> int:
-        value = int(given) if given.isdecimal() else low - 1
-        if not low <= value <= 2**31:
-            raise argparse.ArgumentTypeError(f"{given!r} is not accepted; use a whole number from {low} on")
-        return value
-
     help_text = f"{text} (default: {shown or default})"
-    parser.add_argument(flag, type=parse, default=default, metavar="N", help=help_text)
+    parser.add_argument(flag, type=whole_number(low, 2**31), default=default, metavar="N", help=help_text)
 
 
 def numbers(text: str) -> list[int]:

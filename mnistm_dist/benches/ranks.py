@@ -23,8 +23,6 @@ from mnistm_dist.benches.loops import PlainScript
 from mnistm_dist.benches.rounds import Contender, Measured, Result, choose, interleave, result
 from mnistm_dist.benches.setting import Setting, device_here, open_set, open_train
 from mnistm_dist.config import Config
-from mnistm_dist.data.order import accumulation_share
-from mnistm_dist.data.settling import choose_reading
 from mnistm_dist.errors import UserError
 
 STEPS = {"cpu": 5, "cuda": 500}
@@ -55,19 +53,7 @@ def bench(setting: Setting, config: Config, *, world_sizes: tuple[int, ...], ste
         numbers = count()
 
         def launched(world_size: int) -> Measured:
-            order, reading, streams = choose_reading(
-                config.data, shards.manifest, batch_size=batch_size, world_size=world_size
-            )
-            asked = configuration.replace(
-                config,
-                shards=str(shards.root),
-                cache_dir=str(setting.cache_dir),
-                order=order,
-                data=reading,
-                streams=streams,
-                micro_batch=accumulation_share(batch_size=batch_size, world_size=world_size),
-                expect_world_size=world_size,
-            )
+            asked = configuration.replace(config, shards=str(shards.root), expect_world_size=world_size)
             return run_worker(asked, Path(temporary) / f"{next(numbers)}", world_size=world_size, steps=steps)
 
         contenders = [Contender(name=plain_name, measure=partial(plain.steps, steps), against=(plain_name,))]

@@ -14,9 +14,11 @@ from statistics import median
 
 from mnistm_dist import config as configuration
 from mnistm_dist.benches.loops import TrainerInRounds
+from mnistm_dist.data.cache import choose_cache_dir
 from mnistm_dist.data.resident import open_resident
 from mnistm_dist.data.settling import open_shards
 from mnistm_dist.errors import run_door
+from mnistm_dist.launch import resolve
 from mnistm_dist.training import distributed
 from mnistm_dist.training.signals import die_with_launcher
 
@@ -34,12 +36,9 @@ def main(argv: list[str]) -> int:
         expect_world_size=config.run.expect_world_size,
         collective_timeout=config.run.collective_timeout,
     )
-    config = configuration.replace(config, precision=world.precision, threads=world.threads)
-    if config.machine.memory_format == "auto":
-        config = configuration.replace(config, memory_format="channels_last")
-    assert config.data.cache_dir is not None
-    cache_dir = Path(config.data.cache_dir)
+    cache_dir = choose_cache_dir(config.data.cache_dir)
     shards = open_shards(str(config.data.shards), cache_dir=cache_dir)
+    config = world.together(lambda: resolve(config, world, shards.manifest))
     data = world.together(
         lambda: open_resident(shards, "train", cache_dir=cache_dir, device=world.device, workers=world.threads)
     )

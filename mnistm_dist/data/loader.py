@@ -50,8 +50,6 @@ class Batch:
 class EvalBatch:
     """One canonical evaluation batch, padded by repeating its last sample."""
 
-    index: int
-    """Its number within the split."""
     images: Tensor
     """uint8 (batch_size, H, W, 3), on the device."""
     labels: Tensor
@@ -129,11 +127,9 @@ def evaluation_batches(reader: Reader, *, batch_size: int, world_size: int = 1, 
     to rank ``i mod world_size``; the last one is padded. Raises `UserError` for damaged shards."""
     indices = range(rank, -(-reader.size // batch_size), world_size)
     wanted = [np.arange(i * batch_size, min((i + 1) * batch_size, reader.size)) for i in indices]
-    for index, ids, (images, labels) in zip(indices, wanted, reader.sequence(wanted), strict=True):
+    for ids, (images, labels) in zip(wanted, reader.sequence(wanted), strict=True):
         padding = batch_size - len(ids)
         if padding:
             images = torch.cat([images, images[-1:].expand(padding, *images.shape[1:])])
             labels = torch.cat([labels, labels[-1:].expand(padding)])
-        yield EvalBatch(
-            index=index, images=images, labels=labels, ids=np.pad(ids, (0, padding), mode="edge"), count=len(ids)
-        )
+        yield EvalBatch(images=images, labels=labels, ids=np.pad(ids, (0, padding), mode="edge"), count=len(ids))

@@ -38,7 +38,6 @@ _CHUNK_BYTES = 4 << 20
 class Resident:
     """A split as uint8, whole: in memory that the processes of a node share, or on the GPU."""
 
-    split: str
     images: Tensor
     """uint8 (N, H, W, 3), in storage order."""
     labels: Tensor
@@ -97,7 +96,7 @@ def open_resident(
         # Mapped under the lock: it cannot be cleared in between.
         images = _map(path, reader)
     labels = torch.from_numpy(reader.labels(np.arange(reader.count)))
-    return Resident(split=split, images=images.to(device), labels=labels.to(device))
+    return Resident(images=images.to(device), labels=labels.to(device))
 
 
 def _build(path: Path, reader: SplitReader, workers: int, progress: Progress) -> None:

@@ -51,11 +51,6 @@ class Streaming:
     workers: int
 
     @property
-    def split(self) -> str:
-        """The split's name."""
-        return self.reader.split
-
-    @property
     def size(self) -> int:
         """Images in the split."""
         return self.reader.count

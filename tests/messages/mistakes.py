@@ -202,6 +202,7 @@ SETS: Mistakes = {
     "plan --run nowhere --step 0": None,
     "plan --run empty --step 0": None,
     "plan --run run --step 0 --seed 1": None,
+    "plan --run run --step 1000000": None,
     "plan --shards set --step 0 --batch-size 4  # index": cut("set/train.index.npy"),
     "plan --shards set --step 0 --batch-size 4 --save x.png  # shards": cut("set/train-000000.tar"),
     "plan --shards set --step 0 --order sideways": None,

@@ -211,7 +211,7 @@ def test_the_clock_asks_for_a_checkpoint_once(door, small_set, tmp_path, world_s
     assert not any(after - before == 1 for before, after in itertools.pairwise(steps)), steps
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.soak), 1])
 def test_a_mistake_that_one_rank_finds_is_told_and_ends_all_in_bounded_time(door, small_set, tmp_path, rank):
     flags = ("--shards", small_set, "--run-dir", "run", *QUICK)
     injected = {"before": "injected:mistake_on_one_rank", "FAULT_RANK": str(rank)}

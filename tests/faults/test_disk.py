@@ -37,7 +37,7 @@ TABLE = (
     Row(phase="saving", named="checkpoint disk/run/checkpoints/step-00000006", step=6, world_size=2),
     Row(phase="training", named="checkpoint disk/run/checkpoints/step-00000009", step=9),
     Row(phase="predicting", named="run folder disk/run", step=STEPS),
-    Row(phase="drawing", named="run folder disk/run", step=STEPS, usual=True),
+    Row(phase="drawing", named="run folder disk/run", step=STEPS),
     Row(phase="summing up", named="run folder disk/run", step=STEPS),
     Row(phase="reporting", named="disk/run/report.html", step=STEPS),
 )

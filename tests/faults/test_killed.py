@@ -40,7 +40,7 @@ TABLE = (
     Row(phase="saving", rank=0, world_size=1, step=0),
     Row(phase="evaluating", rank=0, world_size=1, step=0),
     Row(phase="predicting", rank=0, world_size=1, step=0),
-    Row(phase="drawing", rank=0, world_size=1, step=0, usual=True),
+    Row(phase="drawing", rank=0, world_size=1, step=0),
     Row(phase="summing up", rank=0, world_size=1, step=0),
     Row(phase="reporting", rank=0, world_size=1, step=0),
     Row(phase="training", rank=0, world_size=2, step=8, usual=True),

@@ -306,6 +306,13 @@ def test_bytes_are_shown_as_megabytes() -> None:
     assert progress.rate() == "45.2 MB/s"
 
 
+def test_a_summary_with_foreign_fields_is_told_without_them() -> None:
+    stream = io.StringIO()
+    Console(stream=stream).result({"train_seconds": {"a": 1}, "images_per_second": "fast"}, "words", {})
+    Console(stream=stream).result({"train_seconds": 60, "images_per_second": []}, "words", {})
+    assert stream.getvalue().count("training") == 1
+
+
 def test_a_callback_that_knows_no_total_shows_what_is_done() -> None:
     stream = io.StringIO()
     with Console(stream=stream).progress("download", None, "bytes") as bar:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any, TextIO
 
 from mnistm_dist.reporting.progress import Progress, duration, number
+from mnistm_dist.reporting.run_fields import is_number
 from mnistm_dist.reporting.screens import PlainScreen, Screen, TerminalScreen, is_live
 
 LONGEST_WARNING = 300
@@ -183,9 +184,9 @@ class Console:
                 rows[split] = _accuracy(summary[split])
         if summary.get("checkpoint"):
             rows["checkpoint"] = _checkpoint(summary["checkpoint"])
-        if "train_seconds" in summary:
+        if is_number(summary.get("train_seconds")):
             rows["training"] = duration(float(summary["train_seconds"]))
-            if summary.get("images_per_second"):
+            if is_number(summary.get("images_per_second")):
                 rows["training"] += f", {number(float(summary['images_per_second']))} images/s"
         self._screen.panel("result", rows)
         self._screen.text(words)

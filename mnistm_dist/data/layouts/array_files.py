@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import warnings
 import zipfile
 from collections.abc import Mapping
 from functools import partial
@@ -35,7 +36,8 @@ def open_pt(files: Mapping[str, Path]) -> Source:
 
     splits: dict[str, ArraySplit] = {}
     for split, file in files.items():
-        with reading(str(file), "a tuple of two tensors", AssertionError):
+        with reading(str(file), "a tuple of two tensors", AssertionError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of an odd pickle, which is refused or read all the same
             found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
         if not isinstance(found, tuple | list) or len(found) != 2 or not all(map(torch.is_tensor, found)):
             raise UserError(f"{file}: a {type(found).__name__}; accepted is a tuple of two tensors, images and labels")

@@ -92,10 +92,10 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         if args.download is None:
             raise
-        name = Path(path).relative_to(cache_dir).parts[1]
-        raise UserError(
-            f"{error}; if what was downloaded is at fault, it comes anew after python -m mnistm_dist.cache clear {name}"
-        ) from error
+        again = f"python -m mnistm_dist.cache clear {Path(path).relative_to(cache_dir).parts[1]}"
+        if args.cache_dir is not None:
+            again += f" --cache-dir {cache_dir}"
+        raise UserError(f"{error}; if what was downloaded is at fault, it comes anew after {again}") from error
     console.header(f"packed: {args.out}", _summary(manifest, time.monotonic() - started))
     return 0
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from mnistm_dist.data import transfer
-from mnistm_dist.data.cache import entry_lock, make_entry, make_room
+from mnistm_dist.data.cache import entry_lock, make_entry
 from mnistm_dist.data.public_copies import OFFICIAL_COPIES, Copy
 from mnistm_dist.data.telling import Progress
 from mnistm_dist.errors import UserError
@@ -107,7 +107,6 @@ def _fetch_copy(copy: Copy, cache_dir: Path, progress: Progress | None) -> Path:
             if target.exists() and transfer.is_right(file, target):
                 tell(target.stat().st_size)
                 continue
-            make_room(folder, file.size or 0)
             server = transfer.Server(urlsplit(file.address).scheme)
             transfer.download(server, file, target, tell)
     return folder / next(iter(copy.files)) if len(copy.files) == 1 else folder

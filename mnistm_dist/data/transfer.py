@@ -20,7 +20,7 @@ from urllib.parse import SplitResult, urlsplit
 
 import fsspec
 
-from mnistm_dist.data.cache import cache_failures
+from mnistm_dist.data.cache import cache_failures, make_room
 from mnistm_dist.errors import UserError
 
 SCHEMES = ("https", "http", "s3")
@@ -166,6 +166,7 @@ def download(
     # What an earlier call left behind may be what is wrong: then all is fetched anew.
     for start in (earlier, 0) if earlier else (0,):
         tell(start)
+        make_room(target.parent, (file.size or 0) - start)
         end = _fetch(server, file, partial, start, tell, stop)
         if stop.is_set():
             return

@@ -13,9 +13,8 @@ import json
 import sys
 import time
 
-from mnistm_dist.errors import UserError, printable, run_door
-from mnistm_dist.flags import ArgumentParser
-from mnistm_dist.stdout import write_result
+from mnistm_dist.cli import ArgumentParser, write_result
+from mnistm_dist.errors import UserError, escape_control, run_cli
 
 
 def main(argv: list[str]) -> int:
@@ -46,7 +45,7 @@ def main(argv: list[str]) -> int:
         lines = [f"{cache_dir}: {len(chosen)} entries, {sum(entry.size for entry in chosen) / 1e6:,.1f} MB"]
         for e in chosen:
             used = time.strftime("%Y-%m-%d %H:%M", time.localtime(e.used))
-            source = printable(e.about.get("source", ""))
+            source = escape_control(e.about.get("source", ""))
             lines.append(f"{e.path.name}  {e.kind:<9}  {e.size / 1e6:10,.1f} MB  {used}  {source}")
         write_result("\n".join(lines) + "\n")
         return 0
@@ -59,4 +58,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_door(main))
+    sys.exit(run_cli(main))

@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import reprlib
+import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mnistm_dist.errors import UserError, printable, why
-from mnistm_dist.values import parse_value, shown
+from mnistm_dist.errors import UserError, escape_control, os_error_reason
 
 Auto = Literal["auto"]
 LARGEST_IMAGE_SIZE = 1024
@@ -35,12 +36,12 @@ class DataConfig:
     """Packed set: a folder, or an https:// or s3:// address. None: the bundled sample, in shards/sample."""
     order: Auto | Literal["full", "windowed"] = "auto"
     """full: any image can follow any; windowed: for sets too large to hold. auto: by the manifest's size."""
-    streams: Auto | int = _number("auto", low=1)
+    shuffle_streams: Auto | int = _number("auto", low=1)
     """Canonical streams of the windowed order: the world size divides it, it divides the batch. auto: the largest <=
     16."""
-    window: int = _number(1024, low=1)
+    shuffle_window: int = _number(1024, low=1)
     """Images in a shuffle window of the windowed order, per stream."""
-    data: Auto | Literal["resident", "streaming"] = "auto"
+    reader: Auto | Literal["resident", "streaming"] = "auto"
     """resident: decoded once per node, then mapped; streaming: shards read in order, in bounded memory (windowed order
     only)."""
     workers: Auto | int = _number("auto", low=0)
@@ -94,20 +95,20 @@ class OptimConfig:
     """Weight decay of all parameters with two or more dimensions; with adam, L2 of all parameters."""
     label_smoothing: float = _number(0.0, low=0, high=0.99)
     """Share of the target spread evenly over the classes."""
-    clip_norm: float = _number(0.0, low=0)
+    max_grad_norm: float = _number(0.0, low=0)
     """Largest norm of the gradient. 0: not clipped."""
-    schedule: Literal["constant", "exponential", "one-cycle"] = "one-cycle"
+    lr_schedule: Literal["constant", "exponential", "one-cycle"] = "one-cycle"
     """constant; exponential: x decay after every epoch; one-cycle: linear up, cosine down to zero."""
     decay: float = _number(0.911, low=0, high=1)
     """Factor per epoch of the exponential schedule."""
     warmup: float = _number(0.25, low=0, high=0.9)
     """Share of the steps in which one-cycle rises."""
-    average: float = _number(0.0, low=0, high=0.99999)
+    ema_decay: float = _number(0.0, low=0, high=0.99999)
     """Decay per step of the exponential moving average of the weights that is evaluated. 0: none."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScheduleConfig:
+class StepsConfig:
     """How long, in which steps, at which size."""
 
     epochs: int = _number(10, low=1)
@@ -155,13 +156,13 @@ class RunConfig:
     """Steps between checkpoints. 0: only at the end of each epoch."""
     checkpoint_minutes: float = _number(10.0, low=0)
     """Minutes after which a checkpoint is due too. 0: never."""
-    keep: int = _number(2, low=1)
+    keep_checkpoints: int = _number(2, low=1)
     """Newest checkpoints that are kept, beside the best."""
     evaluate_every: int = _number(1, low=1)
     """Epochs between evaluations on val."""
     log_every: int = _number(10, low=1)
     """Steps between rows of log.jsonl."""
-    track: Auto | Literal["wandb", "none"] = "auto"
+    tracker: Auto | Literal["wandb", "none"] = "auto"
     """W&B. auto: where an API key or a mode is set."""
     report: bool = True
     """Draw the figures and write report.html at the end; the numbers are written all the same."""
@@ -169,9 +170,9 @@ class RunConfig:
     """Upload the checkpoint of the result to W&B as an artifact."""
     expect_world_size: int | None = _number(None, low=1)
     """Stop with an error unless there are this many processes."""
-    checks: bool = False
+    sanity_checks: bool = False
     """Before the first step, check that the first loss is that of a guess and that one batch can be learnt by heart."""
-    profile: int = _number(0, low=0)
+    profile_steps: int = _number(0, low=0)
     """Steps to trace with torch.profiler, after a warm-up; the trace goes to RUN/profile/."""
     signals: str = "SIGTERM,SIGUSR1"
     """Signals after which the run saves and leaves with exit code 75, comma-separated. Ctrl-C does so too."""
@@ -188,7 +189,7 @@ class Config:
     data: DataConfig = DataConfig()
     augment: AugmentConfig = AugmentConfig()
     optim: OptimConfig = OptimConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
+    steps: StepsConfig = StepsConfig()
     machine: MachineConfig = MachineConfig()
     run: RunConfig = RunConfig()
 
@@ -197,7 +198,7 @@ SECTIONS: dict[str, type] = {
     "data": DataConfig,
     "augment": AugmentConfig,
     "optim": OptimConfig,
-    "schedule": ScheduleConfig,
+    "steps": StepsConfig,
     "machine": MachineConfig,
     "run": RunConfig,
 }
@@ -206,7 +207,7 @@ DEFAULT_RECIPE = "fast"
 
 MAY_CHANGE_AT_RESUME = {
     *(f.name for f in dataclasses.fields(RunConfig)),
-    *("shards", "data", "workers", "cache_dir", "micro_batch", "threads"),
+    *("shards", "reader", "workers", "cache_dir", "micro_batch", "threads"),
 }
 """Fields that a resume may set anew (shards: to another place of the same set). All others decide what is learnt."""
 
@@ -233,7 +234,9 @@ def read_recipe(recipe: str) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         known = f"known recipes are {', '.join(RECIPES)}; or name a .yaml file"
-        reason = "no such recipe" if isinstance(error, FileNotFoundError) else f"cannot be read ({why(error)})"
+        reason = (
+            "no such recipe" if isinstance(error, FileNotFoundError) else f"cannot be read ({os_error_reason(error)})"
+        )
         raise UserError(f"recipe {recipe}: {reason}; {known}") from error
     return flatten(read_yaml(text, f"recipe {path}"), str(path))
 
@@ -283,7 +286,7 @@ def flatten(document: Any, origin: str) -> dict[str, Any]:
         for name, value in (fields or {}).items():
             if name not in table or table[name][0] != section:
                 known = [n for n, (s, _, _) in table.items() if s == section]
-                field_name = f"{section}.{printable(str(name)[:80])}{_nearest(name, known)}"
+                field_name = f"{section}.{escape_control(str(name)[:80])}{_nearest(name, known)}"
                 raise UserError(f"{origin}: unknown field {field_name}; known: {', '.join(known)}")
             _, f, kind = table[name]
             try:
@@ -335,10 +338,84 @@ def load(path: Path | str) -> Config:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as a run's configuration ({why(error)}); name another run") from error
+        raise UserError(
+            f"{path}: cannot be read as a run's configuration ({os_error_reason(error)}); name another run"
+        ) from error
     document = read_yaml(text, str(path))
     given = flatten(document, str(path))
     recipe = document.get("recipe", DEFAULT_RECIPE)
     if not isinstance(recipe, str):
         raise UserError(f"{path}: recipe is {shown(recipe)}; accepted is the name of a recipe or of its file")
     return build(recipe, given)
+
+
+def parse_value(name: str, value: Any, kind: Any, metadata: Any) -> Any:
+    """A YAML value or a flag's text as ``kind``; raises `UserError` naming the field and what is accepted."""
+    parsed = _convert(value, kind)
+    if parsed is _NO:
+        raise UserError(f"{name}: {shown(value)} is not accepted; use {_accepted(kind)}")
+    low, high = metadata.get("low", -math.inf), metadata.get("high", math.inf)
+    for number in parsed if isinstance(parsed, tuple) else (parsed,):
+        if isinstance(number, int | float) and not isinstance(number, bool) and not low <= number <= high:
+            bound = f"of at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+            raise UserError(f"{name}: {shown(value)} is not accepted; use a number {bound}")
+    return parsed
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it: a few lines of YAML can stand for more than any memory holds."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxlist, short.maxstring, short.maxlong, short.maxother = 2, 3, 120, 40, 120
+    return short.repr(value)
+
+
+_NO = object()
+
+
+def _convert(value: Any, kind: Any) -> Any:
+    """``value`` as ``kind``, or `_NO`."""
+    origin = typing.get_origin(kind)
+    if origin in (typing.Union, types.UnionType):
+        # None and literals first, so that "auto" is never read as a path.
+        for arm in sorted(
+            typing.get_args(kind), key=lambda a: (a is not type(None), typing.get_origin(a) is not Literal)
+        ):
+            found = _convert(value, arm)
+            if found is not _NO:
+                return found
+        return _NO
+    if origin is Literal:
+        return value if value in typing.get_args(kind) else _NO
+    if origin is tuple:
+        items = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+        found = tuple(_convert(item, typing.get_args(kind)[0]) for item in items)
+        return _NO if not found or _NO in found else found
+    if kind is type(None):
+        return None if value is None or value == "none" else _NO
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+        return {"true": True, "yes": True, "false": False, "no": False}.get(str(value).lower(), _NO)
+    if kind is str:
+        return value if isinstance(value, str) and value else _NO
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return _NO
+    try:
+        number = kind(value)
+    except (ValueError, OverflowError):
+        return _NO
+    if isinstance(number, float) and not math.isfinite(number):
+        return _NO
+    return number if kind is float or not isinstance(value, float) or number == value else _NO
+
+
+def _accepted(kind: Any) -> str:
+    """The values of a type, in words."""
+    origin = typing.get_origin(kind)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_accepted(arm) for arm in typing.get_args(kind))
+    if origin is Literal:
+        return ", ".join(str(choice) for choice in typing.get_args(kind))
+    if origin is tuple:
+        return "whole numbers with commas between"
+    return {bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "none"}[kind]

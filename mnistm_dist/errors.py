@@ -12,7 +12,7 @@ _MOST_CHARACTERS = 2_500
 """Of a message: what a person gave may be longer than a terminal is high."""
 _UNREACHABLE = (errno.ENAMETOOLONG, errno.EACCES, errno.ELOOP, errno.ENOTDIR)
 """What a path of a person's can be, wherever it is looked at first."""
-EXIT_LOST_PROCESS = 1
+EXIT_PEER_FAILURE = 1
 """Exit code of a process that another one of its run has left alone."""
 EXIT_USER_ERROR = 2
 """Exit code of a person's mistake."""
@@ -34,12 +34,12 @@ class RankError(UserError):
     """A mistake that this process alone has found, so that it tells it, whatever its rank."""
 
 
-class LostProcess(Exception):
+class PeerFailure(Exception):
     """Another process of the run has gone, in one line, which each that is left tells: rank 0 may be the one."""
 
 
 @contextmanager
-def before_joining() -> Iterator[None]:
+def errors_once_per_node() -> Iterator[None]:
     """A mistake that is found inside is told by the first process of each node: no rank knows yet what others find."""
     try:
         yield
@@ -49,32 +49,32 @@ def before_joining() -> Iterator[None]:
         raise NodeError(str(error)) from error
 
 
-def tell_error(text: str, *, teller: str | None = "RANK") -> None:
+def print_error(text: str, *, teller: str | None = "RANK") -> None:
     """``error: ...`` in one line on stderr, from the process whose number in the variable ``teller`` is 0; without a
     variable, from this one."""
     if teller is None or os.environ.get(teller, "0") == "0":
-        line = printable(" ".join(text.split()))
+        line = escape_control(" ".join(text.split()))
         shown = line if len(line) <= _MOST_CHARACTERS else f"{line[:_MOST_CHARACTERS]} ..."
         print(f"error: {shown}", file=sys.stderr, flush=True)
 
 
-def printable(text: str) -> str:
+def escape_control(text: str) -> str:
     """Text without what a terminal would obey or could not show: a file's name is anybody's."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def why(error: Exception) -> str:
+def os_error_reason(error: Exception) -> str:
     """What the system says of a path, in words and without its number and the path."""
     if isinstance(error, FileExistsError | NotADirectoryError):
         return "a file stands where a folder is needed"
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
-def run_door(main: Callable[[list[str]], int], argv: list[str] | None = None) -> int:
+def run_cli(main: Callable[[list[str]], int], argv: list[str] | None = None) -> int:
     """Runs a door's ``main`` and turns a `UserError` into one line on stderr and exit code 2.
 
     Of several processes rank 0 alone speaks: all of them find the same mistake, or share it (`World.together`). One
-    that found it alone says so itself (`World.leave_with`).
+    that found it alone says so itself (`World.shutdown_with_error`).
     A path that cannot be looked at is one line too, and Ctrl-C, and the loss of another process, told by each that is
     left, with exit code 1. Returns the exit code; every other exception passes through, since it is our own mistake.
     """
@@ -82,16 +82,16 @@ def run_door(main: Callable[[list[str]], int], argv: list[str] | None = None) ->
         return main(sys.argv[1:] if argv is None else argv)
     except UserError as error:
         alone = isinstance(error, RankError)
-        tell_error(str(error), teller=None if alone else "LOCAL_RANK" if isinstance(error, NodeError) else "RANK")
+        print_error(str(error), teller=None if alone else "LOCAL_RANK" if isinstance(error, NodeError) else "RANK")
         return EXIT_USER_ERROR
     except OSError as error:
         if error.errno not in _UNREACHABLE or error.filename is None:
             raise
-        tell_error(f"{os.fsdecode(error.filename)}: cannot be looked at ({error.strerror}); name another path")
+        print_error(f"{os.fsdecode(error.filename)}: cannot be looked at ({error.strerror}); name another path")
         return EXIT_USER_ERROR
-    except LostProcess as error:
+    except PeerFailure as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return EXIT_LOST_PROCESS
+        return EXIT_PEER_FAILURE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED

@@ -14,8 +14,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from mnistm_dist.errors import UserError, before_joining, run_door
-from mnistm_dist.flags import ArgumentParser
+from mnistm_dist.cli import ArgumentParser
+from mnistm_dist.errors import UserError, errors_once_per_node, run_cli
 
 
 def main(argv: list[str]) -> int:
@@ -28,20 +28,20 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
 
     from mnistm_dist import config as configuration
-    from mnistm_dist.launch import open_readers, open_set
     from mnistm_dist.reporting.console import Console
-    from mnistm_dist.scoring import choose_checkpoint, evaluate_checkpoint, read_summary, tell_result, write_summary
+    from mnistm_dist.results import choose_checkpoint, evaluate_checkpoint, read_summary, tell_result, write_summary
     from mnistm_dist.training import distributed
-    from mnistm_dist.training.lost import lost_processes
-    from mnistm_dist.training.resources import native_precisions
-    from mnistm_dist.training.run_folder import is_held
-    from mnistm_dist.training.signals import die_with_launcher
+    from mnistm_dist.training.hardware import native_precisions
+    from mnistm_dist.training.peer_failure import peer_failures
+    from mnistm_dist.training.preemption import die_with_launcher
+    from mnistm_dist.training.run_dir import is_locked
+    from mnistm_dist.training.setup import open_readers, open_set
 
     run_dir = Path(args.run)
-    with before_joining():
+    with errors_once_per_node():
         if not (run_dir / "config.yaml").is_file():
             raise UserError(f"{run_dir}: no run folder (no config.yaml); name one, such as runs/NAME")
-        if is_held(run_dir):
+        if is_locked(run_dir):
             raise UserError(f"{run_dir}: a live run holds it; wait for its end")
         config = configuration.load(run_dir / "config.yaml")
         if args.shards:
@@ -56,16 +56,16 @@ def main(argv: list[str]) -> int:
         console = Console(enabled=world.is_main)
         if emulated:
             console.warn(f"precision: the run's {config.machine.precision} is not native here; scored in fp32")
-        with console.library_warnings(), lost_processes(timeout):
+        with console.library_warnings(), peer_failures(timeout):
             shards = open_set(config.data, world, console)
             splits = [split for split in ("val", "test") if split in shards.manifest.splits]
             if args.split is not None:
                 shards.split(args.split)
                 splits = [args.split]
             has_test = "test" in shards.manifest.splits
-            checkpoint, how = world.on_main(lambda: choose_checkpoint(run_dir, args.checkpoint, has_test=has_test))
+            checkpoint, how = world.run_on_main(lambda: choose_checkpoint(run_dir, args.checkpoint, has_test=has_test))
             readers = open_readers(shards, config.data, splits, world, console)
-            world = world.set_up()
+            world = world.with_run_timeout()
             results = evaluate_checkpoint(run_dir, checkpoint, config, world, console, shards, readers)
             if world.is_main:
                 summary = read_summary(run_dir)
@@ -79,4 +79,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_door(main))
+    sys.exit(run_cli(main))

@@ -23,15 +23,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mnistm_dist.data.output import saying_what_fails, sync
-from mnistm_dist.errors import UserError, run_door
-from mnistm_dist.flags import ArgumentParser
+from mnistm_dist.cli import ArgumentParser
+from mnistm_dist.data.files import saying_what_fails, sync
+from mnistm_dist.errors import UserError, run_cli
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from mnistm_dist.exported_model import Runner
     from mnistm_dist.inference import TrainedModel
-    from mnistm_dist.portable import Runner
 
 NEEDED = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "torch": ()}
 """Packages beyond this one's own that a format needs."""
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
     check_out(args.out, force=args.force)
     check_packages(args.to)
 
-    from mnistm_dist import portable
+    from mnistm_dist import exported_model as portable
     from mnistm_dist.inference import load_model
     from mnistm_dist.reporting.console import Console
 
@@ -133,9 +133,9 @@ def real_images(run_dir: Path) -> tuple[np.ndarray, str]:
     import numpy as np
 
     from mnistm_dist import config as configuration
-    from mnistm_dist.data.png import decode_png
+    from mnistm_dist.data.image_io import decode_png
     from mnistm_dist.data.shards import ShardSet
-    from mnistm_dist.data.sources import open_source
+    from mnistm_dist.data.sources.catalog import open_source
 
     path = configuration.load(run_dir / "config.yaml").data.shards
     try:
@@ -169,4 +169,4 @@ def compare(model: TrainedModel, run: Runner, images: np.ndarray) -> tuple[float
 
 
 if __name__ == "__main__":
-    sys.exit(run_door(main))
+    sys.exit(run_cli(main))

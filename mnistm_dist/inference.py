@@ -25,13 +25,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mnistm_dist import config as configuration
-from mnistm_dist.data.pictures import read_picture, to_rgb
+from mnistm_dist.data.image_io import read_picture, to_rgb
 from mnistm_dist.data.transforms import Preprocess
 from mnistm_dist.errors import UserError
-from mnistm_dist.scoring import choose_checkpoint, read_summary
+from mnistm_dist.results import choose_checkpoint, read_summary
 from mnistm_dist.training import checkpoint as checkpoints
 from mnistm_dist.training.evaluation import BATCH_SIZE
-from mnistm_dist.training.model import create_model, place
+from mnistm_dist.training.models import create_model, to_device
 
 REDUCED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """The precisions of a run that need autocast."""
@@ -139,7 +139,7 @@ def load_model(
     module = create_model(len(last_bias), seed=0)
     checkpoints.load_model(found.path, module)
     return TrainedModel(
-        module=place(module, target, machine.memory_format).eval(),
+        module=to_device(module, target, machine.memory_format).eval(),
         preprocess=Preprocess(found.state["mean"], found.state["std"], target),
         image_size=found.state["image_size"],
         classes=class_names(summary, count=len(last_bias)),

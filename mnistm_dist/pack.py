@@ -16,9 +16,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mnistm_dist.errors import UserError, run_door
-from mnistm_dist.flags import ArgumentParser, whole_number
-from mnistm_dist.stdout import write_result
+from mnistm_dist.cli import ArgumentParser, integer, write_result
+from mnistm_dist.errors import UserError, run_cli
 
 if TYPE_CHECKING:
     from mnistm_dist.data.manifest import Manifest
@@ -29,7 +28,7 @@ class ShowLayouts(argparse.Action):
     """Prints every layout with its structure, and ends the door, as --help does."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        from mnistm_dist.data.layouts.detection import KNOWN_LAYOUTS
+        from mnistm_dist.data.sources.detect import KNOWN_LAYOUTS
 
         width = max(map(len, KNOWN_LAYOUTS))
         write_result("".join(f"{name:{width}}  {structure}\n" for name, structure in KNOWN_LAYOUTS.items()))
@@ -60,23 +59,23 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--blends",
         metavar="N",
-        type=whole_number(1, 1_000),
+        type=integer(1, 1_000),
         help="training images made of each digit, each over another patch, for mnist+photos and sample (1)",
     )
     parser.add_argument(
-        "--val-size", metavar="N", type=whole_number(1), help="how many of the last train images become val"
+        "--split-size", metavar="N", type=integer(1), help="how many of the last train images become val"
     )
-    parser.add_argument("--num-shards", metavar="N", type=whole_number(1), help="shards of the train split (64)")
+    parser.add_argument("--num-shards", metavar="N", type=integer(1), help="shards of the train split (64)")
     parser.add_argument(
-        "--seed", metavar="N", type=whole_number(0), default=0, help="of the order of storage and of synthesis (0)"
+        "--seed", metavar="N", type=integer(0), default=0, help="of the order of storage and of synthesis (0)"
     )
     args = parser.parse_args(argv)
     if (args.source is None) == (args.download is None):
         parser.error("either SOURCE or --download official is needed, and not both")
 
     from mnistm_dist.data.cache import choose_cache_dir
-    from mnistm_dist.data.download import download
-    from mnistm_dist.data.writing.staging import refuse_existing
+    from mnistm_dist.data.packing.staging import refuse_existing
+    from mnistm_dist.data.sources.download import download
     from mnistm_dist.reporting.console import Console
 
     refuse_existing(args.out)  # before anything long begins
@@ -101,8 +100,8 @@ def main(argv: list[str]) -> int:
 
 
 def _pack(path: str, args: argparse.Namespace, cache_dir: Path, console: Console) -> Manifest:
-    from mnistm_dist.data.packing import pack
-    from mnistm_dist.data.sources import open_source
+    from mnistm_dist.data.packing.writer import pack
+    from mnistm_dist.data.sources.catalog import open_source
 
     source = open_source(
         path,
@@ -142,4 +141,4 @@ def _summary(manifest: Manifest, seconds: float) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    sys.exit(run_door(main))
+    sys.exit(run_cli(main))

@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mnistm_dist import config as configuration
+from mnistm_dist.cli import ArgumentParser, integer, write_result
 from mnistm_dist.config import Config
-from mnistm_dist.errors import UserError, run_door
-from mnistm_dist.flags import ArgumentParser, whole_number
-from mnistm_dist.stdout import write_result
+from mnistm_dist.errors import UserError, run_cli
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,25 +44,25 @@ def main(argv: list[str]) -> int:
 
     from mnistm_dist.data.cache import choose_cache_dir
     from mnistm_dist.data.order import step_positions, steps_for
-    from mnistm_dist.data.settling import choose_reading, create_order, open_shards
+    from mnistm_dist.data.order_choice import choose_reading, create_order, open_shards
 
     shards = open_shards(str(config.data.shards), cache_dir=choose_cache_dir(config.data.cache_dir))
-    batch_size, world_size = config.schedule.batch_size, args.world_size
+    batch_size, world_size = config.steps.batch_size, args.world_size
     order_name, data, streams = choose_reading(
         config.data, shards.manifest, batch_size=batch_size, world_size=world_size
     )
-    config = configuration.replace(config, order=order_name, data=data, streams=streams)
-    steps = steps_for(config.schedule.epochs, size=shards.split("train").count, batch_size=batch_size)
+    config = configuration.replace(config, order=order_name, reader=data, shuffle_streams=streams)
+    steps = steps_for(config.steps.epochs, size=shards.split("train").count, batch_size=batch_size)
     if args.run and args.step >= steps:
         raise UserError(f"--step {args.step}: {args.run} has {steps:,} steps; use 0 to {steps - 1}")
-    order = create_order(config.data, config.schedule, shards.manifest)
+    order = create_order(config.data, config.steps, shards.manifest)
     shares = [
         step_positions(args.step, batch_size=batch_size, world_size=world_size, rank=rank) for rank in range(world_size)
     ]
     ids = [order.ids(share) for share in shares]
     ranks = [shards.keys("train", of_rank) for of_rank in ids]
     epoch = int(order.epoch(shares[0][:1])[0])
-    title = f"step {args.step} of epoch {epoch}: {batch_size} images, {order_name} order, seed {config.schedule.seed}"
+    title = f"step {args.step} of epoch {epoch}: {batch_size} images, {order_name} order, seed {config.steps.seed}"
     if args.save:
         save_images(args.save, config, shards, np.concatenate(shares), np.concatenate(ids), title)
     if args.json:
@@ -85,13 +84,13 @@ def create_parser() -> ArgumentParser:
     which.add_argument("--run", metavar="RUN", help="a run folder: its shards, order, batch and seed")
     which.add_argument("--shards", metavar="DIR|URL", help="a packed set")
     parser.add_argument(
-        "--step", type=whole_number(0, 2**40), required=True, metavar="S", help="counted from 0, as its epoch is"
+        "--step", type=integer(0, 2**40), required=True, metavar="S", help="counted from 0, as its epoch is"
     )
-    parser.add_argument("--world-size", type=whole_number(1, 2**20), default=1, metavar="W", help="default: 1")
+    parser.add_argument("--world-size", type=integer(1, 2**20), default=1, metavar="W", help="default: 1")
     parser.add_argument(
-        "--batch-size", type=whole_number(1, 2**20), metavar="B", help="with --shards: images per step (fast's)"
+        "--batch-size", type=integer(1, 2**20), metavar="B", help="with --shards: images per step (fast's)"
     )
-    parser.add_argument("--seed", type=whole_number(0, 2**63 - 1), metavar="N", help="with --shards: the run's seed")
+    parser.add_argument("--seed", type=integer(0, 2**63 - 1), metavar="N", help="with --shards: the run's seed")
     parser.add_argument("--order", choices=("auto", "full", "windowed"), help="with --shards: the training order")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--save", type=figure_path, metavar="FILE.png", help="the images as the model gets them")
@@ -121,14 +120,14 @@ def save_images(
     import numpy as np
     import torch
 
+    from mnistm_dist.data.files import saying_what_fails
+    from mnistm_dist.data.image_io import decode_png
     from mnistm_dist.data.order import part_of_run
-    from mnistm_dist.data.output import saying_what_fails
-    from mnistm_dist.data.png import decode_png
     from mnistm_dist.data.transforms import Augment, Preprocess
-    from mnistm_dist.reporting.drawing import save
     from mnistm_dist.reporting.figures import batch_grid
+    from mnistm_dist.reporting.style import save
 
-    split, schedule = shards.split("train"), config.schedule
+    split, schedule = shards.split("train"), config.steps
     keys, labels = shards.keys("train", ids), shards.labels("train")[ids]
     pngs = zip(shards.read("train", ids), keys, strict=True)
     images = np.stack([decode_png(png, f"{shards.root}: {key}.png", shards.manifest.image_size) for png, key in pngs])
@@ -156,4 +155,4 @@ def figure_path(text: str) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(run_door(main))
+    sys.exit(run_cli(main))

@@ -17,9 +17,8 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mnistm_dist.errors import UserError, printable, run_door
-from mnistm_dist.flags import ArgumentParser, whole_number
-from mnistm_dist.stdout import write_result
+from mnistm_dist.cli import ArgumentParser, integer, write_result
+from mnistm_dist.errors import UserError, escape_control, run_cli
 
 if TYPE_CHECKING:
     from mnistm_dist.inference import TrainedModel
@@ -60,11 +59,11 @@ def main(argv: list[str]) -> int:
     form.add_argument("--csv", action="store_true", help="CSV on stdout, and nothing else")
     parser.add_argument("--checkpoint", default="chosen", metavar="best|last|PATH", help="default: the run's choice")
     parser.add_argument(
-        "--batch-size", type=whole_number(1, 2**31), default=250, metavar="N", help="images per forward pass (250)"
+        "--batch-size", type=integer(1, 2**31), default=250, metavar="N", help="images per forward pass (250)"
     )
     args = parser.parse_args(argv)
 
-    from mnistm_dist.data.pictures import find_pictures
+    from mnistm_dist.data.image_io import find_pictures
     from mnistm_dist.inference import load_model
     from mnistm_dist.reporting.console import Console
 
@@ -80,7 +79,7 @@ def main(argv: list[str]) -> int:
     if not results:
         raise UserError(nothing_read(complaints))
     for complaint in complaints:
-        print(f"passed over: {printable(complaint)}", file=sys.stderr)
+        print(f"passed over: {escape_control(complaint)}", file=sys.stderr)
     if args.json:
         write_result(as_json(results))
     elif args.csv:
@@ -89,7 +88,7 @@ def main(argv: list[str]) -> int:
         show_table(results, model.classes)
     else:
         write_result(
-            "".join(f"{model.classes[r.predicted]}  {r.probability:.4f}  {printable(r.file)}\n" for r in results)
+            "".join(f"{model.classes[r.predicted]}  {r.probability:.4f}  {escape_control(r.file)}\n" for r in results)
         )
     return EXIT_PASSED_OVER if complaints else 0
 
@@ -97,7 +96,7 @@ def main(argv: list[str]) -> int:
 def nothing_read(complaints: list[str]) -> str:
     """One line for where no file could be read."""
     more = f" (and {len(complaints) - 1} more like it)" if len(complaints) > 1 else ""
-    return f"no picture could be read: {printable(complaints[0])}{more}"
+    return f"no picture could be read: {escape_control(complaints[0])}{more}"
 
 
 def predict_files(
@@ -154,9 +153,9 @@ def show_table(results: list[Result], classes: tuple[str, ...]) -> None:
     table.add_column("class", justify="right")
     table.add_column("probability", justify="right")
     for r in results:
-        table.add_row(Text(printable(r.file)), Text(classes[r.predicted], "bold"), f"{r.probability:.4f}")
+        table.add_row(Text(escape_control(r.file)), Text(classes[r.predicted], "bold"), f"{r.probability:.4f}")
     Console().print(table)
 
 
 if __name__ == "__main__":
-    sys.exit(run_door(main))
+    sys.exit(run_cli(main))

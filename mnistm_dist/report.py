@@ -9,8 +9,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from mnistm_dist.errors import run_door
-from mnistm_dist.flags import ArgumentParser
+from mnistm_dist.cli import ArgumentParser
+from mnistm_dist.errors import run_cli
 
 SEVERAL = Path("report.html")
 """Where the report of several runs goes, unless --out says otherwise."""
@@ -38,4 +38,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_door(main))
+    sys.exit(run_cli(main))

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import sys
 
-from mnistm_dist.errors import UserError, run_door
-from mnistm_dist.flags import ArgumentParser
+from mnistm_dist.cli import ArgumentParser
+from mnistm_dist.errors import UserError, run_cli
 
 
 def main(argv: list[str]) -> int:
@@ -20,9 +20,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("shards", metavar="SHARDS", help="the folder of a packed set")
     args = parser.parse_args(argv)
 
-    from mnistm_dist.data.inspection import inspect
+    from mnistm_dist.data.packing.verify import inspect
+    from mnistm_dist.data.progress import AGAIN
     from mnistm_dist.data.shards import ShardSet
-    from mnistm_dist.data.telling import AGAIN
     from mnistm_dist.reporting.console import Console
 
     shards = ShardSet.open(args.shards)
@@ -46,4 +46,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_door(main))
+    sys.exit(run_cli(main))

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from processes import Command, Started
 
-from mnistm_dist.bench import stay_on, usable_cores
-from mnistm_dist.data.packing import pack
-from mnistm_dist.data.samples import Sample, Source
-from mnistm_dist.data.sources import open_source
+from benchmarks.__main__ import stay_on, usable_cores
+from mnistm_dist.data.packing.writer import pack
+from mnistm_dist.data.sources.base import Sample, Source
+from mnistm_dist.data.sources.catalog import open_source
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 """Threads of trainings that share the cores with other tests wait asleep, not spinning."""

@@ -13,11 +13,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from mnistm_dist import loop, scoring
+from mnistm_dist import results as scoring
 from mnistm_dist.data import resident
 from mnistm_dist.errors import UserError
 from mnistm_dist.reporting import figures, page
 from mnistm_dist.training import checkpoint, evaluation
+from mnistm_dist.training import trainer as loop
 
 CLONE_NEWNS, MS_RDONLY, MS_REC, MS_PRIVATE = 0x20000, 1, 0x4000, 0x40000
 

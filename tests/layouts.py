@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mnistm_dist.data.png import encode_png
+from mnistm_dist.data.image_io import encode_png
 
 NUMBERS = {"train": 40, "test": 12}
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from mnistm_dist.data.png import encode_png
-from mnistm_dist.data.samples import Sample, Source
+from mnistm_dist.data.image_io import encode_png
+from mnistm_dist.data.sources.base import Sample, Source
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 ARCHIVE = SHARED / "mnist_m.tar.gz"

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import pytest
 
-from mnistm_dist.errors import run_door
+from mnistm_dist.errors import run_cli
 
 DOORS = ("pack", "verify", "plan", "train", "evaluate", "predict", "export", "report", "cache")
 """Doors that may be run; what they import is imported before the fork."""
@@ -112,7 +112,7 @@ def _child(command: Command) -> None:
         getattr(importlib.import_module(module), function)()
     code = 1
     try:
-        code = run_door(importlib.import_module(f"mnistm_dist.{command.door}").main)
+        code = run_cli(importlib.import_module(f"mnistm_dist.{command.door}").main)
     except SystemExit as left:
         code = left.code if isinstance(left.code, int) else int(left.code is not None)
     finally:

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mnistm_dist import loop
 from mnistm_dist.data.loader import Batch, Reader
+from mnistm_dist.training import trainer as loop
 
 
 def record_batches() -> None:

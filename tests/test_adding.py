@@ -24,11 +24,11 @@ from layouts import noise, write_folder, write_tar
 from packed_sets import tiny_source
 
 from mnistm_dist.config import AugmentConfig
-from mnistm_dist.data.packing import pack
-from mnistm_dist.data.png import encode_png
+from mnistm_dist.data.image_io import encode_png
+from mnistm_dist.data.packing.writer import pack
 
 TABLE = re.compile(r"^\| an? ([\w -]+?) +\| (.+?) \|", re.MULTILINE)
-TINY = ("--batch-size", 8, "--image-size", 16, "--epochs", 2, "--threads", 1, "--track", "none")
+TINY = ("--batch-size", 8, "--image-size", 16, "--epochs", 2, "--threads", 1, "--tracker", "none")
 OLD = AugmentConfig(shift=3, rotate=15, scale=0.1, shear=10, elastic=2, invert=0.5, permute_channels=0.5, cutout=6)
 """Everything that images can be changed by without the addition."""
 IMAGES, POSITIONS = np.random.default_rng(0).integers(0, 256, (8, 28, 28, 3), dtype=np.uint8), np.arange(8)
@@ -67,7 +67,7 @@ class Copy:
 
 def recipe(copy: Copy) -> None:
     """A quarter of an epoch."""
-    text = "schedule: {epochs: 1, batch_size: 8, image_size: [16]}\nrun: {max_steps: 1}\n"
+    text = "steps: {epochs: 1, batch_size: 8, image_size: [16]}\nrun: {max_steps: 1}\n"
     copy.make("recipes/taste.yaml", text)
     copy.replace("config.py", r"^(RECIPES = \(.*)\)$", r'\1, "taste")')
 
@@ -118,8 +118,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mnistm_dist.data.layouts.arrays import ArraySplit, arrays_source, check_images, check_labels, reading
-from mnistm_dist.data.samples import Source
+from mnistm_dist.data.sources.arrays import ArraySplit, arrays_source, check_images, check_labels, reading
+from mnistm_dist.data.sources.base import Source
 
 
 def is_keras(file: Path) -> bool:
@@ -146,9 +146,9 @@ from __future__ import annotations
 from collections import Counter
 from functools import partial
 
-from mnistm_dist.data.layouts.labels import Place, image_names, parse_label, read_places
-from mnistm_dist.data.layouts.trees import Tree
-from mnistm_dist.data.samples import SPLITS, Source
+from mnistm_dist.data.sources.labels import Place, image_names, parse_label, read_places
+from mnistm_dist.data.sources.archives import Tree
+from mnistm_dist.data.sources.base import SPLITS, Source
 
 
 def is_named(tree: Tree, top: str) -> bool:
@@ -268,9 +268,9 @@ def augmented(*, old: bool = True, **more: float) -> np.ndarray:
 def test_a_recipe_takes_a_file_and_its_name(added, trained) -> None:
     copy = added("recipe")
     assert ", taste, or a YAML file" in copy.says("-m", "mnistm_dist.train", "--help")
-    run = trained(copy, "run", "--recipe", "taste", "--no-report", "--track", "none", "--threads", 1)
+    run = trained(copy, "run", "--recipe", "taste", "--no-report", "--tracker", "none", "--threads", 1)
     config = yaml.safe_load((run / "config.yaml").read_text())
-    assert (config["recipe"], config["schedule"]["batch_size"], config["run"]["max_steps"]) == ("taste", 8, 1)
+    assert (config["recipe"], config["steps"]["batch_size"], config["run"]["max_steps"]) == ("taste", 8, 1)
     assert json.loads((run / "summary.json").read_text())["recipe"] == "taste"
 
 

@@ -12,17 +12,17 @@ from conftest import TRAIN, worked
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks import other_formats, ranks, recipe, rounds
+from benchmarks.launches import peak_megabytes
+from benchmarks.rounds import Contender, Measured, Result
+from benchmarks.setting import Setting, has_compiler
 from mnistm_dist import bench
 from mnistm_dist import config as configuration
-from mnistm_dist.benches import other_formats, ranks, recipe, rounds
-from mnistm_dist.benches.launches import peak_megabytes
-from mnistm_dist.benches.rounds import Contender, Measured, Result
-from mnistm_dist.benches.setting import Setting, has_compiler
 from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.errors import UserError
 from mnistm_dist.reporting.console import Console
-from mnistm_dist.training.profiling import traced
-from mnistm_dist.training.run_folder import read_log
+from mnistm_dist.training.diagnostics import traced
+from mnistm_dist.training.run_dir import read_log
 
 ROW = {"name", "output", "images_per_second", "ratio", "against", "spread"}
 TINY = ("--batch-size", 16, "--image-size", 16, "--steps", 2, "--threads", 1)
@@ -153,7 +153,7 @@ def test_ranks_take_no_failed_launch_and_no_other_world_size(tmp_path, monkeypat
 
 
 def test_startup_launches_with_an_empty_and_with_a_full_cache(measure, cache_dir, tmp_path):
-    (tmp_path / "tiny.yaml").write_text("schedule: {epochs: 99, image_size: [16]}")
+    (tmp_path / "tiny.yaml").write_text("steps: {epochs: 99, image_size: [16]}")
     before = sorted(path.name for path in cache_dir.glob("sets/*"))
     document = measure("startup", "--rounds", 1, "--batch-size", 16, "--threads", 1, "--recipe", "tiny.yaml")
     assert pairs(document) == {("first launch", "first launch"), ("second launch", "first launch")}
@@ -165,7 +165,7 @@ def test_startup_launches_with_an_empty_and_with_a_full_cache(measure, cache_dir
 
 
 def test_recipe_trains_to_an_accuracy_and_reads_a_run_that_is_there(measure, small_set, cache_dir, tmp_path):
-    (tmp_path / "tiny.yaml").write_text("schedule: {epochs: 30, batch_size: 32, image_size: [16]}")
+    (tmp_path / "tiny.yaml").write_text("steps: {epochs: 30, batch_size: 32, image_size: [16]}")
     document = measure(
         "recipe", "--recipe", "tiny.yaml", "--seeds", "3", "--threads", 1, "--runs", "kept", "--accuracy", 0.01
     )
@@ -289,10 +289,10 @@ def test_only_chooses_by_a_part_of_the_name_and_names_what_there_is():
 def test_a_mistake_is_one_line(flags, named, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bench, "stay_on", lambda cores: cores)
-    from mnistm_dist.errors import run_door
+    from mnistm_dist.errors import run_cli
 
     try:
-        code = run_door(bench.main, flags)
+        code = run_cli(bench.main, flags)
     except SystemExit as left:
         code = left.code
     (line,) = capsys.readouterr().err.splitlines()
@@ -304,7 +304,7 @@ def test_a_mistake_is_one_line(flags, named, tmp_path, monkeypatch, capsys):
 
 def test_profile_writes_a_trace_of_some_steps_after_a_warm_up(door, small_set, tmp_path):
     flags = ("--shards", small_set, "--recipe", "fast", "--batch-size", 16, "--image-size", 16, "--max-steps", 10)
-    worked(door("train", *flags, "--threads", 1, "--track", "none", "--run-dir", "run", "--profile", 2))
+    worked(door("train", *flags, "--threads", 1, "--tracker", "none", "--run-dir", "run", "--profile-steps", 2))
     traces = tmp_path / "run" / "profile"
     assert {path.name for path in traces.iterdir()} == {"operators-step-00000005.txt", "trace-step-00000005.json.gz"}
     assert "convolution" in (traces / "operators-step-00000005.txt").read_text()

@@ -18,7 +18,7 @@ from processes import server
 
 from mnistm_dist.data import resident as resident_module
 from mnistm_dist.data.cache import choose_cache_dir, entries, entry_lock
-from mnistm_dist.data.packing import pack
+from mnistm_dist.data.packing.writer import pack
 from mnistm_dist.data.resident import Resident, open_resident
 from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.errors import UserError

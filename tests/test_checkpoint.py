@@ -9,7 +9,7 @@ from torch.nn import functional
 from mnistm_dist.config import OptimConfig
 from mnistm_dist.errors import UserError
 from mnistm_dist.training import checkpoint as checkpoints
-from mnistm_dist.training.model import create_model
+from mnistm_dist.training.models import create_model
 from mnistm_dist.training.optim import WeightAverage, create_optimizer
 
 
@@ -44,7 +44,7 @@ def test_a_run_that_was_saved_and_restored_goes_on_bit_for_bit(tmp_path, name, a
             save(tmp_path, whole, 3)
     resumed = started(name, average, seed=1)
     model, optimizer, weights = resumed
-    found = checkpoints.newest(tmp_path, pytest.fail)
+    found = checkpoints.latest(tmp_path, pytest.fail)
     assert (found.step, found.state) == (3, {"n": 3})
     checkpoints.restore(found, model=model, averaged=weights and weights.model, optimizer=optimizer)
     for number in range(3, 6):
@@ -92,7 +92,7 @@ def test_a_torn_checkpoint_is_named_and_passed_over(tmp_path, how):
     good = save(tmp_path, run, 1)
     damaged(save(tmp_path, run, 2), how)
     told: list[str] = []
-    assert checkpoints.newest(tmp_path, told.append).path == good
+    assert checkpoints.latest(tmp_path, told.append).path == good
     assert len(told) == 1
     assert "step-00000002" in told[0]
 
@@ -103,7 +103,7 @@ def test_what_a_kill_left_half_written_is_no_checkpoint_and_is_cleaned_up(tmp_pa
     leftover = tmp_path / "checkpoints" / ".step-00000002.123"
     leftover.mkdir()
     (leftover / checkpoints.MODEL).write_bytes(b"half")
-    assert checkpoints.newest(tmp_path, pytest.fail).step == 1
+    assert checkpoints.latest(tmp_path, pytest.fail).step == 1
     checkpoints.prune(tmp_path, keep=2, best=None)
     assert not leftover.exists()
 

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mnistm_dist import config as configuration
+from mnistm_dist.cli import at_resume, field_docs, from_request, parse_flags, train_parser
 from mnistm_dist.config import RECIPES, field_types, load
 from mnistm_dist.errors import UserError
-from mnistm_dist.flags import at_resume, field_docs, from_request, parse_flags, train_parser
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -22,18 +22,23 @@ def test_without_a_recipe_it_is_fast():
 
 def test_baseline_states_the_source_reports_table():
     config = from_request(parse_flags(["--recipe", "baseline"]))
-    optim, schedule = config.optim, config.schedule
+    optim, schedule = config.optim, config.steps
     assert (schedule.epochs, schedule.batch_size, schedule.image_size) == (50, 256, (64,))
-    assert (optim.optimizer, optim.learning_rate, optim.schedule, optim.decay) == ("adam", 0.001, "exponential", 0.911)
+    assert (optim.optimizer, optim.learning_rate, optim.lr_schedule, optim.decay) == (
+        "adam",
+        0.001,
+        "exponential",
+        0.911,
+    )
     assert (optim.momentum, optim.weight_decay, optim.label_smoothing) == (0.95, 0.0005, 0)
     assert config.augment == configuration.AugmentConfig()
 
 
 def test_a_flag_beats_the_recipe_and_a_file_of_ones_own_is_a_recipe(tmp_path):
     mine = tmp_path / "mine.yaml"
-    mine.write_text("schedule: {epochs: 3, image_size: [32, 48]}\noptim: {learning_rate: 1e-3}\n")
+    mine.write_text("steps: {epochs: 3, image_size: [32, 48]}\noptim: {learning_rate: 1e-3}\n")
     config = from_request(parse_flags(["--recipe", str(mine), "--epochs", "5"]))
-    assert (config.schedule.epochs, config.schedule.image_size, config.optim.learning_rate) == (5, (32, 48), 0.001)
+    assert (config.steps.epochs, config.steps.image_size, config.optim.learning_rate) == (5, (32, 48), 0.001)
 
 
 def test_every_field_has_a_flag_a_docstring_and_one_section():
@@ -45,7 +50,9 @@ def test_every_field_has_a_flag_a_docstring_and_one_section():
 
 
 def test_a_dumped_configuration_reads_back_equal(tmp_path):
-    config = from_request(parse_flags(["--recipe", "baseline", "--max-steps", "7", "--compile", "--streams", "8"]))
+    config = from_request(
+        parse_flags(["--recipe", "baseline", "--max-steps", "7", "--compile", "--shuffle-streams", "8"])
+    )
     path = tmp_path / "config.yaml"
     path.write_text(configuration.dump(config))
     assert load(path) == config
@@ -82,12 +89,12 @@ def test_an_unknown_flag_is_refused_in_one_line(flags, capsys):
     ("text", "named"),
     [
         ("[1, 2]", "mapping"),
-        ("schedule: {epoch: 3}", "did you mean epochs"),
-        ("shedule: {epochs: 3}", "did you mean schedule"),
-        ("schedule: {epochs: [3]}", "schedule.epochs"),
-        ("schedule: 3", "schedule"),
+        ("steps: {epoch: 3}", "did you mean epochs"),
+        ("step: {epochs: 3}", "did you mean steps"),
+        ("steps: {epochs: [3]}", "steps.epochs"),
+        ("steps: 3", "steps"),
         ("a: : b", "not YAML"),
-        ("schedule: {epochs: !!python/object/apply:os.system [true]}", "not YAML"),
+        ("steps: {epochs: !!python/object/apply:os.system [true]}", "not YAML"),
     ],
 )
 def test_a_recipe_that_is_none_is_refused_by_name(tmp_path, text, named):
@@ -104,7 +111,7 @@ def test_a_recipe_that_is_none_is_refused_by_name(tmp_path, text, named):
         lambda inner: (
             st.lists(inner, max_size=3)
             | st.dictionaries(
-                st.sampled_from(["data", "schedule", "epochs", "shards", "run", "optim"]) | st.text(max_size=6), inner
+                st.sampled_from(["data", "steps", "epochs", "shards", "run", "optim"]) | st.text(max_size=6), inner
             )
         ),
         max_leaves=8,
@@ -124,10 +131,10 @@ def test_any_document_is_taken_or_refused_in_words(document):
 
 def test_a_resume_goes_on_as_the_run_began():
     stored = configuration.replace(from_request(parse_flags(["--recipe", "fast"])), micro_batch=64, threads=1)
-    assert at_resume(stored, parse_flags([])).schedule == stored.schedule
+    assert at_resume(stored, parse_flags([])).steps == stored.steps
     same = at_resume(stored, parse_flags(["--recipe", "fast", "--micro-batch", "auto", "--threads", "2"]))
-    assert (same.schedule.micro_batch, same.machine.threads) == (64, 2)
-    assert at_resume(stored, parse_flags(["--micro-batch", "32"])).schedule.micro_batch == 32
+    assert (same.steps.micro_batch, same.machine.threads) == (64, 2)
+    assert at_resume(stored, parse_flags(["--micro-batch", "32"])).steps.micro_batch == 32
 
 
 def test_a_resume_may_ask_for_the_steps_that_the_launch_before_asked_for():

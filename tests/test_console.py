@@ -20,7 +20,7 @@ import pytest
 
 from mnistm_dist.reporting.console import Console
 from mnistm_dist.reporting.progress import Progress, duration, number
-from mnistm_dist.reporting.screens import PlainScreen, TerminalScreen
+from mnistm_dist.reporting.terminal import PlainScreen, TerminalScreen
 
 STORY = """
 import sys, time, warnings

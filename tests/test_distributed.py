@@ -13,8 +13,8 @@ import pytest
 from conftest import ROOT, launcher, refused, worked
 
 from mnistm_dist.errors import NodeError, UserError
-from mnistm_dist.training.resources import check_gpus, check_world_size, default_threads
-from mnistm_dist.training.run_folder import read_state, write_state
+from mnistm_dist.training.hardware import check_gpus, check_world_size, default_threads
+from mnistm_dist.training.run_dir import read_state, write_state
 
 QUICK = (
     *("--recipe", "fast", "--batch-size", 32, "--image-size", 28, "--epochs", 2, "--max-steps", 4),
@@ -202,7 +202,7 @@ def test_a_run_folder_that_cannot_be_written_is_told_in_one_line(door, small_set
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_the_clock_asks_for_a_checkpoint_once(door, small_set, tmp_path, world_size):
-    clock = ("--checkpoint-every", 0, "--checkpoint-minutes", 0.1, "--keep", 100, "--max-steps", 20)
+    clock = ("--checkpoint-every", 0, "--checkpoint-minutes", 0.1, "--keep-checkpoints", 100, "--max-steps", 20)
     flags = ("--shards", small_set, "--run-dir", "run", *QUICK, *clock)
     worked(door("train", *flags, world_size=world_size, before="injected:a_second_a_look"))
     steps = sorted(int(path.name.removeprefix("step-")) for path in (tmp_path / "run" / "checkpoints").iterdir())

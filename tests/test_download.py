@@ -13,15 +13,14 @@ from layouts import noise, official_files, write_parquet, write_tar
 from local_server import LocalServer
 
 from mnistm_dist.cache import main as cache_door
-from mnistm_dist.data import download as module
-from mnistm_dist.data import transfer
+from mnistm_dist.data import fetch as transfer
 from mnistm_dist.data.cache import entries
-from mnistm_dist.data.download import download, fetch_mnist
-from mnistm_dist.data.idx import read_digits
-from mnistm_dist.data.public_copies import OFFICIAL_COPIES, Copy
-from mnistm_dist.data.sources import open_source
-from mnistm_dist.data.transfer import RemoteFile
-from mnistm_dist.errors import UserError, run_door
+from mnistm_dist.data.fetch import RemoteFile
+from mnistm_dist.data.sources import download as module
+from mnistm_dist.data.sources.catalog import open_source
+from mnistm_dist.data.sources.download import OFFICIAL_COPIES, Copy, download, fetch_mnist
+from mnistm_dist.data.sources.idx import read_digits
+from mnistm_dist.errors import UserError, run_cli
 from mnistm_dist.pack import main as pack_door
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -204,7 +203,7 @@ def test_no_address_names_a_file_outside_of_the_cache(tmp_path, path):
 def test_the_door_packs_a_download_only_when_its_pixels_are_official(server, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MNISTM_DIST_CACHE", str(tmp_path / "cache"))
     arguments = ["--download", f"{server.address}/{NAME}", "--out", str(tmp_path / "out" / "set")]
-    assert run_door(pack_door, arguments) == 2
+    assert run_cli(pack_door, arguments) == 2
     error = capsys.readouterr().err
     assert "by its pixels and labels it is not the official set" in error
     assert len(error.splitlines()) == 1
@@ -212,9 +211,9 @@ def test_the_door_packs_a_download_only_when_its_pixels_are_official(server, tmp
     # It has nothing but its pixels to tell that it is bad: the line says how the file is had anew.
     (entry,) = entries(tmp_path / "cache")
     assert error.rstrip().endswith(f"python -m mnistm_dist.cache clear {entry.path.name}")
-    assert run_door(cache_door, ["clear", entry.path.name]) == 0
+    assert run_cli(cache_door, ["clear", entry.path.name]) == 0
     requests = len(server.requests)
-    assert run_door(pack_door, arguments) == 2
+    assert run_cli(pack_door, arguments) == 2
     assert len(server.requests) > requests
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from mnistm_dist import load_model
 from mnistm_dist.export import IMAGES, compare, main, real_images
-from mnistm_dist.portable import ABOUT, run_onnx, run_torch
+from mnistm_dist.exported_model import ABOUT, run_onnx, run_torch
 
 pytest_plugins = ["trained_run"]
 pytest.importorskip("onnxruntime", reason='needs pip install "mnistm-dist[export]"')

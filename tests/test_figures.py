@@ -19,9 +19,9 @@ from run_folders import CLASSES, log_rows, synthetic_images, synthetic_labels, s
 
 from mnistm_dist.reporting import figures
 from mnistm_dist.reporting.curves import learning_curve, learning_curves
-from mnistm_dist.reporting.drawing import SERIES, THEME, save, to_svg
 from mnistm_dist.reporting.metrics import Metrics, calibration_bins, measure
 from mnistm_dist.reporting.predictions import Mistake, Predictions, mistakes
+from mnistm_dist.reporting.style import SERIES, THEME, save, to_svg
 
 
 @pytest.fixture(autouse=True)

@@ -13,16 +13,15 @@ from run_folders import write_run
 
 from mnistm_dist import __version__
 from mnistm_dist import config as configuration
-from mnistm_dist.data.layouts.arrays import check_images
-from mnistm_dist.data.packing import pack
+from mnistm_dist.data.packing.writer import pack
 from mnistm_dist.data.shards import ShardSet
-from mnistm_dist.errors import EXIT_USER_ERROR, UserError, run_door
+from mnistm_dist.data.sources.arrays import check_images
+from mnistm_dist.errors import EXIT_USER_ERROR, UserError, run_cli
 from mnistm_dist.report import main as report
 from mnistm_dist.reporting.predictions import read_predictions
 from mnistm_dist.reporting.runs import read_run
-from mnistm_dist.training.checkpoint import Checkpoint
-from mnistm_dist.training.checkpoint_state import check_state
-from mnistm_dist.training.run_folder import read_log, read_state
+from mnistm_dist.training.checkpoint import Checkpoint, check_state
+from mnistm_dist.training.run_dir import read_log, read_state
 
 DEEP = "[" * 100_000
 BOMB = "a: &a [x,x,x]\n" + "".join(f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in pairwise("abcdefghij"))
@@ -35,8 +34,8 @@ BOMB = "a: &a [x,x,x]\n" + "".join(f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" fo
         "data: {window: !!int abc}",
         "data: {window: !!bool maybe}",
         "data: {window: !!timestamp never}",
-        "schedule: {epochs: " + "9" * 5000 + "}",
-        "schedule: &a {epochs: *a}",
+        "steps: {epochs: " + "9" * 5000 + "}",
+        "steps: &a {epochs: *a}",
         BOMB + "data: {shards: *j}",
         DEEP,
     ],
@@ -183,8 +182,8 @@ def test_images_of_no_height_are_refused() -> None:
 
 
 def test_a_path_that_cannot_be_looked_at_is_one_line_that_no_terminal_obeys(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_door(report, ["x" * 5000]) == EXIT_USER_ERROR
-    assert run_door(report, ["\x1b[2J"]) == EXIT_USER_ERROR
+    assert run_cli(report, ["x" * 5000]) == EXIT_USER_ERROR
+    assert run_cli(report, ["\x1b[2J"]) == EXIT_USER_ERROR
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith("error: x")
     assert len(first) < 2_600

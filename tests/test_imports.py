@@ -1,5 +1,4 @@
-"""Imports run one way: doors -> training -> data -> config, and doors -> reporting -> config; benches look at all of it
-and are looked at by their door alone."""
+"""Imports run one way: commands -> training -> data -> config, and commands -> reporting -> config."""
 
 import ast
 import resource
@@ -13,14 +12,13 @@ import mnistm_dist
 
 PACKAGE = Path(mnistm_dist.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-BOTTOM = {"errors", "config", "values", "__version__"}
+BOTTOM = {"errors", "config", "files", "run_files", "__version__"}
 ALLOWED = {
     "data": {"data"} | BOTTOM,
     "training": {"training", "data"} | BOTTOM,
     "reporting": {"reporting"} | BOTTOM,
-    "benches": {"benches", "data", "training", "reporting", "loop", "launch", "flags"} | BOTTOM,
 }
-DOORS = ("pack", "verify", "plan", "train", "evaluate", "predict", "report", "export", "cache", "bench")
+DOORS = ("pack", "verify", "plan", "train", "evaluate", "predict", "report", "export", "cache")
 LOGGERS_PLOTS_FLAGS = {"argparse", "logging", "rich", "matplotlib", "wandb"}
 
 
@@ -51,11 +49,6 @@ def test_imports_run_one_way(path):
         assert rooms_of(path) <= BOTTOM
 
 
-def test_benches_are_imported_by_their_door_alone():
-    importers = {path.relative_to(PACKAGE).parts[0] for path in FILES if "benches" in rooms_of(path)}
-    assert importers == {"bench.py", "benches"}
-
-
 QUIET = [path for path in FILES if path.relative_to(PACKAGE).parts[0] in ("data", "training")]
 
 
@@ -65,7 +58,7 @@ def test_data_and_training_know_no_logger_plot_or_flag(path):
 
 
 def test_the_model_knows_no_optimizer_or_rank():
-    imported = imports_of(PACKAGE / "training" / "model.py")
+    imported = imports_of(PACKAGE / "training" / "models.py")
     assert not any("optim" in name or "distributed" in name or "accelerate" in name for name in imported)
 
 

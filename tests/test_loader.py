@@ -17,15 +17,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed_sets import damage_by_flip_with_times_put_back, flip_byte, png_with, sign_files, tiny_source
 
-from mnistm_dist.config import DataConfig, ScheduleConfig
+from mnistm_dist.config import DataConfig, StepsConfig
+from mnistm_dist.data.image_io import decode_png
 from mnistm_dist.data.loader import Batch, Reader, evaluation_batches, train_batches
 from mnistm_dist.data.manifest import Manifest
 from mnistm_dist.data.order import FullOrder, Order, WindowedOrder, steps_for
-from mnistm_dist.data.packing import pack
-from mnistm_dist.data.png import decode_png
-from mnistm_dist.data.reading import Block, SplitReader
+from mnistm_dist.data.order_choice import choose_reading, create_order, open_shards
+from mnistm_dist.data.packing.writer import pack
 from mnistm_dist.data.resident import open_resident
-from mnistm_dist.data.settling import choose_reading, create_order, open_shards
+from mnistm_dist.data.shard_reader import Block, SplitReader
 from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.data.streaming import open_streaming
 from mnistm_dist.errors import UserError
@@ -135,7 +135,7 @@ def test_the_full_order_is_read_from_memory_only(small_set, truth, cache_dir):
     seen = [b for step in train_batches(resident, order, batch_size=40, micro_batch=20, stop_step=8) for b in step]
     assert all(truth.has(batch, order) for batch in seen)
     assert sorted(np.concatenate([batch.ids for batch in seen]).tolist()) == list(range(TRAIN))
-    with pytest.raises(UserError, match="--order windowed, or --data resident"):
+    with pytest.raises(UserError, match="--order windowed, or --reader resident"):
         next(train_batches(opened("streaming", small_set, cache_dir), order, batch_size=4, micro_batch=4, stop_step=1))
 
 
@@ -329,19 +329,19 @@ def with_train(manifest: Manifest, count: int) -> Manifest:
     [
         ({}, 55_000, ("full", "resident", 16)),
         ({}, 100_000_000, ("windowed", "streaming", 16)),
-        ({"data": "streaming"}, 55_000, ("windowed", "streaming", 16)),
-        ({"data": "resident"}, 100_000_000, ("windowed", "resident", 16)),
+        ({"reader": "streaming"}, 55_000, ("windowed", "streaming", 16)),
+        ({"reader": "resident"}, 100_000_000, ("windowed", "resident", 16)),
         ({"order": "windowed"}, 55_000, ("windowed", "resident", 16)),
         ({"order": "full"}, 100_000_000, ("full", "resident", 16)),
-        ({"streams": 64}, 55_000, ("full", "resident", 64)),
+        ({"shuffle_streams": 64}, 55_000, ("full", "resident", 64)),
     ],
 )
 def test_reading_is_chosen_by_the_manifests_size(asked, train, settled, small_set):
     manifest = with_train(ShardSet.open(small_set).manifest, train)
     config = DataConfig(**asked)
     assert choose_reading(config, manifest, batch_size=256, world_size=4) == settled
-    config = DataConfig(order=settled[0], data=settled[1], streams=settled[2])
-    order = create_order(config, ScheduleConfig(batch_size=256), manifest)
+    config = DataConfig(order=settled[0], reader=settled[1], shuffle_streams=settled[2])
+    order = create_order(config, StepsConfig(batch_size=256), manifest)
     assert isinstance(order, FullOrder if settled[0] == "full" else WindowedOrder)
 
 
@@ -357,9 +357,9 @@ def test_automatic_streams_fit_batch_and_processes(batch_size, world_size, strea
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        ({"order": "full", "data": "streaming"}, "data streaming reads the windowed order only"),
-        ({"order": "windowed", "streams": 6}, "16 fits"),
-        ({"order": "windowed", "streams": 48}, "16 fits"),
+        ({"order": "full", "reader": "streaming"}, "data streaming reads the windowed order only"),
+        ({"order": "windowed", "shuffle_streams": 6}, "16 fits"),
+        ({"order": "windowed", "shuffle_streams": 48}, "16 fits"),
     ],
 )
 def test_readings_that_do_not_fit_are_refused(asked, said, small_set):

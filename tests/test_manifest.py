@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from packed_sets import edit_manifest, tiny_source
 
 from mnistm_dist.data.manifest import parse, render
-from mnistm_dist.data.packing import pack
+from mnistm_dist.data.packing.writer import pack
 from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.errors import UserError
 

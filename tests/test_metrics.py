@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from run_folders import CLASSES, synthetic_labels, synthetic_probabilities, write_predictions
 
 from mnistm_dist.errors import UserError
+from mnistm_dist.reporting.describe import describe, listed, percent
 from mnistm_dist.reporting.metrics import (
     Metrics,
     calibration_bins,
@@ -19,7 +20,6 @@ from mnistm_dist.reporting.metrics import (
     wilson_interval,
 )
 from mnistm_dist.reporting.predictions import mistakes, read_predictions
-from mnistm_dist.reporting.words import describe, listed, percent
 
 Matrix = list[list[int]]
 

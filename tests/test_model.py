@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from mnistm_dist.training.model import architecture, count_parameters, create_model
+from mnistm_dist.training.models import architecture, count_parameters, create_model
 
 
 def test_it_has_692106_parameters():

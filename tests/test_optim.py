@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from mnistm_dist.config import OptimConfig
-from mnistm_dist.training.model import create_model
-from mnistm_dist.training.optim import WeightAverage, create_optimizer, learning_rate, orthogonalise
+from mnistm_dist.training.models import create_model
+from mnistm_dist.training.optim import WeightAverage, create_optimizer, learning_rate, orthogonalize
 
 
 def rates(config: OptimConfig, *, steps: int = 100, batch_size: int = 256, per_epoch: int = 10) -> list[float]:
@@ -20,7 +20,7 @@ def rates(config: OptimConfig, *, steps: int = 100, batch_size: int = 256, per_e
 
 
 def test_the_reports_schedule_falls_from_1e3_to_1e5_in_50_epochs():
-    config = OptimConfig(schedule="exponential", learning_rate=1e-3, decay=0.911)
+    config = OptimConfig(lr_schedule="exponential", learning_rate=1e-3, decay=0.911)
     series = rates(config, steps=50, per_epoch=1)
     assert series[0] == 1e-3
     assert series[1] == pytest.approx(1e-3 * 0.911)
@@ -28,7 +28,7 @@ def test_the_reports_schedule_falls_from_1e3_to_1e5_in_50_epochs():
 
 
 def test_one_cycle_rises_to_its_peak_and_falls_to_nothing():
-    series = rates(OptimConfig(schedule="one-cycle", learning_rate=0.01, warmup=0.25))
+    series = rates(OptimConfig(lr_schedule="one-cycle", learning_rate=0.01, warmup=0.25))
     peak = max(range(100), key=series.__getitem__)
     assert 23 <= peak <= 25
     assert series[peak] == pytest.approx(0.01, rel=1e-2)
@@ -37,12 +37,12 @@ def test_one_cycle_rises_to_its_peak_and_falls_to_nothing():
 
 
 def test_one_cycle_without_warmup_starts_at_its_peak():
-    assert rates(OptimConfig(schedule="one-cycle", learning_rate=0.01, warmup=0))[0] == pytest.approx(0.01, rel=1e-3)
+    assert rates(OptimConfig(lr_schedule="one-cycle", learning_rate=0.01, warmup=0))[0] == pytest.approx(0.01, rel=1e-3)
 
 
 @pytest.mark.parametrize(("scaling", "factor"), [("none", 1), ("linear", 4), ("sqrt", 2)])
 def test_the_rate_scales_with_the_batch(scaling, factor):
-    config = OptimConfig(schedule="constant", learning_rate=0.1, lr_scaling=scaling, base_batch_size=256)
+    config = OptimConfig(lr_schedule="constant", learning_rate=0.1, lr_scaling=scaling, base_batch_size=256)
     assert rates(config, batch_size=1024)[0] == pytest.approx(0.1 * factor)
 
 
@@ -61,7 +61,7 @@ def test_adam_decays_every_parameter_and_the_others_none_of_one_dimension():
 def test_orthogonal_steps_keep_the_directions_and_level_the_sizes(shape):
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 1e-3
     u, _, vt = torch.linalg.svd(matrices, full_matrices=False)
-    found = orthogonalise(matrices)
+    found = orthogonalize(matrices)
     in_their_own_bases = u.mT @ found @ vt.mT
     sizes = in_their_own_bases.diagonal(dim1=1, dim2=2)
     assert sizes.min() > 0.5
@@ -70,7 +70,7 @@ def test_orthogonal_steps_keep_the_directions_and_level_the_sizes(shape):
 
 
 def test_a_gradient_of_zero_steps_nowhere():
-    assert torch.equal(orthogonalise(torch.zeros(1, 8, 9)), torch.zeros(1, 8, 9))
+    assert torch.equal(orthogonalize(torch.zeros(1, 8, 9)), torch.zeros(1, 8, 9))
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

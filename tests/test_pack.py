@@ -17,16 +17,16 @@ import pytest
 from conftest import Door, refused, worked
 from packed_sets import ARCHIVE, names_in, write_official
 
-from mnistm_dist.data.layouts.detection import KNOWN_LAYOUTS
+from mnistm_dist.data.packing.lineage import OFFICIAL_PIXELS
 from mnistm_dist.data.shards import ShardSet
-from mnistm_dist.data.writing.lineage import OFFICIAL_PIXELS
+from mnistm_dist.data.sources.detect import KNOWN_LAYOUTS
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_the_door_packs_and_sums_up(tmp_path: Path, door: Door) -> None:
     write_official(tmp_path / "in")
-    said = worked(door("pack", "in", "--out", "shards/mine", "--num-shards", 4, "--val-size", 3, "--seed", 7))
+    said = worked(door("pack", "in", "--out", "shards/mine", "--num-shards", 4, "--split-size", 3, "--seed", 7))
     manifest = ShardSet.open(tmp_path / "shards" / "mine").manifest
     assert [(split.count, len(split.shards)) for split in manifest.splits.values()] == [(20, 4), (3, 1), (7, 1)]
     assert (manifest.seed, manifest.lineage) == (7, "unknown")

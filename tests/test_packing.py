@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed_sets import label_of, names_in, pixels_of, png_with, tiny_source
 
-from mnistm_dist.data.packing import pack
-from mnistm_dist.data.pixels import channel_histogram, moments_of
-from mnistm_dist.data.png import decode_png, encode_png
-from mnistm_dist.data.samples import Sample, Source
+from mnistm_dist.data.image_io import decode_png, encode_png
+from mnistm_dist.data.packing.lineage import OFFICIAL_PIXELS, find_lineage
+from mnistm_dist.data.packing.splits import count_shards, cut_splits
+from mnistm_dist.data.packing.statistics import channel_histogram, moments_of
+from mnistm_dist.data.packing.writer import pack
 from mnistm_dist.data.shards import ShardSet
-from mnistm_dist.data.writing.lineage import OFFICIAL_PIXELS, find_lineage
-from mnistm_dist.data.writing.splitting import count_shards, cut_splits
+from mnistm_dist.data.sources.base import Sample, Source
 from mnistm_dist.errors import UserError
 
 

@@ -21,13 +21,13 @@ from hypothesis import strategies as st
 from run_folders import CLASSES, synthetic_images, write_run
 
 from mnistm_dist import __version__, report
-from mnistm_dist.errors import UserError, run_door
+from mnistm_dist.errors import UserError, run_cli
 from mnistm_dist.reporting import figures
 from mnistm_dist.reporting.comparison import differing_fields, mean_and_spread, paired_difference, seed_groups
-from mnistm_dist.reporting.drawing import save
 from mnistm_dist.reporting.page import write_report
 from mnistm_dist.reporting.predictions import Predictions, mistakes
 from mnistm_dist.reporting.runs import RunRecord, read_run, read_runs
+from mnistm_dist.reporting.style import save
 
 
 def small_run(folder: Path, **options: object) -> Path:
@@ -303,7 +303,7 @@ def records(paths: list[Path]) -> list[RunRecord]:
 def test_what_differs_is_named_and_nothing_else(three: list[Path]) -> None:
     assert differing_fields(records(three)) == {
         "optim.learning_rate": [4e-3, 4e-3, 1e-5],
-        "schedule.seed": [0, 1, 2],
+        "steps.seed": [0, 1, 2],
     }
     assert differing_fields(records(three[:1])) == {}
 
@@ -389,7 +389,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)
     try:
-        code = run_door(report.main, flags)
+        code = run_cli(report.main, flags)
     except SystemExit as end:  # argparse's way
         code = end.code if isinstance(end.code, int) else 1
     assert code == 2

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from mnistm_dist.data import pictures
-from mnistm_dist.data.pictures import find_pictures, read_picture, to_rgb
+from mnistm_dist.data import image_io as pictures
+from mnistm_dist.data.image_io import find_pictures, read_picture, to_rgb
 from mnistm_dist.errors import UserError
 
 GREY = np.random.default_rng(0).integers(0, 256, (14, 9), dtype=np.uint8)

@@ -13,7 +13,7 @@ from PIL import Image
 from mnistm_dist import config as configuration
 from mnistm_dist import plan
 from mnistm_dist.data.loader import open_reader, train_batches
-from mnistm_dist.data.settling import choose_reading, create_order, open_shards
+from mnistm_dist.data.order_choice import choose_reading, create_order, open_shards
 
 
 def run_folder(place: Path, shards: Path, **fields: object) -> Path:
@@ -22,8 +22,8 @@ def run_folder(place: Path, shards: Path, **fields: object) -> Path:
         configuration.Config(), shards=str(shards), **{"batch_size": 48, "seed": 11, **fields}
     )
     manifest = open_shards(str(shards), cache_dir=place).manifest
-    order, data, streams = choose_reading(config.data, manifest, batch_size=config.schedule.batch_size, world_size=4)
-    config = configuration.replace(config, order=order, data=data, streams=streams)
+    order, data, streams = choose_reading(config.data, manifest, batch_size=config.steps.batch_size, world_size=4)
+    config = configuration.replace(config, order=order, reader=data, shuffle_streams=streams)
     place.mkdir(exist_ok=True)
     (place / "config.yaml").write_text(configuration.dump(config))
     return place
@@ -34,7 +34,7 @@ def run_folder(place: Path, shards: Path, **fields: object) -> Path:
     ("order", "reading"), [("full", "resident"), ("windowed", "resident"), ("windowed", "streaming")]
 )
 def test_plan_names_what_every_rank_is_given(world_size, order, reading, door, small_set, cache_dir, tmp_path):
-    run = run_folder(tmp_path / "run", small_set, order=order, data=reading, streams=8, window=20)
+    run = run_folder(tmp_path / "run", small_set, order=order, reader=reading, shuffle_streams=8, shuffle_window=20)
     config = configuration.load(run / "config.yaml")
     shards = open_shards(str(small_set), cache_dir=cache_dir)
     reader = open_reader(shards, "train", config.data, cache_dir=cache_dir, device="cpu", threads=2)
@@ -43,7 +43,7 @@ def test_plan_names_what_every_rank_is_given(world_size, order, reading, door, s
     for rank in range(world_size):
         (share,) = train_batches(
             reader,
-            create_order(config.data, config.schedule, shards.manifest),
+            create_order(config.data, config.steps, shards.manifest),
             batch_size=48,
             micro_batch=6,
             world_size=world_size,
@@ -60,7 +60,7 @@ def test_plan_of_shards_begins_a_run_of_the_default_recipe(door, small_set, tmp_
     given = ["plan", "--shards", small_set, "--step", 3, "--json"]
     told = json.loads(worked(door(*given)))
     recipe = configuration.build("fast", configuration.read_recipe("fast"))
-    assert len(told["ranks"][0]) == recipe.schedule.batch_size
+    assert len(told["ranks"][0]) == recipe.steps.batch_size
     chosen = json.loads(worked(door(*given, "--batch-size", 48, "--seed", 11)))
     run = run_folder(tmp_path / "run", small_set)
     assert json.loads(worked(door("plan", "--run", run, "--step", 3, "--json"))) == chosen

@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from packed_sets import pixels_of, png_with
 
-from mnistm_dist.data.png import check_png, decode_png, encode_png
+from mnistm_dist.data.image_io import check_png, decode_png, encode_png
 from mnistm_dist.errors import UserError
 
 REFUSED_PNGS = {

@@ -3,7 +3,7 @@
 import pytest
 
 from mnistm_dist.errors import UserError
-from mnistm_dist.training.resources import choose_precision
+from mnistm_dist.training.hardware import choose_precision
 
 CPU, V100, A100 = ("fp32",), ("fp32", "fp16"), ("fp32", "fp16", "bf16")
 

@@ -18,14 +18,14 @@ from safetensors.torch import load_file
 from trained_run import here
 from trainers import alive, wait_until_gone
 
-from mnistm_dist.training.model import create_model
-from mnistm_dist.training.run_folder import read_log, read_state
+from mnistm_dist.training.models import create_model
+from mnistm_dist.training.run_dir import read_log, read_state
 
 __all__ = ["here"]
 
 FLAGS = (
     *("--recipe", "fast", "--batch-size", "32", "--micro-batch", "16", "--image-size", "28", "--epochs", "4"),
-    *("--checkpoint-every", "3", "--log-every", "4", "--threads", "1", "--track", "none", "--no-report"),
+    *("--checkpoint-every", "3", "--log-every", "4", "--threads", "1", "--tracker", "none", "--no-report"),
 )
 STEPS = 40
 
@@ -282,7 +282,7 @@ def test_a_resume_on_other_shards_is_refused(door, tmp_path, reference):
 
     from conftest import part_of_the_sample
 
-    from mnistm_dist.data.packing import pack
+    from mnistm_dist.data.packing.writer import pack
 
     pack(part_of_the_sample({"train": 320, "val": 31}), tmp_path / "other")
     shutil.copytree(reference, tmp_path / "run")

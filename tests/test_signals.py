@@ -1,4 +1,4 @@
-"""A handler only notes the wish; the second Ctrl-C leaves."""
+"""A handler only notes the action; the second Ctrl-C leaves."""
 
 import os
 import signal
@@ -6,8 +6,8 @@ import signal
 import pytest
 
 from mnistm_dist.errors import UserError
-from mnistm_dist.training import signals
-from mnistm_dist.training.signals import StopRequest, parse_signals
+from mnistm_dist.training import preemption as signals
+from mnistm_dist.training.preemption import StopRequest, parse_signals
 
 
 @pytest.fixture

@@ -31,9 +31,9 @@ from layouts import (
 )
 from PIL import Image
 
-from mnistm_dist.data.layouts import mat5
-from mnistm_dist.data.samples import Sample, Source
-from mnistm_dist.data.sources import KNOWN_LAYOUTS, open_source
+from mnistm_dist.data.sources import matlab as mat5
+from mnistm_dist.data.sources.base import Sample, Source
+from mnistm_dist.data.sources.catalog import KNOWN_LAYOUTS, open_source
 from mnistm_dist.errors import UserError
 
 ARCHIVE = Path(__file__).resolve().parents[2] / "shared" / "data" / "mnist_m.tar.gz"
@@ -221,7 +221,7 @@ def test_a_source_that_changes_after_it_was_opened_is_refused(tmp_path):
 
 MEASURE_PEAK = """
 import sys, tracemalloc
-from mnistm_dist.data.sources import open_source
+from mnistm_dist.data.sources.catalog import open_source
 tracemalloc.start()
 count = sum(1 for _ in open_source(sys.argv[1]).samples())
 print(count, tracemalloc.get_traced_memory()[1])

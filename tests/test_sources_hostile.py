@@ -34,7 +34,7 @@ from layouts import (
     write_zip,
 )
 
-from mnistm_dist.data.sources import open_source
+from mnistm_dist.data.sources.catalog import open_source
 from mnistm_dist.errors import UserError
 
 PARTS = noise()

@@ -16,13 +16,13 @@ from pathlib import Path
 import pytest
 from packed_sets import names_in, tiny_source, write_official
 
-from mnistm_dist import launch
-from mnistm_dist.data.packing import pack
-from mnistm_dist.data.samples import Sample
+from mnistm_dist.data.packing.staging import staged_folder
+from mnistm_dist.data.packing.writer import pack
 from mnistm_dist.data.shards import ShardSet
-from mnistm_dist.data.writing.staging import staged_folder
+from mnistm_dist.data.sources.base import Sample
 from mnistm_dist.errors import UserError
 from mnistm_dist.reporting.console import Console
+from mnistm_dist.training import setup as launch
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -123,8 +123,8 @@ def test_a_second_pack_is_told_who_writes(tmp_path: Path) -> None:
 SLOW_PACK = """
 import sys, time
 from pathlib import Path
-from mnistm_dist.data.packing import pack
-from mnistm_dist.data.sources import open_source
+from mnistm_dist.data.packing.writer import pack
+from mnistm_dist.data.sources.catalog import open_source
 
 def progress(done, total):
     if done > total * 2 // 3:  # while the shards are written

@@ -20,12 +20,12 @@ from layouts import noise, write_mnist
 from PIL import Image
 
 from mnistm_dist.data.hashing import uniform
-from mnistm_dist.data.idx import read_digits
-from mnistm_dist.data.inspection import inspect
-from mnistm_dist.data.packing import pack
+from mnistm_dist.data.packing.verify import inspect
+from mnistm_dist.data.packing.writer import pack
 from mnistm_dist.data.shards import ShardSet
-from mnistm_dist.data.sources import Source, open_source
-from mnistm_dist.data.synthesis import blend, read_photos
+from mnistm_dist.data.sources.catalog import Source, open_source
+from mnistm_dist.data.sources.idx import read_digits
+from mnistm_dist.data.sources.synthesis import blend, read_photos
 from mnistm_dist.errors import UserError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -208,9 +208,9 @@ def test_no_room_for_decoded_photos_is_said(tmp_path, photos):
         resource.setrlimit(resource.RLIMIT_FSIZE, (4_096, 4_096))
 
     program = (
-        "import sys; from pathlib import Path; from mnistm_dist.data.synthesis import read_photos; "
-        "from mnistm_dist.errors import run_door; "
-        "sys.exit(run_door(lambda a: read_photos(Path(a[0]), smallest=28) and 0))"
+        "import sys; from pathlib import Path; from mnistm_dist.data.sources.synthesis import read_photos; "
+        "from mnistm_dist.errors import run_cli; "
+        "sys.exit(run_cli(lambda a: read_photos(Path(a[0]), smallest=28) and 0))"
     )
     done = subprocess.run(
         [sys.executable, "-c", program, photos], preexec_fn=little_room, capture_output=True, text=True, timeout=60

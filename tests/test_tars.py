@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed_sets import tiny_source
 
-from mnistm_dist.data.packing import pack
-from mnistm_dist.data.writing.tars import tar_header
+from mnistm_dist.data.packing.writer import pack, tar_header
 
 
 @settings(max_examples=100, deadline=None)

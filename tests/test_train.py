@@ -10,14 +10,14 @@ from conftest import TEST, TRAIN, VAL, refused, worked
 from safetensors.torch import load_file
 from torch.nn import functional
 
-from mnistm_dist.benches.setting import has_compiler
+from benchmarks.setting import has_compiler
 from mnistm_dist.data.order import FullOrder
 from mnistm_dist.data.resident import open_resident
 from mnistm_dist.data.shards import ShardSet
-from mnistm_dist.training.model import create_model
-from mnistm_dist.training.run_folder import read_log
+from mnistm_dist.training.models import create_model
+from mnistm_dist.training.run_dir import read_log
 
-QUICK = ("--track", "none", "--threads", "1", "--no-report")
+QUICK = ("--tracker", "none", "--threads", "1", "--no-report")
 """Without W&B, in one thread as each of two ranks on two cores, without the figures."""
 
 
@@ -143,7 +143,7 @@ def test_a_run_leaves_a_whole_folder(door, small_set, tmp_path):
 def test_the_last_step_counts_where_there_is_only_val(door, small_set, tmp_path, monkeypatch):
     from conftest import part_of_the_sample
 
-    from mnistm_dist.data.packing import pack
+    from mnistm_dist.data.packing.writer import pack
 
     pack(part_of_the_sample({"train": 64, "val": 31}), tmp_path / "set")
     worked(
@@ -179,7 +179,7 @@ def test_the_norm_in_the_log_is_that_of_before_the_clipping(door, small_set, tmp
     quick = ("--image-size", 28, "--batch-size", 32, "--max-steps", 1, "--threads", 1, "--no-report")
     norms = {}
     for clip in (0, 0.001):
-        worked(door("train", "--shards", small_set, "--run-dir", f"run-{clip}", "--clip-norm", clip, *quick))
+        worked(door("train", "--shards", small_set, "--run-dir", f"run-{clip}", "--max-grad-norm", clip, *quick))
         rows = [row for row in read_log(tmp_path / f"run-{clip}" / "log.jsonl") if row["kind"] == "train"]
         norms[clip] = rows[0]["train/gradient_norm"]
     assert norms[0] == pytest.approx(norms[0.001], rel=1e-5)
@@ -233,7 +233,7 @@ def test_without_shards_the_bundled_sample_is_packed_first(door, tmp_path):
         (["--resume", "nowhere"], "nowhere"),
         (["--cache-dir", "/proc/none"], "/proc/none"),
         (["--run-dir", "/proc/none"], "/proc/none"),
-        (["--order", "full", "--data", "streaming"], "windowed"),
+        (["--order", "full", "--reader", "streaming"], "windowed"),
     ],
 )
 def test_a_mistake_is_one_line_and_makes_no_run_folder(door, small_set, tmp_path, flags, named):
@@ -275,7 +275,20 @@ def test_a_damaged_shard_is_refused_by_name_though_the_cache_is_warm(door, small
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_training_consumes_what_plan_says(door, small_set, tmp_path, order, data, world_size):
     """Recorded in the ranks; over the end of an epoch, which 320 images of a batch of 48 do not end with a step."""
-    flags = ("--order", order, "--data", data, "--streams", 4, "--window", 16, "--batch-size", 48, "--micro-batch", 12)
+    flags = (
+        "--order",
+        order,
+        "--reader",
+        data,
+        "--shuffle-streams",
+        4,
+        "--shuffle-window",
+        16,
+        "--batch-size",
+        48,
+        "--micro-batch",
+        12,
+    )
     run = ("--max-steps", 9, "--image-size", 16, "--seed", 3, "--run-dir", "run")
     recording = {"world_size": world_size, "before": "recorder:record_batches"}
     worked(door("train", "--shards", small_set, *flags, *run, *QUICK, **recording))
@@ -292,7 +305,7 @@ def test_training_consumes_what_plan_says(door, small_set, tmp_path, order, data
 
 
 def test_a_loss_that_is_no_number_names_the_step_its_images_and_the_last_good_checkpoint(door, small_set, tmp_path):
-    wild = ("--optimizer", "sgd", "--learning-rate", "1e20", "--schedule", "constant", "--checkpoint-every", 1)
+    wild = ("--optimizer", "sgd", "--learning-rate", "1e20", "--lr-schedule", "constant", "--checkpoint-every", 1)
     flags = ("--batch-size", 32, "--image-size", 16, "--epochs", 1, "--max-steps", 9, "--run-dir", "run")
     line = refused(door("train", "--shards", small_set, *flags, *wild, *QUICK))
     step = int(line.split("loss of step ")[1].split()[0])

@@ -7,7 +7,16 @@ from torch.nn import functional
 
 from mnistm_dist.config import AugmentConfig
 from mnistm_dist.data.hashing import uniform
-from mnistm_dist.data.transforms import DRAWS, POINTS, Augment, Preprocess, bend, cut_out, permute_channels, resize
+from mnistm_dist.data.transforms import (
+    DRAWS,
+    POINTS,
+    Augment,
+    Preprocess,
+    cut_out,
+    elastic_displacement,
+    permute_channels,
+    resize,
+)
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
 ALL = AugmentConfig(shift=3, rotate=15, scale=0.1, shear=10, elastic=2, invert=0.5, permute_channels=0.5, cutout=6)
@@ -107,7 +116,7 @@ def test_an_upright_line_leans_by_the_angle_that_was_drawn(config, draw, sign):
 
 def test_an_elastic_bend_moves_the_points_as_drawn_and_all_between_smoothly():
     draws = torch.from_numpy(uniform(3, np.arange(8), 2 * POINTS**2))
-    moved = bend(draws, 0.2, 0.1, 61)
+    moved = elastic_displacement(draws, 0.2, 0.1, 61)
     assert moved.shape == (8, 61, 61, 2)
     points = moved[:, :: 60 // (POINTS - 1), :: 60 // (POINTS - 1)].permute(0, 3, 1, 2).flatten(2)
     drawn = (2 * draws - 1).view(8, 2, POINTS**2) * torch.tensor([0.2, 0.1]).view(1, 2, 1)

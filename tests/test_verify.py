@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from packed_sets import edit_manifest, flip_byte, png_with, sign_files, tiny_source
 
-from mnistm_dist.data.inspection import inspect
-from mnistm_dist.data.packing import pack
+from mnistm_dist.data.packing.verify import inspect
+from mnistm_dist.data.packing.writer import pack
 from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.errors import UserError
 from mnistm_dist.verify import main

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from packed_sets import DAMAGES, flip_byte, tiny_source
 
-from mnistm_dist.data.packing import pack
+from mnistm_dist.data.packing.writer import pack
 from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.errors import UserError
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import VAL
 
-from mnistm_dist.errors import run_door
+from mnistm_dist.errors import run_cli
 
 
 @pytest.fixture(scope="session")
@@ -17,8 +17,8 @@ def trained_run(small_set, cache_dir, tmp_path_factory) -> Path:
     from mnistm_dist.train import main
 
     run_dir = tmp_path_factory.mktemp("runs") / "trained"
-    flags = ["--batch-size", "32", "--image-size", "32", "--epochs", "2", "--average", "0.5", "--threads", "1"]
-    places = ["--shards", str(small_set), "--run-dir", str(run_dir), "--cache-dir", str(cache_dir), "--track", "none"]
+    flags = ["--batch-size", "32", "--image-size", "32", "--epochs", "2", "--ema-decay", "0.5", "--threads", "1"]
+    places = ["--shards", str(small_set), "--run-dir", str(run_dir), "--cache-dir", str(cache_dir), "--tracker", "none"]
     assert main([*flags, *places]) == 0
     return run_dir
 
@@ -26,7 +26,7 @@ def trained_run(small_set, cache_dir, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def val_images(small_set) -> np.ndarray:
     """The images of val in manifest order, uint8 (N, H, W, 3)."""
-    from mnistm_dist.data.png import decode_png
+    from mnistm_dist.data.image_io import decode_png
     from mnistm_dist.data.shards import ShardSet
 
     return np.stack([decode_png(png, "val") for png in ShardSet.open(small_set).read("val", range(VAL))])
@@ -50,7 +50,7 @@ def here(tmp_path, monkeypatch, capsys) -> Here:
     def run(main: Callable[[list[str]], int], *arguments: object) -> subprocess.CompletedProcess[str]:
         argv = list(map(str, arguments))
         try:
-            code = run_door(main, argv)
+            code = run_cli(main, argv)
         except SystemExit as left:
             code = int(left.code or 0)
         captured = capsys.readouterr()

@@ -27,7 +27,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from mnistm_dist.errors import UserError, why
+from mnistm_dist.errors import UserError, os_error_reason
 
 CACHE_VARIABLE = "MNISTM_DIST_CACHE"
 """The environment variable that names the cache folder."""
@@ -121,7 +121,7 @@ def cache_failures(path: Path, need: int | None = None) -> Iterator[None]:
         if error.errno in _NO_ROOM:
             needs = f", {need / 1e6:,.0f} MB are needed" if need else ""
             raise UserError(f"{path}: the disk is full{needs}: free some room, or {_ELSEWHERE}") from error
-        raise UserError(f"{path}: {why(error)}: {_ELSEWHERE}") from error
+        raise UserError(f"{path}: {os_error_reason(error)}: {_ELSEWHERE}") from error
 
 
 def make_room(path: Path, need: int) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mnistm_dist.data.telling import AGAIN
+from mnistm_dist.data.progress import AGAIN
 from mnistm_dist.errors import UserError
 
 _MAGIC = b"\x93NUMPY\x01\x00"

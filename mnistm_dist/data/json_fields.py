@@ -6,9 +6,9 @@ import json
 import re
 from collections.abc import Mapping
 
-from mnistm_dist.data.telling import AGAIN
+from mnistm_dist.config import shown
+from mnistm_dist.data.progress import AGAIN
 from mnistm_dist.errors import UserError
-from mnistm_dist.values import shown
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")

@@ -19,10 +19,10 @@ from torch import Tensor
 from mnistm_dist.config import DataConfig
 from mnistm_dist.data.order import Order, accumulation, step_positions
 from mnistm_dist.data.parallel import available_cores
+from mnistm_dist.data.progress import Progress
 from mnistm_dist.data.resident import Resident, open_resident
 from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.data.streaming import Streaming, open_streaming
-from mnistm_dist.data.telling import Progress
 
 Reader = Resident | Streaming
 """A split, ready to be read."""
@@ -76,8 +76,8 @@ def open_reader(
     node for the decoding of a resident set, which one process does while the others wait.
     ``progress(done, total)`` counts images. Raises `UserError`.
     """
-    assert config.data != "auto", "the reading is not settled"
-    if config.data == "streaming":
+    assert config.reader != "auto", "the reading is not settled"
+    if config.reader == "streaming":
         workers = threads if config.workers == "auto" else config.workers
         return open_streaming(shards, split, cache_dir=cache_dir, device=device, workers=workers, progress=progress)
     workers = available_cores() if config.workers == "auto" else config.workers
@@ -117,7 +117,7 @@ def train_batches(
     # Two readings of one plan: streaming runs ahead.
     ours, theirs = tee(blocks())
     planned = ((p, i) for positions, ids in ours for p, i in zip(positions, ids, strict=True))
-    for (positions, ids), (images, labels) in zip(planned, reader.along(order, theirs), strict=True):
+    for (positions, ids), (images, labels) in zip(planned, reader.iter_steps(order, theirs), strict=True):
         parts = [slice(first, first + micro_batch) for first in range(0, k * micro_batch, micro_batch)]
         yield [Batch(images=images[at], labels=labels[at], positions=positions[at], ids=ids[at]) for at in parts]
 
@@ -127,7 +127,7 @@ def evaluation_batches(reader: Reader, *, batch_size: int, world_size: int = 1, 
     to rank ``i mod world_size``; the last one is padded. Raises `UserError` for damaged shards."""
     indices = range(rank, -(-reader.size // batch_size), world_size)
     wanted = [np.arange(i * batch_size, min((i + 1) * batch_size, reader.size)) for i in indices]
-    for ids, (images, labels) in zip(wanted, reader.sequence(wanted), strict=True):
+    for ids, (images, labels) in zip(wanted, reader.iter_batches(wanted), strict=True):
         padding = batch_size - len(ids)
         if padding:
             images = torch.cat([images, images[-1:].expand(padding, *images.shape[1:])])

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from mnistm_dist.data.image_io import MAX_SIDE
 from mnistm_dist.data.json_fields import MAX_INTEGER, Fields, read_json
-from mnistm_dist.data.png import MAX_SIDE
-from mnistm_dist.data.samples import SPLITS
-from mnistm_dist.data.telling import AGAIN
+from mnistm_dist.data.progress import AGAIN
+from mnistm_dist.data.sources.base import SPLITS
 from mnistm_dist.errors import UserError
 
 MANIFEST_NAME = "manifest.json"

@@ -109,7 +109,7 @@ class FullOrder:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Located:
+class OrderPositions:
     """Where positions of a windowed order come from; every array is int64 (n,)."""
 
     epochs: np.ndarray
@@ -195,7 +195,7 @@ class WindowedOrder:
         stream = self.stream(positions)
         return self._count_before(positions, stream) - self._count_before(self.epoch(positions) * self.size, stream)
 
-    def locate(self, positions: np.ndarray) -> Located:
+    def locate(self, positions: np.ndarray) -> OrderPositions:
         """The window of each position and its place there, each in O(1)."""
         positions = np.asarray(positions, dtype=np.int64)
         epochs, streams, clock = self.epoch(positions), self.stream(positions), self.rank_in_segment(positions)
@@ -203,7 +203,9 @@ class WindowedOrder:
         windows, clocks = np.divmod(clock, self.window)
         sizes = np.minimum(counts - windows * self.window, self.window)
         places = permute(clocks, sizes, derive_key(self.seed, _TAG_WINDOWS, epochs, streams, windows))
-        return Located(epochs=epochs, streams=streams, counts=counts, windows=windows, clocks=clocks, places=places)
+        return OrderPositions(
+            epochs=epochs, streams=streams, counts=counts, windows=windows, clocks=clocks, places=places
+        )
 
     def ids(self, positions: np.ndarray) -> np.ndarray:
         """The sample at each position, int64, each in O(log shards)."""

@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 
 from mnistm_dist.data.cache import cache_failures, make_room, write_whole
+from mnistm_dist.data.integrity import stamp_of
 from mnistm_dist.data.order import Order
-from mnistm_dist.data.reading import SplitReader, open_split, set_entry
+from mnistm_dist.data.progress import Progress, stage
+from mnistm_dist.data.shard_reader import SplitReader, open_split, set_entry
 from mnistm_dist.data.shards import ShardSet
-from mnistm_dist.data.telling import Progress, stage
-from mnistm_dist.data.wholeness import stamp_of
 
 _CHUNK_BYTES = 4 << 20
 """Decoded bytes that one task decodes and one write writes."""
@@ -57,7 +57,9 @@ class Resident:
         rows = self.images.view(self.size, -1).index_select(0, ids)
         return rows.view(-1, *self.images.shape[1:]), self.labels.index_select(0, ids)
 
-    def along(self, order: Order, blocks: Iterable[tuple[np.ndarray, np.ndarray]]) -> Iterator[tuple[Tensor, Tensor]]:
+    def iter_steps(
+        self, order: Order, blocks: Iterable[tuple[np.ndarray, np.ndarray]]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Images and labels of one step after another.
 
         ``blocks``: positions and their ids in ``order``, both int64 (steps, images of a step).
@@ -65,7 +67,7 @@ class Resident:
         for _, ids in blocks:
             yield from map(self._select, torch.from_numpy(ids).to(self.labels.device, non_blocking=True))
 
-    def sequence(self, ids: Iterable[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
+    def iter_batches(self, ids: Iterable[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
         """`gather` of one array of ids after another."""
         return map(self.gather, ids)
 

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from mnistm_dist.data.index import open_index
+from mnistm_dist.data.integrity import FileClaim, check_files
 from mnistm_dist.data.manifest import MANIFEST_NAME, Manifest, Shard, Split, parse
-from mnistm_dist.data.telling import AGAIN, Progress
-from mnistm_dist.data.wholeness import FileClaim, check_files
+from mnistm_dist.data.progress import AGAIN, Progress
 from mnistm_dist.errors import UserError
 
 

@@ -26,10 +26,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mnistm_dist.data.order import Located, Order, WindowedOrder
-from mnistm_dist.data.reading import Block, SplitReader, open_split, set_entry
+from mnistm_dist.data.order import Order, OrderPositions, WindowedOrder
+from mnistm_dist.data.progress import Progress
+from mnistm_dist.data.shard_reader import Block, SplitReader, open_split, set_entry
 from mnistm_dist.data.shards import ShardSet
-from mnistm_dist.data.telling import Progress
 from mnistm_dist.errors import UserError
 
 _TASK_IMAGES = 128
@@ -59,14 +59,16 @@ class Streaming:
         """Images uint8 (n, H, W, 3) and labels int64 (n,) of the samples ``ids``, int64 (n,), in their order."""
         return self._deliver(self._read(ids), ids)
 
-    def sequence(self, ids: Iterable[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
+    def iter_batches(self, ids: Iterable[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
         """`gather` of one array of ids after another, read and decoded ahead."""
         with _threads(self.workers) as pool:
             tasks = ((wanted, pool.submit(self._read, wanted)) for wanted in ids)
             for wanted, images in _ahead(tasks, lambda _: max(_STEPS_AHEAD, self.workers)):
                 yield self._deliver(images.result(), wanted)
 
-    def along(self, order: Order, blocks: Iterable[tuple[np.ndarray, np.ndarray]]) -> Iterator[tuple[Tensor, Tensor]]:
+    def iter_steps(
+        self, order: Order, blocks: Iterable[tuple[np.ndarray, np.ndarray]]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Images and labels of one step after another.
 
         ``blocks``: positions and their ids in ``order``, both int64 (steps, images of a step), each step the
@@ -74,7 +76,7 @@ class Streaming:
         for damaged shards.
         """
         if not isinstance(order, WindowedOrder):
-            raise UserError("streaming reads the windowed order only: use --order windowed, or --data resident")
+            raise UserError("streaming reads the windowed order only: use --order windowed, or --reader resident")
         with _threads(_READING_THREADS) as reading, _threads(self.workers) as decoding:
             windows = _Windows(order, lambda runs: reading.submit(self.reader.read, runs))
 
@@ -91,7 +93,7 @@ class Streaming:
                 yield self._deliver(step.images, step.ids)
 
     def _start(
-        self, windows: _Windows, decoding: ThreadPoolExecutor, at: Located, first: int, ids: np.ndarray
+        self, windows: _Windows, decoding: ThreadPoolExecutor, at: OrderPositions, first: int, ids: np.ndarray
     ) -> _Step:
         """Begins to decode the images of the positions from ``first`` on, whose samples are ``ids``."""
         images = self._empty(len(ids))
@@ -142,7 +144,7 @@ class _Windows:
         self._order, self._read = order, read
         self._held: dict[int, dict[_Window, Future[Block]]] = {}
 
-    def get(self, at: Located, last: int) -> Future[Block]:
+    def get(self, at: OrderPositions, last: int) -> Future[Block]:
         """The bytes of the window of the ``last`` place in ``at``; earlier windows of its stream are dropped."""
         epoch, stream, number = int(at.epochs[last]), int(at.streams[last]), int(at.windows[last])
         window, size = (epoch, number), self._order.window

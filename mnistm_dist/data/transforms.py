@@ -81,12 +81,12 @@ class Augment:
             images = permute_channels(images, draws[:, 5] < config.permute_channels, draws[:, 6])
         floats = self.preprocess.normalise(images)
         height, width = floats.shape[-2:]
-        floats = self.move(floats, draws, size) if self.moves else resize(floats, size)
+        floats = self.warp(floats, draws, size) if self.moves else resize(floats, size)
         if config.cutout:
             floats = cut_out(floats, draws[:, 7:9], config.cutout / width, config.cutout / height)
         return floats
 
-    def move(self, images: Tensor, draws: Tensor, size: int) -> Tensor:
+    def warp(self, images: Tensor, draws: Tensor, size: int) -> Tensor:
         """Slants, rotates, scales and shifts about the centre while it resizes; beyond an edge the image is mirrored.
 
         The affine map takes output to input coordinates in [-1, 1]: p_in = R(angle) S(slant) p_out / scale + shift,
@@ -103,7 +103,7 @@ class Augment:
         theta = torch.stack([cos, cos * slant - sin, shift_x, sin, sin * slant + cos, shift_y], dim=1).view(-1, 2, 3)
         grid = functional.affine_grid(theta, [len(images), 1, size, size], align_corners=False)
         if self.config.elastic:
-            grid += bend(
+            grid += elastic_displacement(
                 draws[:, 10 : 10 + 2 * POINTS**2],
                 2 * self.config.elastic / width,
                 2 * self.config.elastic / height,
@@ -112,7 +112,7 @@ class Augment:
         return functional.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 
 
-def bend(draws: Tensor, reach_x: float, reach_y: float, size: int) -> Tensor:
+def elastic_displacement(draws: Tensor, reach_x: float, reach_y: float, size: int) -> Tensor:
     """A smooth displacement of every pixel, float (B, size, size, 2), x and y of an affine grid.
 
     ``draws`` (B, 50) in [0, 1) displace 5 x 5 points by up to ``reach_x`` and ``reach_y``, between which it is bicubic:

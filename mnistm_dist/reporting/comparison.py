@@ -13,7 +13,7 @@ from mnistm_dist.reporting.metrics import NORMAL_QUANTILE_975
 from mnistm_dist.reporting.predictions import Predictions
 from mnistm_dist.reporting.runs import RunRecord
 
-SEED = "schedule.seed"
+SEED = "steps.seed"
 PLACES = ("data.cache_dir", "data.workers", "data.shards")
 """Fields that say where a run lives, not what it learns, as most in ``run`` do; sets are compared by identity."""
 
@@ -76,11 +76,11 @@ def paired_difference(run: Predictions, reference: Predictions) -> PairedDiffere
         only_right=gained,
         only_reference_right=lost,
         total=total,
-        p_value=_coins(min(gained, lost), gained + lost),
+        p_value=binom_p_two_sided(min(gained, lost), gained + lost),
     )
 
 
-def _coins(fewer: int, total: int) -> float:
+def binom_p_two_sided(fewer: int, total: int) -> float:
     """The two-sided probability that of `total` fair coins so few, or fewer, fall on the rarer side."""
     if total == 0:
         return 1.0

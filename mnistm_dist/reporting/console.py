@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from typing import Any, TextIO
 
 from mnistm_dist.reporting.progress import Progress, duration, number
-from mnistm_dist.reporting.run_fields import is_number
-from mnistm_dist.reporting.screens import PlainScreen, Screen, TerminalScreen, is_live
+from mnistm_dist.reporting.schema import is_number
+from mnistm_dist.reporting.terminal import PlainScreen, Screen, TerminalScreen, is_live
 
 LONGEST_WARNING = 300
 """Characters of a library's warning that are shown."""

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from mnistm_dist.reporting.drawing import GRID, INK, LINES, MARKERS, MUTED, SERIES, new_figure, styled
+from mnistm_dist.reporting.style import GRID, INK, LINES, MARKERS, MUTED, SERIES, new_figure, styled
 
 Row = Mapping[str, Any]
 POINTS = 300

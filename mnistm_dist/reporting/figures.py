@@ -14,10 +14,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import NullLocator
 
-from mnistm_dist.reporting.drawing import COLUMN_INCHES, GRID, INK, MUTED, SERIES, new_figure, styled
+from mnistm_dist.reporting.describe import percent, plural
 from mnistm_dist.reporting.metrics import CalibrationBin, Metrics
 from mnistm_dist.reporting.predictions import Mistake
-from mnistm_dist.reporting.words import percent, plural
+from mnistm_dist.reporting.style import COLUMN_INCHES, GRID, INK, MUTED, SERIES, new_figure, styled
 
 TILES_ACROSS = 6
 MOST_MISTAKES = 36

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from mnistm_dist.reporting.drawing import to_svg
 from mnistm_dist.reporting.page_style import SHEET
+from mnistm_dist.reporting.style import to_svg
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mnistm_dist.errors import UserError, printable
+from mnistm_dist.errors import UserError, escape_control
 
 CALIBRATION_BINS = 15
 """Bins of the calibration error, of equal width (Guo et al. 2017)."""
@@ -95,7 +95,7 @@ class Metrics:
             matrix = np.array(fields["confusion_matrix"], dtype=np.int64)
             if (matrix < 0).any() or not 0 < matrix.sum() < 2**53:
                 raise ValueError("a confusion matrix of no counts")
-            classes = tuple(printable(str(name)) for name in fields.get("classes", range(len(matrix))))
+            classes = tuple(escape_control(str(name)) for name in fields.get("classes", range(len(matrix))))
             return _from_matrix(matrix, classes, float(fields["log_loss"]), float(fields["calibration_error"]))
         except KeyError as error:
             raise UserError(f"these metrics have no field {error}; they were written by another version") from None

@@ -6,16 +6,15 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from mnistm_dist.config import Config
+from mnistm_dist.config import Config, shown
 from mnistm_dist.reporting import figures, markup
 from mnistm_dist.reporting.curves import learning_curve
+from mnistm_dist.reporting.describe import describe, percent, plural
 from mnistm_dist.reporting.markup import Cell, Markup
 from mnistm_dist.reporting.metrics import Metrics, calibration_bins
 from mnistm_dist.reporting.predictions import mistakes
 from mnistm_dist.reporting.progress import duration, number
 from mnistm_dist.reporting.runs import SPLITS, RunRecord, flatten
-from mnistm_dist.reporting.words import describe, percent, plural
-from mnistm_dist.values import shown
 
 SPLIT_NAMES = {"val": "validation", "test": "test"}
 LISTED_MISTAKES = 20

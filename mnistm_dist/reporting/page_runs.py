@@ -14,11 +14,11 @@ from mnistm_dist.reporting.comparison import (
     seed_groups,
 )
 from mnistm_dist.reporting.curves import learning_curves
+from mnistm_dist.reporting.describe import percent
 from mnistm_dist.reporting.markup import Cell, Markup
 from mnistm_dist.reporting.page_run import SPLIT_NAMES, Section, shown_value
 from mnistm_dist.reporting.progress import duration
 from mnistm_dist.reporting.runs import SPLITS, RunRecord
-from mnistm_dist.reporting.words import percent
 
 
 def top(runs: Sequence[RunRecord]) -> Markup:

@@ -1,4 +1,4 @@
-"""The style of a report: one sheet, light and dark by the reader's wish, from a phone's width up, and for print."""
+"""The style of a report: one sheet, light and dark by the reader's action, from a phone's width up, and for print."""
 
 LIGHT = {
     "ground": "#ffffff",

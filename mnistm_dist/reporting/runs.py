@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mnistm_dist.config import read_yaml
-from mnistm_dist.errors import UserError, printable
-from mnistm_dist.reporting import run_fields
+from mnistm_dist.errors import UserError, escape_control
+from mnistm_dist.reporting import schema as run_fields
 from mnistm_dist.reporting.metrics import Metrics
 from mnistm_dist.reporting.predictions import Predictions, read_predictions
 
@@ -27,7 +27,7 @@ class RunRecord:
     name: str
     """Of the folder, made unique by `read_runs`."""
     config: Mapping[str, Any]
-    """Flat: ``schedule.epochs`` and the like."""
+    """Flat: ``steps.epochs`` and the like."""
     environment: Mapping[str, Any]
     state: Mapping[str, Any]
     summary: Mapping[str, Any]
@@ -86,7 +86,7 @@ def read_run(path: Path, version: str) -> RunRecord:
         missing.append(f"The run was written by version {found or 'unknown'} and is read by {version}.")
     return RunRecord(
         path=path,
-        name=printable(path.resolve().name),
+        name=escape_control(path.resolve().name),
         config=config,
         environment=environment,
         state=state,

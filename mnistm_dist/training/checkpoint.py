@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mnistm_dist.data.output import sync
-from mnistm_dist.errors import UserError, why
+from mnistm_dist.config import LARGEST_IMAGE_SIZE
+from mnistm_dist.data.files import sync
+from mnistm_dist.errors import UserError, os_error_reason
 
 FORMAT = 1
 MODEL, TRAINING, STATE = "model.safetensors", "training_state.safetensors", "state.json"
@@ -62,7 +64,7 @@ def save(
     tensors = optimizer_tensors(model, optimizer)
     if averaged is not None:
         tensors |= {f"model.{name}": value for name, value in model.state_dict().items()}
-    final = folder_of(run_dir, step)
+    final = checkpoint_dir(run_dir, step)
     temporary = final.with_name(f".{final.name}.{os.getpid()}")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -102,21 +104,21 @@ def prune(run_dir: Path, *, keep: int, best: str | None) -> None:
 def discard_after(run_dir: Path, step: int) -> None:
     """Removes the checkpoints of later steps: torn ones, and those of a run that goes on from an earlier one."""
     for path in (run_dir / "checkpoints").glob("step-*"):
-        if path.name > folder_of(run_dir, step).name:
+        if path.name > checkpoint_dir(run_dir, step).name:
             _discard(path)
 
 
-def folder_of(run_dir: Path, step: int) -> Path:
+def checkpoint_dir(run_dir: Path, step: int) -> Path:
     """Where the checkpoint of ``step`` lies, if there is one."""
     return run_dir / "checkpoints" / f"step-{step:08d}"
 
 
-def is_one(path: Path) -> bool:
+def is_checkpoint_dir(path: Path) -> bool:
     """Whether a path is, by its name, a checkpoint of a run, not a run."""
     return path.name.startswith("step-") and path.parent.name == "checkpoints"
 
 
-def newest(run_dir: Path, tell: Callable[[str], None]) -> Checkpoint | None:
+def latest(run_dir: Path, tell: Callable[[str], None]) -> Checkpoint | None:
     """The newest whole checkpoint of a run, or None. A torn one is told by ``tell`` and passed over."""
     folder = run_dir / "checkpoints"
     candidates = sorted((p for p in folder.glob("step-*") if p.is_dir()), reverse=True) if folder.is_dir() else []
@@ -147,7 +149,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
-        told = why(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        told = os_error_reason(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
         raise UserError(f"checkpoint {path}: not whole ({told}); take another one of the run") from error
     return Checkpoint(path=path, step=step, state=scalars)
 
@@ -244,3 +246,76 @@ def write_durably(path: Path, data: bytes) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@dataclass
+class TrainingHistory:
+    """What of a run's past stands in a checkpoint, beside the weights."""
+
+    train_seconds: float = 0.0
+    """In training steps, over all launches: without evaluation, saving and starting."""
+    evaluate_seconds: float = 0.0
+    """In evaluations on val, over all launches."""
+    save_seconds: float = 0.0
+    """In writing checkpoints and pruning them, over all launches, up to the one before this checkpoint."""
+    best: dict[str, Any] | None = None
+    """The best evaluation on val so far: step, accuracy, image_size."""
+    pending: list[float] = field(default_factory=list)
+    """Losses of the steps since the last row of the log."""
+
+
+def check_state(checkpoint: Checkpoint) -> None:
+    """Raises `UserError` where a field of a run's checkpoint is missing or holds what it cannot: the file was changed,
+    since a run writes it whole."""
+    state = checkpoint.state
+    past = state.get("past")
+    past = past if isinstance(past, dict) else {}
+    best, pending = past.get("best"), past.get("pending")
+    known = {f.name for f in fields(TrainingHistory)}
+    wrong = {
+        "shards": not isinstance(state.get("shards"), str),
+        "micro_batch": not _whole(state.get("micro_batch")),
+        "threads": not _whole(state.get("threads")),
+        "scaler": not isinstance(state.get("scaler"), dict | None),
+        "averaged": not isinstance(state.get("averaged"), bool),
+        "image_size": not _is_side(state.get("image_size")),
+        "mean": not _three_numbers(state.get("mean"), above=-math.inf),
+        "std": not _three_numbers(state.get("std"), above=0),
+        "past": not {"best", "pending"} <= past.keys() <= known,
+        "past.seconds": not all(_is_number(past[key]) for key in past if key.endswith("_seconds")),
+        "past.best": best is not None and not _is_best(best),
+        # A loss that is no number is told by the next step.
+        "past.pending": not (isinstance(pending, list) and all(type(loss) is float for loss in pending)),
+    }
+    for name, is_wrong in wrong.items():
+        if is_wrong:
+            raise UserError(
+                f"checkpoint {checkpoint.path}: {STATE} does not hold what a run writes (scalars: {name}), so it was "
+                "changed; take another checkpoint of the run"
+            )
+
+
+def _is_best(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and value.keys() == {"step", "accuracy", "image_size"}
+        and _whole(value["step"])
+        and _is_number(value["accuracy"])
+        and _is_side(value["image_size"])
+    )
+
+
+def _whole(value: Any) -> bool:
+    return type(value) is int and 0 < value < 2**63
+
+
+def _is_side(value: Any) -> bool:
+    return _whole(value) and value <= LARGEST_IMAGE_SIZE
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e300
+
+
+def _three_numbers(value: Any, *, above: float) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(_is_number(x) and x > above for x in value)

@@ -24,8 +24,8 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import Tensor, nn
 
 from mnistm_dist.config import MachineConfig
-from mnistm_dist.errors import NodeError, RankError, UserError, before_joining
-from mnistm_dist.training.resources import (
+from mnistm_dist.errors import NodeError, RankError, UserError, errors_once_per_node
+from mnistm_dist.training.hardware import (
     Environment,
     Precision,
     check_gpus,
@@ -52,7 +52,7 @@ class World:
 
     accelerator: Accelerator
     control: dist.ProcessGroup | None
-    """Group on gloo for what the hosts agree on (objects, errors, the wish to stop): it never waits for a GPU. None:
+    """Group on gloo for what the hosts agree on (objects, errors, the action to stop): it never waits for a GPU. None:
     one process."""
     precision: Precision
     threads: int
@@ -79,14 +79,14 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def share(self, value: T | None) -> T:
+    def broadcast_object(self, value: T | None) -> T:
         """Rank 0's ``value``, on every rank. All ranks take part."""
         box = [value]
         if self.control is not None:
             dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]  # type: ignore[return-value]  # rank 0 passes a T
 
-    def together(self, work: Callable[[], T]) -> T:
+    def run_on_all_ranks(self, work: Callable[[], T]) -> T:
         """Runs ``work`` on every rank; a person's mistake found on any of them is raised on all. All ranks take part.
 
         Without it the ranks that found nothing wrong would wait for the one that left.
@@ -101,9 +101,9 @@ class World:
                 raise UserError(found)
         return result  # type: ignore[return-value]  # there was no mistake, so work() returned
 
-    def on_main(self, work: Callable[[], T]) -> T:
+    def run_on_main(self, work: Callable[[], T]) -> T:
         """Runs ``work`` on rank 0 and gives its result, or raises its mistake, on every rank. All ranks take part."""
-        return self.share(self.together(lambda: work() if self.is_main else None))
+        return self.broadcast_object(self.run_on_all_ranks(lambda: work() if self.is_main else None))
 
     def gather_objects(self, value: T) -> list[T]:
         """Every rank's ``value`` by rank, on every rank. All ranks take part."""
@@ -135,14 +135,14 @@ class World:
             for tensor in tensors:
                 dist.broadcast(tensor.detach(), src=0)
 
-    def set_up(self) -> World:
+    def with_run_timeout(self) -> World:
         """This world once the data is open: from here on no wait for a lost process is longer than
         ``collective_timeout``. All ranks take part."""
         if self.control is None:
             return self
         return replace(self, control=_control_group(self.collective_timeout))
 
-    def leave(self, patience: timedelta | None = None) -> bool:
+    def shutdown(self, patience: timedelta | None = None) -> bool:
         """Ends the process groups once all ranks are here, or after ``patience`` (``collective_timeout`` by default);
         gives whether all were. All ranks take part."""
         if not dist.is_initialized():
@@ -168,29 +168,29 @@ class World:
             _wait(dist.isend(token, 0, group=self.control), patience)
             _wait(dist.irecv(token, 0, group=self.control), patience)
 
-    def leave_with(self, mistake: UserError) -> UserError:
+    def shutdown_with_error(self, mistake: UserError) -> UserError:
         """Leaves with a person's mistake; gives the error to raise, a `RankError` where not all ranks came with it."""
-        return mistake if self.leave(FAILURE_PATIENCE) else RankError(str(mistake))
+        return mistake if self.shutdown(FAILURE_PATIENCE) else RankError(str(mistake))
 
 
-class Agreement:
-    """The largest wish of any rank, known to all of them one step later.
+class StopConsensus:
+    """The largest action of any rank, known to all of them one step later.
 
-    Step s sends this rank's wish and reads the answer to step s - 1, so that no step waits for a message that is under
-    way, and all ranks read the same answer at the same step.
+    Step s sends this rank's action and reads the answer to step s - 1: no step waits for a message under way, and all
+    ranks read the same answer at the same step.
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.group = group
         self.pending: tuple[dist.Work, Tensor] | None = None
 
-    def step(self, wish: int) -> int:
-        """Sends ``wish``; returns the largest of the step before, on every rank, 0 at the first; alone, ``wish``. All
-        ranks take part."""
+    def step(self, action: int) -> int:
+        """Sends ``action``; returns the largest of the step before on every rank, 0 at the first; alone, ``action``.
+        All ranks take part."""
         if self.group is None:
-            return wish
+            return action
         agreed = self._receive()
-        message = torch.tensor([wish], dtype=torch.int32)
+        message = torch.tensor([action], dtype=torch.int32)
         self.pending = (dist.all_reduce(message, op=dist.ReduceOp.MAX, group=self.group, async_op=True), message)
         return agreed
 
@@ -261,13 +261,13 @@ def start(machine: MachineConfig, *, expect_world_size: int | None, collective_t
 def joined(machine: MachineConfig, *, expect_world_size: int | None, collective_timeout: float) -> Iterator[World]:
     """The processes that the launcher started, as `start` joins them; at the end of the block they leave together, at a
     person's mistake too. All ranks take part."""
-    with before_joining():
+    with errors_once_per_node():
         world = start(machine, expect_world_size=expect_world_size, collective_timeout=collective_timeout)
     try:
         yield world
     except UserError as error:
-        raise world.leave_with(error) from error
-    world.leave()
+        raise world.shutdown_with_error(error) from error
+    world.shutdown()
 
 
 def _wait(work: dist.Work | None, patience: timedelta) -> None:

@@ -86,13 +86,13 @@ class Muon(torch.optim.AdamW):
                 state["momentum_buffer"].lerp_(gradient, 1 - momentum)
                 gradient.lerp_(state["momentum_buffer"], momentum)
             rows, columns = shape[0], math.prod(shape[1:])
-            steps = orthogonalise(gradients.reshape(len(alike), rows, columns)).view_as(gradients)
+            steps = orthogonalize(gradients.reshape(len(alike), rows, columns)).view_as(gradients)
             size = 0.2 * math.sqrt(max(rows, columns))
             torch._foreach_mul_(alike, 1 - rate * group["weight_decay"])
             torch._foreach_add_(alike, list(steps.to(alike[0].dtype)), alpha=-rate * size)
 
 
-def orthogonalise(matrices: Tensor) -> Tensor:
+def orthogonalize(matrices: Tensor) -> Tensor:
     """About U V^T of each matrix U S V^T, float (n, rows, columns): its singular values brought near 1, to
     between 0.7 and 1.2 unless they are tiny beside the largest.
 
@@ -118,9 +118,9 @@ def learning_rate(config: OptimConfig, *, step: int, total_steps: int, batch_siz
     """
     ratio = batch_size / config.base_batch_size
     peak = config.learning_rate * {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[config.lr_scaling]
-    if config.schedule == "constant":
+    if config.lr_schedule == "constant":
         return peak
-    if config.schedule == "exponential":
+    if config.lr_schedule == "exponential":
         return peak * config.decay**epoch
     done = (step + 1) / (total_steps + 1)
     if done < config.warmup:

@@ -12,7 +12,7 @@ from trained_run import here, trained_run, val_images
 from undisturbed import FLAGS, STEPS, STREAMING, assert_ended_alike, error_lines, mounted, undisturbed
 
 from mnistm_dist.training.checkpoint import open_checkpoint
-from mnistm_dist.training.run_folder import is_held, read_state
+from mnistm_dist.training.run_dir import is_locked, read_state
 
 __all__ = ["here", "mounted", "trained_run", "undisturbed", "val_images"]
 
@@ -59,7 +59,7 @@ def test_a_disk_that_fills_up_ends_the_run_with_one_line_and_with_room_it_ends_t
     run = disk / "run"
     state = read_state(run)
     assert (state["state"], state["step"]) == ("failed", row.step)
-    assert not is_held(run)
+    assert not is_locked(run)
     for path in (run / "checkpoints").glob("step-*"):
         open_checkpoint(path)
     for path in run.glob("*.png"):

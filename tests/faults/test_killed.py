@@ -13,7 +13,7 @@ import pytest
 from undisturbed import FLAGS, STEPS, assert_ended_alike, error_lines, undisturbed
 
 from mnistm_dist.data.parallel import available_cores
-from mnistm_dist.training.run_folder import is_held, read_state
+from mnistm_dist.training.run_dir import is_locked, read_state
 
 __all__ = ["undisturbed"]
 
@@ -84,7 +84,7 @@ def test_a_killed_process_is_told_by_those_that_are_left_and_the_run_ends_the_sa
     done = launch(start, small_set, row, "SIGKILL").wait(100)
     assert done.returncode == (137 if row.world_size > 1 else -signal.SIGKILL)
     state, said = read_state(tmp_path / "run"), error_lines(done.stderr)
-    assert not is_held(tmp_path / "run")
+    assert not is_locked(tmp_path / "run")
     if row.world_size == 1:
         assert said == []
         assert state is None or state["state"] == "running"

@@ -11,7 +11,7 @@ from conftest import refused, worked
 from undisturbed import FLAGS, STREAMING, assert_ended_alike, error_lines, undisturbed
 from wandb_files import server
 
-from mnistm_dist.training.run_folder import read_state
+from mnistm_dist.training.run_dir import read_state
 
 __all__ = ["undisturbed"]
 
@@ -102,7 +102,7 @@ def test_shards_that_are_altered_under_a_streaming_run_are_named_and_whole_again
 
 
 def test_a_run_whose_wandb_settings_are_refused_says_so_and_ends_the_same(door, small_set, tmp_path, undisturbed):
-    flags = ("--shards", small_set, "--run-dir", "run", *FLAGS, "--track", "wandb")
+    flags = ("--shards", small_set, "--run-dir", "run", *FLAGS, "--tracker", "wandb")
     done = door("train", *flags, WANDB_MODE="nonsense", WANDB_API_KEY="0123456789" * 4)
     assert "W&B is off (1 validation error for Settings mode" in worked(done)
     assert error_lines(done.stderr) == []
@@ -113,7 +113,7 @@ def test_a_run_whose_wandb_settings_are_refused_says_so_and_ends_the_same(door, 
 def test_a_run_whose_wandb_server_hangs_ends_the_same_half_a_minute_later_at_most(
     door, small_set, tmp_path, undisturbed
 ):
-    flags = [flag for flag in FLAGS if flag not in ("--track", "none")]
+    flags = [flag for flag in FLAGS if flag not in ("--tracker", "none")]
     with server("stalls") as address:
         keys = {
             "WANDB_MODE": "online",
@@ -121,7 +121,7 @@ def test_a_run_whose_wandb_server_hangs_ends_the_same_half_a_minute_later_at_mos
             "WANDB_BASE_URL": address,
             "HOME": str(tmp_path),
         }
-        done = door("train", "--shards", small_set, "--run-dir", "run", *flags, "--track", "wandb", **keys)
+        done = door("train", "--shards", small_set, "--run-dir", "run", *flags, "--tracker", "wandb", **keys)
     said = worked(done)
     assert "W&B is offline (" in said
     assert error_lines(done.stderr) == []

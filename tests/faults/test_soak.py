@@ -27,14 +27,14 @@ import pytest
 from conftest import launcher
 from trainers import alive, wait_until_gone
 
-from mnistm_dist.training.run_folder import read_log, read_state
+from mnistm_dist.training.run_dir import read_log, read_state
 
 SECONDS = float(os.environ.get("MNISTM_DIST_SOAK_SECONDS", "300"))
 LAUNCH_SECONDS = max(45.0, min(300.0, SECONDS / 6))
 """A launch is long enough to see whether it grows."""
 FLAGS = (
     *("--recipe", "fast", "--batch-size", "32", "--micro-batch", "16", "--image-size", "28", "--epochs", "1000000"),
-    *("--checkpoint-every", "5", "--evaluate-every", "2", "--log-every", "100", "--threads", "1", "--track", "none"),
+    *("--checkpoint-every", "5", "--evaluate-every", "2", "--log-every", "100", "--threads", "1", "--tracker", "none"),
     *("--resume", "auto", "--no-report"),
 )
 MEMORY_SHARE, MEMORY_MB = 0.03, 16.0

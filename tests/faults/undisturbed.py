@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 from processes import Command, Started
 
-from mnistm_dist.training.run_folder import read_state
+from mnistm_dist.training.run_dir import read_state
 
 STEPS = 20
 FLAGS = (
     *("--recipe", "fast", "--batch-size", "32", "--micro-batch", "16", "--image-size", "28", "--epochs", "2"),
-    *("--checkpoint-every", "3", "--log-every", "4", "--threads", "1", "--track", "none"),
+    *("--checkpoint-every", "3", "--log-every", "4", "--threads", "1", "--tracker", "none"),
 )
-STREAMING = ("--data", "streaming", "--order", "windowed", "--window", "16", "--workers", "1")
+STREAMING = ("--reader", "streaming", "--order", "windowed", "--shuffle-window", "16", "--workers", "1")
 Undisturbed = Callable[..., Path]
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from mnistm_dist.errors import UserError, run_door
+from mnistm_dist.errors import UserError, run_cli
 
 CPU_SECONDS, WALL_SECONDS = 10.0, 120.0
 """What one input may take: far more than it does, far less than one that never ends."""
@@ -59,7 +59,7 @@ def at_door(main: Callable[[list[str]], int], *arguments: object, codes: tuple[i
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(Stdout(out)), contextlib.redirect_stderr(err):
         try:
-            code = run_door(main, list(map(str, arguments)))
+            code = run_cli(main, list(map(str, arguments)))
         except SystemExit as left:
             code = int(left.code or 0)
     if code == 2:

@@ -13,9 +13,9 @@ from inputs import WORDS
 from packed_sets import tiny_source
 from search import Fuzz
 
+from benchmarks.flags import create_parser
 from mnistm_dist import bench, cache, evaluate, export, pack, plan, predict, report, verify
-from mnistm_dist.benches.flags import create_parser
-from mnistm_dist.data import packing
+from mnistm_dist.data.packing import writer as packing
 from mnistm_dist.errors import UserError
 
 pytest_plugins = ["counting"]
@@ -30,7 +30,7 @@ def parse_bench(argv: list[str]) -> int:
 DOORS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "pack": (
         pack.main,
-        "--out --layout --mnist --photos --blends --val-size --num-shards --seed --cache-dir mnist+photos",
+        "--out --layout --mnist --photos --blends --split-size --num-shards --seed --cache-dir mnist+photos",
     ),
     "verify": (verify.main, "set"),
     "plan": (plan.main, "--run --shards --step --world-size --batch-size --seed --order full windowed --json"),

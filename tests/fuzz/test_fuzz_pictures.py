@@ -12,8 +12,7 @@ from packed_sets import pixels_of, png_with
 from PIL import Image
 from search import Fuzz
 
-from mnistm_dist.data.pictures import FORMATS, read_picture
-from mnistm_dist.data.png import check_png, decode_png, encode_png
+from mnistm_dist.data.image_io import FORMATS, check_png, decode_png, encode_png, read_picture
 
 pytest_plugins = ["counting"]
 

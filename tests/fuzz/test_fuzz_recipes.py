@@ -13,9 +13,9 @@ from search import Fuzz
 
 from mnistm_dist import config as configuration
 from mnistm_dist import plan, train
+from mnistm_dist.cli import from_request, parse_flags
 from mnistm_dist.config import RECIPES, Config
 from mnistm_dist.errors import UserError
-from mnistm_dist.flags import from_request, parse_flags
 
 pytest_plugins = ["counting"]
 WHOLE = configuration.dump(configuration.Config())
@@ -31,12 +31,12 @@ HOSTILE = (
     b"data: {window: !!timestamp never}",
     b"data: {window: !!float x, shards: !!binary '&&&'}",
     b"optim: {learning_rate: 1:99:99:99.5}",
-    b"schedule: &a {epochs: *a}",
+    b"steps: &a {epochs: *a}",
     b"&a [*a, *a]",
-    b"schedule: {image_size: &a [*a]}",
-    b"schedule: {epochs: " + b"9" * 5000 + b"}",
+    b"steps: {image_size: &a [*a]}",
+    b"steps: {epochs: " + b"9" * 5000 + b"}",
     b"? [a, b]\n: c\n? {a: b}\n: d",
-    b"schedule: {? [a] : 1, 1: 2, null: 3}",
+    b"steps: {? [a] : 1, 1: 2, null: 3}",
     b"%YAML 9.9\n---\n--- a\n--- b",
     b"data: {shards: " + b"[" * 3000 + b"]" * 3000 + b"}",
     b"a: &a [x,x,x,x,x,x,x,x,x]\n"
@@ -88,7 +88,7 @@ def test_any_flags_of_training_are_taken_or_refused_in_a_line(fuzz: Fuzz) -> Non
     """A set that is not there ends every launch that got so far."""
 
     def attempt(flags: list[str]) -> None:
-        at_door(train.main, *flags, "--shards", "nowhere", "--track", "none", "--no-deterministic", "--threads", "1")
+        at_door(train.main, *flags, "--shards", "nowhere", "--tracker", "none", "--no-deterministic", "--threads", "1")
 
     with pytest.raises(UserError):
         attempt([])  # what is loaded at the first call is not an input's

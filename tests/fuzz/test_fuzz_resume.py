@@ -15,8 +15,8 @@ from packed_sets import pixels_of, tiny_source
 from search import Fuzz
 
 from mnistm_dist import evaluate, predict, train
-from mnistm_dist.data.packing import pack
-from mnistm_dist.data.png import encode_png
+from mnistm_dist.data.image_io import encode_png
+from mnistm_dist.data.packing.writer import pack
 from mnistm_dist.errors import EXIT_PREEMPTED
 
 pytest_plugins = ["counting"]
@@ -29,7 +29,7 @@ FLAGS = [
     "3",
     "--threads",
     "1",
-    "--track",
+    "--tracker",
     "none",
     "--no-report",
     "--checkpoint-every",
@@ -66,7 +66,7 @@ def test_a_run_with_other_values_goes_on_or_is_refused_in_a_line(fuzz: Fuzz, tra
         own = ["--shards", "set", "--cache-dir", "cache"]
         match drawn[1]:
             case "resume":
-                run = ["--resume", "run", "--max-steps", "3", "--threads", "1", "--no-report", "--track", "none"]
+                run = ["--resume", "run", "--max-steps", "3", "--threads", "1", "--no-report", "--tracker", "none"]
                 at_door(train.main, *run, *own, codes=(0, EXIT_PREEMPTED))
             case "evaluate":
                 at_door(evaluate.main, "run", "--shards", "set")

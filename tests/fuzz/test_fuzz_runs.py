@@ -17,12 +17,12 @@ from run_folders import write_run
 from search import Fuzz
 
 from mnistm_dist import __version__, config, report
-from mnistm_dist.flags import parse_flags
-from mnistm_dist.launch import choose_start
+from mnistm_dist.cli import parse_flags
 from mnistm_dist.reporting.curves import series
 from mnistm_dist.reporting.predictions import mistakes, read_predictions
 from mnistm_dist.reporting.runs import read_run
-from mnistm_dist.training.run_folder import read_log, read_state
+from mnistm_dist.training.run_dir import read_log, read_state
+from mnistm_dist.training.setup import choose_start
 
 pytest_plugins = ["counting"]
 DOCUMENTS = ("state.json", "summary.json", "environment.json", "architecture.json", "config.yaml")

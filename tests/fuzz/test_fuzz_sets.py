@@ -17,7 +17,7 @@ from search import Fuzz
 
 from mnistm_dist import plan, verify
 from mnistm_dist.data.manifest import parse
-from mnistm_dist.data.packing import pack
+from mnistm_dist.data.packing.writer import pack
 from mnistm_dist.data.shards import ShardSet
 
 pytest_plugins = ["counting"]

@@ -19,9 +19,9 @@ from inputs import WORDS, damaged
 from layouts import WRITERS, Files, noise, official_files, write_mnist, write_python2_pickle
 from search import CANARY, Fuzz
 
-from mnistm_dist.data.idx import read_digits
-from mnistm_dist.data.packing import pack
-from mnistm_dist.data.sources import open_source
+from mnistm_dist.data.packing.writer import pack
+from mnistm_dist.data.sources.catalog import open_source
+from mnistm_dist.data.sources.idx import read_digits
 
 pytest_plugins = ["counting"]
 PARTS = noise({"train": 6, "test": 3}, side=8)

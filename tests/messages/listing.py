@@ -21,7 +21,7 @@ from pathlib import Path
 from mistakes import ALL, CANNOT_BE_SHOWN
 from places import Preparation, make
 
-from mnistm_dist.errors import run_door
+from mnistm_dist.errors import run_cli
 
 HEAD = """# What the doors say to a mistake
 
@@ -56,7 +56,7 @@ def say(command: str) -> tuple[int, str]:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(told), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            code = run_door(main, arguments)
+            code = run_cli(main, arguments)
         except SystemExit as left:
             code = int(left.code or 0)
     return code, "".join(line for line in told.getvalue().splitlines() if line.startswith("error: "))

@@ -74,8 +74,8 @@ PACK: Mistakes = {
     "pack mnist+photos --mnist mnist --photos photos --out new  # no gzip": both(
         remove("mnist/train-images-idx3-ubyte"), write("mnist/train-images-idx3-ubyte.gz", b"\x1f\x8b\x08cut")
     ),
-    "pack source --out new --val-size 99": None,
-    "pack source --out new --val-size many": None,
+    "pack source --out new --split-size 99": None,
+    "pack source --out new --split-size many": None,
     "pack source --out new --num-shards 0": None,
     "pack source --out new --seed -1": None,
     "pack source --out notes.txt/new": None,
@@ -159,7 +159,7 @@ ARCHIVES: Mistakes = {
         write("course/train.csv", "image_name,label\na.png,1\na.png,1\n"), write("course/a.png", b"")
     ),
     "pack course --out new  # no CSV": write("course/train.csv", 'image_name,label\n"a.png,1\n'),
-    "pack course --out new --val-size 1": both(
+    "pack course --out new --split-size 1": both(
         write("course/train.csv", "image_name,label\na.png,1\n"),
         write("course/val.csv", "image_name,label\nb.png,1\n"),
         write("course/a.png", b""),
@@ -240,8 +240,8 @@ FLAGS: Mistakes = {
         "--shards set --batch-size 4  # changed": flip("set/train-000000.tar"),
         "--shards set --batch-size 1": None,
         "--shards set --batch-size 4 --micro-batch 3": None,
-        "--shards set --batch-size 4 --order full --data streaming": None,
-        "--shards set --batch-size 4 --order windowed --streams 3": None,
+        "--shards set --batch-size 4 --order full --reader streaming": None,
+        "--shards set --batch-size 4 --order windowed --shuffle-streams 3": None,
         "--shards set --batch-size 4 --cache-dir notes.txt": None,
         "--shards set --expect-world-size 2": None,
         "--shards set --sync-batchnorm": None,

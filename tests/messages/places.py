@@ -21,20 +21,32 @@ from packed_sets import edit_manifest, pixels_of, png_with, tiny_source
 from PIL import Image
 
 from mnistm_dist import train
-from mnistm_dist.data.packing import pack
-from mnistm_dist.data.png import encode_png
-from mnistm_dist.errors import run_door
-from mnistm_dist.training.run_folder import process_start
+from mnistm_dist.data.image_io import encode_png
+from mnistm_dist.data.packing.writer import pack
+from mnistm_dist.errors import run_cli
+from mnistm_dist.training.run_dir import process_start
 
 Preparation = Callable[[], object]
 PARTS = noise({"train": 6, "test": 3}, side=8)
-TRAIN = ["--batch-size", "4", "--image-size", "16", "--epochs", "1", "--threads", "1", "--track", "none", "--no-report"]
+TRAIN = [
+    "--batch-size",
+    "4",
+    "--image-size",
+    "16",
+    "--epochs",
+    "1",
+    "--threads",
+    "1",
+    "--tracker",
+    "none",
+    "--no-report",
+]
 
 
 def make(folder: Path) -> None:
     """Fills the working folder, which is ``folder``."""
     pack(tiny_source(9, 3, size=(8, 8)), Path("set"), num_shards=2, val_size=2)
-    assert run_door(train.main, [*TRAIN, "--shards", "set", "--run-dir", "run", "--cache-dir", "cache"]) == 0
+    assert run_cli(train.main, [*TRAIN, "--shards", "set", "--run-dir", "run", "--cache-dir", "cache"]) == 0
     write_folder(Path("source"), official_files(PARTS))
     write_mnist(Path("mnist"), PARTS, suffix="")
     Path("photos").mkdir()

@@ -15,8 +15,8 @@ from cluster import Cluster, missing
 from conftest import ROOT, TEST, VAL
 from safetensors.torch import load_file
 
-from mnistm_dist.training.model import create_model
-from mnistm_dist.training.run_folder import read_log, read_state
+from mnistm_dist.training.models import create_model
+from mnistm_dist.training.run_dir import read_log, read_state
 
 ABSENT = missing()
 pytestmark = [pytest.mark.slurm, pytest.mark.skipif(ABSENT is not None, reason=f"no Slurm: {ABSENT}")]

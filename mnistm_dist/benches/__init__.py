@@ -1,1 +1,0 @@
-"""What ``python -m mnistm_dist.bench`` measures, one subject a file."""

@@ -1,0 +1,1 @@
+"""What can be packed: anything on disk, opened as a `Source` of labelled images."""

@@ -35,8 +35,11 @@ def fsync_path(path: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Give a path beside ``path`` to write to, with the same suffix; it is synced and takes the place of ``path`` if the
-    block exits without an error, and is removed otherwise. Raises `OSError`."""
+    """Give a path beside ``path`` to write to, with the same suffix.
+
+    If the block exits without an error, the file is synced and renamed to ``path``; otherwise it is removed. Raises
+    `OSError`.
+    """
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield temporary

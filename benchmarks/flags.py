@@ -3,12 +3,39 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NoReturn
 
-from mnistm_dist.cli import ArgumentParser, integer
+from mnistm_dist.errors import print_error
 
 ONE_CORE, ALL_CORES = 1, 0
 """Default threads."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse with a mistake told in one line: ``error: ...``, exit code 2."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        print_error(f"{message} (see --help)")
+        raise SystemExit(2)
+
+
+def integer(low: int, high: int = 2**63 - 1) -> Callable[[str], int]:
+    """An argparse type: whole numbers of a range."""
+
+    def parse(text: str) -> int:
+        value = int(text) if text.lstrip("-").isdecimal() and len(text) < 20 else low - 1
+        if not low <= value <= high:
+            bound = f"from {low} to {high}" if high < 2**63 - 1 else f"of at least {low}"
+            raise argparse.ArgumentTypeError(f"{text[:60]!r} is not accepted; use a whole number {bound}")
+        return value
+
+    return parse
 
 
 def create_parser(prog: str, description: str) -> ArgumentParser:

@@ -1,11 +1,12 @@
-"""Evaluate a trained run, exactly, at any number of processes.
+"""Evaluate a trained run, exactly, with any number of processes.
 
     python -m mnistm_dist.evaluate runs/NAME
-    accelerate launch --config_file accelerate_config.yaml --num_processes 4 -m mnistm_dist.evaluate runs/NAME
+    accelerate launch --num_processes 4 -m mnistm_dist.evaluate runs/NAME
 
-Writes into the run: ``predictions_SPLIT.csv``, ``confusion_matrix_SPLIT.png``, ``mistakes_SPLIT.png`` and the split's
-numbers in ``summary.json``; ``python -m mnistm_dist.report RUN`` then brings ``report.html`` up to date. On one kind of
-device the predictions are the same, byte for byte, at every world size.
+Writes into RUN, for each split: predictions_SPLIT.csv, mistakes_SPLIT.png,
+confusion_matrix_SPLIT.png, and the metrics in summary.json. Update report.html
+with python -m mnistm_dist.report RUN. On one kind of device the predictions are
+the same bytes at every world size.
 """
 
 from __future__ import annotations
@@ -13,20 +14,32 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Annotated, Literal
 
-from mnistm_dist.cli import ArgumentParser
+from tyro.conf import arg
+
+from mnistm_dist.cli import command
+from mnistm_dist.config import OrNone
 from mnistm_dist.errors import UserError, errors_once_per_node, run_cli
 
 
-def main(argv: list[str]) -> int:
-    """Evaluates a run's checkpoint on its splits. Exit codes: 0, or 2 for a person's mistake."""
-    parser = ArgumentParser(prog="python -m mnistm_dist.evaluate", description=__doc__)
-    parser.add_argument("run", metavar="RUN", help="a run folder")
-    parser.add_argument("--shards", metavar="DIR", help="the packed set (default: the run's)")
-    parser.add_argument("--split", choices=["val", "test"], help="one split only (default: both)")
-    parser.add_argument("--checkpoint", default="chosen", metavar="best|last|PATH", help="default: the run's choice")
-    args = parser.parse_args(argv)
+@command
+def main(
+    run: Annotated[str, arg(metavar="RUN")],
+    /,
+    *,
+    shards: OrNone[str] = None,
+    split: OrNone[Literal["val", "test"]] = None,
+    checkpoint: str = "chosen",
+) -> int:
+    """Evaluate a checkpoint of a run.
 
+    Args:
+        run: A run folder.
+        shards: Packed set. none: the one that the run was trained on.
+        split: Evaluate only this split. none: all that the set has.
+        checkpoint: best, last, or the path of a checkpoint. chosen: the one that the run has chosen.
+    """
     from mnistm_dist import config as configuration
     from mnistm_dist.reporting.console import Console
     from mnistm_dist.results import choose_checkpoint, evaluate_checkpoint, read_summary, tell_result, write_summary
@@ -37,15 +50,15 @@ def main(argv: list[str]) -> int:
     from mnistm_dist.training.run_dir import is_locked
     from mnistm_dist.training.setup import open_readers, open_set
 
-    run_dir = Path(args.run)
+    run_dir = Path(run)
     with errors_once_per_node():
         if not (run_dir / "config.yaml").is_file():
             raise UserError(f"{run_dir}: no run folder (no config.yaml); name one, such as runs/NAME")
         if is_locked(run_dir):
             raise UserError(f"{run_dir}: a live run holds it; wait for its end")
         config = configuration.load(run_dir / "config.yaml")
-        if args.shards:
-            config = configuration.replace(config, shards=args.shards)
+        if shards:
+            config = configuration.replace(config, shards=shards)
     machine = replace(config.machine, threads="auto")
     emulated = machine.precision not in ("auto", *native_precisions())
     if emulated:
@@ -57,19 +70,19 @@ def main(argv: list[str]) -> int:
         if emulated:
             console.warn(f"precision: the run's {config.machine.precision} is not native here; scored in fp32")
         with console.library_warnings(), peer_failures(timeout):
-            shards = open_set(config.data, world, console)
-            splits = [split for split in ("val", "test") if split in shards.manifest.splits]
-            if args.split is not None:
-                shards.split(args.split)
-                splits = [args.split]
-            has_test = "test" in shards.manifest.splits
-            checkpoint, how = world.run_on_main(lambda: choose_checkpoint(run_dir, args.checkpoint, has_test=has_test))
-            readers = open_readers(shards, config.data, splits, world, console)
+            packed = open_set(config.data, world, console)
+            splits = [name for name in ("val", "test") if name in packed.manifest.splits]
+            if split is not None:
+                packed.split(split)
+                splits = [split]
+            has_test = "test" in packed.manifest.splits
+            chosen, how = world.run_on_main(lambda: choose_checkpoint(run_dir, checkpoint, has_test=has_test))
+            readers = open_readers(packed, config.data, splits, world, console)
             world = world.with_run_timeout()
-            results = evaluate_checkpoint(run_dir, checkpoint, config, world, console, shards, readers)
+            results = evaluate_checkpoint(run_dir, chosen, config, world, console, packed, readers)
             if world.is_main:
                 summary = read_summary(run_dir)
-                if summary.get("checkpoint") != how or args.shards:
+                if summary.get("checkpoint") != how or shards:
                     # The other split's numbers are another checkpoint's, or another set's.
                     summary = {name: value for name, value in summary.items() if name not in ("val", "test")}
                 summary = summary | {"checkpoint": how} | results

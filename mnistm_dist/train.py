@@ -16,7 +16,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from mnistm_dist.cli import parse_flags
+from mnistm_dist.cli import parse_train_flags
 from mnistm_dist.errors import EXIT_PREEMPTED, errors_once_per_node, escape_control, run_cli
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 def main(argv: list[str]) -> int:
     """Trains, and returns the exit code: 0 finished, 2 a person's mistake, 75 saved and left after a signal."""
-    request = parse_flags(argv)
+    request = parse_train_flags(argv)
     # Heavy imports come after the flags, so that --help and a mistyped flag answer at once.
     from mnistm_dist.reporting.console import Console
     from mnistm_dist.training import distributed

@@ -16,9 +16,9 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mnistm_dist import config as configuration
-from mnistm_dist.cli import Request, at_resume, from_request
 from mnistm_dist.config import Config, DataConfig
 from mnistm_dist.data.cache import choose_cache_dir
 from mnistm_dist.data.fetch import is_address
@@ -37,25 +37,28 @@ from mnistm_dist.training.checkpoint import Checkpoint
 from mnistm_dist.training.distributed import World
 from mnistm_dist.training.run_dir import RunDir, read_state
 
+if TYPE_CHECKING:
+    from mnistm_dist.cli import TrainRequest
+
 SAMPLE = Path("shards/sample")
 """Where the bundled sample is packed to, and looked for, when no shards are named."""
 SAMPLE_POLL_SECONDS = 1.0
 """Between two looks at whether another process has packed it."""
 
 
-def choose_start(request: Request) -> tuple[Config | None, Checkpoint | None]:
+def choose_start(request: TrainRequest) -> tuple[Config | None, Checkpoint | None]:
     """The configuration to run with and the checkpoint to go on from, if any; no configuration where the run is
     finished.
 
     Reads the run folder, changes nothing. Raises `UserError` where ``--resume`` and the folder do not fit.
     """
-    resume, named = request.given.get("resume"), request.given.get("run_dir")
+    resume, named = request.config.run.resume, request.config.run.run_dir
     if resume is None:
         if named is not None and Path(named).exists() and any(Path(named).iterdir()):
             raise UserError(
                 f"run folder {named}: holds files already; --resume {named} goes on, or choose another --run-dir"
             )
-        return from_request(request), None
+        return request.config, None
     if resume == "auto" and named is None:
         raise UserError("resume: auto needs --run-dir, to know which run to go on with")
     target = Path(str(named) if resume == "auto" else resume)
@@ -77,8 +80,8 @@ def choose_start(request: Request) -> tuple[Config | None, Checkpoint | None]:
         return None, None
     found = checkpoints.open_checkpoint(target) if one else checkpoints.latest(run_dir, say_on_main)
     if found is None:
-        return configuration.replace(from_request(request), run_dir=str(run_dir)), None
-    config = at_resume(configuration.load(run_dir / "config.yaml"), request)
+        return configuration.replace(request.config, run_dir=str(run_dir)), None
+    config = request.resumed(configuration.load(run_dir / "config.yaml"))
     return configuration.replace(config, run_dir=str(run_dir)), found
 
 

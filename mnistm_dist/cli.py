@@ -37,9 +37,10 @@ TRAIN_HELP = f"""Train an image classifier on packed shards.
     accelerate launch --num_processes 8 -m mnistm_dist.train --recipe best
     python -m mnistm_dist.train --resume runs/NAME
 
-Recipes: {", ".join(RECIPES)}, or a YAML file; the default is {DEFAULT_RECIPE}. A flag
-overrides the recipe. A value of auto is resolved at the first launch and
-written to RUN/config.yaml. The result is in RUN: report.html, summary.json.
+Recipes: {", ".join(RECIPES)}, or a YAML file. Without --recipe it
+is {DEFAULT_RECIPE}. A flag overrides the recipe. A value of auto is resolved at the first
+launch and written to RUN/config.yaml. The result is in RUN: report.html,
+summary.json.
 
 Exit codes: 0 finished; 2 user error; 75 saved and stopped at a signal, resume
 with --resume RUN; 130 a second Ctrl-C; 1 anything else. A launcher replaces
@@ -159,8 +160,9 @@ def _tyro(target: Any, argv: list[str], name: str, head: str = "", **options: An
             )
     except SystemExit as stop:
         if stop.code:
-            _, _, message = err.getvalue().partition("\n")  # the title
-            raise UserError(re.sub(r"\.?\s*[─-]{3,}\s*|[│╰╯]", "; ", message).strip("; \n")) from None
+            _, *lines = re.sub("[│╰╯]", " ", err.getvalue()).split("\n")  # a title, then parts between rules
+            message = re.sub(r"\.? [-─]{3,}", ";", " ".join(" ".join(lines).split()))
+            raise UserError(message.rstrip(";")) from None
         text = out.getvalue()
         if text.startswith("usage: "):
             # tyro would join the lines of the head, and does not wrap the usage.

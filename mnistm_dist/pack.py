@@ -52,13 +52,13 @@ class Target:
     Args:
         out: The new folder (required).
         split_size: How many of the last train images become val. none: as the source defines, or a tenth.
-        num_shards: Shards of the train split. none: 64.
+        num_shards: Shards of the train split; fewer if it has fewer images.
         seed: Seed of the order of storage and of synthesis.
     """
 
     out: Annotated[Path | None, arg(metavar="DIR")] = None
     split_size: OrNone[PositiveInt] = None
-    num_shards: OrNone[PositiveInt] = None
+    num_shards: PositiveInt = 64
     seed: NonNegativeInt = 0
 
 
@@ -113,8 +113,15 @@ def main(
         for note in opened.notes:
             console.warn(note)
         with console.progress("pack", sum(opened.counts.values()), "images") as bar:
-            lineage = None if download is None else "official"
-            manifest = pack(opened, lineage=lineage, progress=bar, **vars(target))
+            manifest = pack(
+                opened,
+                target.out,
+                num_shards=target.num_shards,
+                val_size=target.split_size,
+                seed=target.seed,
+                lineage=None if download is None else "official",
+                progress=bar,
+            )
     except UserError as error:
         if download is None:
             raise

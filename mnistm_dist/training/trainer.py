@@ -328,7 +328,7 @@ class Trainer:
         kept = self.world.broadcast_object(str(good.path) if good else "none")
         return UserError(
             f"{error}; keys of its batch: {' '.join(keys[:16])}{' ...' if len(keys) > 16 else ''} "
-            f"(python -m mnistm_dist.plan --run {self.folder.path} --step {error.step} shows all); "
+            f"(python -m mnistm_dist.plan {self.folder.path} --step {error.step} shows all); "
             f"last good checkpoint: {kept}; a resume repeats it: start a new run with a smaller --learning-rate or "
             "--precision fp32"
         )

@@ -2,7 +2,7 @@
 
     python -m mnistm_dist.cache list            entries, their size and last use
     python -m mnistm_dist.cache clear           remove all entries
-    python -m mnistm_dist.cache clear 1f0c22d9  those whose name begins with this
+    python -m mnistm_dist.cache clear 1f0c22d9  those whose name begins so
 
 Clearing only costs time: the next launch decodes or fetches again. Running
 processes keep what they have opened.

@@ -103,16 +103,13 @@ def test_a_command_runs_by_its_name():
 def test_an_unknown_command_is_refused_with_the_list_and_the_nearest_name():
     done, _ = run_python("-m", "mnistm_dist", "evalaute")
     *listed, error = done.stderr.splitlines()
-    assert (done.returncode, error) == (
-        2,
-        "error: evalaute: no such command (did you mean evaluate?); choose one of those above",
-    )
+    assert error.startswith("error: evalaute: no such command (did you mean evaluate?)")
+    assert done.returncode == 2
     assert [line.split()[0] for line in listed] == list(COMMANDS)
 
 
-@pytest.mark.parametrize(
-    ("flag", "text"), [("--version", f"mnistm-dist {mnistm_dist.__version__}"), ("--help", "  pack ")]
-)
-def test_the_package_answers_version_and_help(flag, text, capsys):
-    assert run([flag]) == 0
-    assert text in capsys.readouterr().out
+def test_the_package_prints_version_and_help(capsys):
+    assert run(["--version"]) == run(["--help"]) == 0
+    version, *lines = capsys.readouterr().out.splitlines()
+    assert version == f"mnistm-dist {mnistm_dist.__version__}"
+    assert [line.split()[0] for line in lines if line.startswith("  ")] == list(COMMANDS)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import mnistm_dist
-from mnistm_dist.__main__ import COMMANDS, run
+from mnistm_dist.__main__ import COMMANDS, main
 
 PACKAGE = Path(mnistm_dist.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -102,14 +102,19 @@ def test_a_command_runs_by_its_name():
 
 def test_an_unknown_command_is_refused_with_the_list_and_the_nearest_name():
     done, _ = run_python("-m", "mnistm_dist", "evalaute")
-    *listed, error = done.stderr.splitlines()
+    error, *listed = done.stderr.splitlines()
     assert error.startswith("error: evalaute: no such command (did you mean evaluate?)")
     assert done.returncode == 2
     assert [line.split()[0] for line in listed] == list(COMMANDS)
 
 
-def test_the_package_prints_version_and_help(capsys):
-    assert run(["--version"]) == run(["--help"]) == 0
-    version, *lines = capsys.readouterr().out.splitlines()
-    assert version == f"mnistm-dist {mnistm_dist.__version__}"
-    assert [line.split()[0] for line in lines if line.startswith("  ")] == list(COMMANDS)
+@pytest.mark.parametrize("flag", ["--version", "--help"])
+def test_the_package_prints_version_and_help(flag, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["mnistm-dist", flag])
+    assert main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    listed = [line.split()[0] for line in lines if line.startswith("  ")]
+    assert (flag, lines[0], listed) in (
+        ("--version", f"mnistm-dist {mnistm_dist.__version__}", []),
+        ("--help", "usage: mnistm-dist COMMAND ...", list(COMMANDS)),
+    )

@@ -17,7 +17,7 @@ from run_folders import write_run
 from search import Fuzz
 
 from mnistm_dist import __version__, config, report
-from mnistm_dist.cli import parse_flags
+from mnistm_dist.cli import parse_train_flags
 from mnistm_dist.reporting.curves import series
 from mnistm_dist.reporting.predictions import mistakes, read_predictions
 from mnistm_dist.reporting.runs import read_run
@@ -136,7 +136,7 @@ def test_a_resume_of_a_damaged_run_starts_or_is_refused_in_a_line(fuzz: Fuzz, va
         (run / name).write_bytes(data)
         read_state(run)
         for flags in (["--resume", "run"], ["--resume", "auto", "--run-dir", "run"]):
-            chosen, _ = choose_start(parse_flags(flags))
+            chosen, _ = choose_start(parse_train_flags(flags))
             if chosen is not None:
                 config.dump(chosen)
 

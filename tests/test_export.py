@@ -23,7 +23,7 @@ pytest.importorskip("onnxruntime", reason='needs pip install "mnistm-dist[export
 
 @pytest.fixture(scope="module")
 def exported(trained_run, tmp_path_factory) -> dict[str, Path]:
-    """The run's model in both formats, each in a folder of its own that the door makes."""
+    """The run's model in both formats, each in a new folder of its own."""
     folder = tmp_path_factory.mktemp("exported")
     files = {"onnx": folder / "onnx" / "model.onnx", "torch": folder / "torch" / "model.pt2"}
     for name, file in files.items():

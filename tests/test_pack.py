@@ -99,7 +99,7 @@ def cpu_seconds() -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Packed:
-    """The official set, packed by the door."""
+    """The official set, packed by the command."""
 
     shards: ShardSet
     seconds: float
@@ -110,7 +110,7 @@ class Packed:
 
 @pytest.fixture(scope="module")
 def official(tmp_path_factory: pytest.TempPathFactory) -> Packed:
-    """The official set, packed by the door, what that took and how long."""
+    """The official set, packed by the command, what that took and how long."""
     if not ARCHIVE.exists():
         pytest.skip("the official archive is not here (../shared/data/mnist_m.tar.gz)")
     folder = tmp_path_factory.mktemp("official")

@@ -11,11 +11,12 @@ device the predictions are the same, byte for byte, at every world size.
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 from mnistm_dist.cli import ArgumentParser
-from mnistm_dist.errors import UserError, errors_once_per_node, run_cli
+from mnistm_dist.errors import errors_once_per_node, run_cli
 
 
 def main(argv: list[str]) -> int:
@@ -29,20 +30,17 @@ def main(argv: list[str]) -> int:
 
     from mnistm_dist import config as configuration
     from mnistm_dist.reporting.console import Console
-    from mnistm_dist.results import choose_checkpoint, evaluate_checkpoint, read_summary, tell_result, write_summary
+    from mnistm_dist.results import choose_checkpoint, evaluate_checkpoint, print_result, read_summary, write_summary
     from mnistm_dist.training import distributed
     from mnistm_dist.training.hardware import native_precisions
-    from mnistm_dist.training.peer_failure import peer_failures
-    from mnistm_dist.training.preemption import die_with_launcher
-    from mnistm_dist.training.run_dir import is_locked
-    from mnistm_dist.training.setup import open_readers, open_set
+    from mnistm_dist.training.preemption import exit_with_launcher
+    from mnistm_dist.training.run_dir import require_run
+    from mnistm_dist.training.run_lock import RunLock
+    from mnistm_dist.training.setup import EVALUATED_SPLITS, open_evaluation
 
     run_dir = Path(args.run)
     with errors_once_per_node():
-        if not (run_dir / "config.yaml").is_file():
-            raise UserError(f"{run_dir}: no run folder (no config.yaml); name one, such as runs/NAME")
-        if is_locked(run_dir):
-            raise UserError(f"{run_dir}: a live run holds it; wait for its end")
+        require_run(run_dir)
         config = configuration.load(run_dir / "config.yaml")
         if args.shards:
             config = configuration.replace(config, shards=args.shards)
@@ -50,31 +48,27 @@ def main(argv: list[str]) -> int:
     emulated = machine.precision not in ("auto", *native_precisions())
     if emulated:
         machine = replace(machine, precision="fp32")
-    die_with_launcher()
+    exit_with_launcher()
     timeout = config.run.collective_timeout
     with distributed.joined(machine, expect_world_size=None, collective_timeout=timeout) as world:
         console = Console(enabled=world.is_main)
         if emulated:
-            console.warn(f"precision: the run's {config.machine.precision} is not native here; scored in fp32")
-        with console.library_warnings(), peer_failures(timeout):
-            shards = open_set(config.data, world, console)
-            splits = [split for split in ("val", "test") if split in shards.manifest.splits]
-            if args.split is not None:
-                shards.split(args.split)
-                splits = [args.split]
-            has_test = "test" in shards.manifest.splits
-            checkpoint, how = world.run_on_main(lambda: choose_checkpoint(run_dir, args.checkpoint, has_test=has_test))
-            readers = open_readers(shards, config.data, splits, world, console)
-            world = world.with_run_timeout()
-            results = evaluate_checkpoint(run_dir, checkpoint, config, world, console, shards, readers)
+            console.warn(f"precision: {config.machine.precision} is not native here; evaluating in fp32")
+        lock = world.run_on_all_ranks(lambda: RunLock(run_dir) if world.is_main else nullcontext())
+        with lock, console.library_warnings(), distributed.peer_failures(timeout):
+            run = open_evaluation(config, world, console, run_dir, args.split)
+            has_test = "test" in run.shards.manifest.splits
+            checkpoint, entry = run.world.run_on_main(
+                lambda: choose_checkpoint(run_dir, args.checkpoint, has_test=has_test)
+            )
+            results = evaluate_checkpoint(run, checkpoint, console)
             if world.is_main:
                 summary = read_summary(run_dir)
-                if summary.get("checkpoint") != how or args.shards:
-                    # The other split's numbers are another checkpoint's, or another set's.
-                    summary = {name: value for name, value in summary.items() if name not in ("val", "test")}
-                summary = summary | {"checkpoint": how} | results
-                write_summary(run_dir, summary)
-                tell_result(console, run_dir, summary, list(results))
+                if summary.get("checkpoint") != entry or args.shards:
+                    # The numbers of the other split are of another checkpoint, or of another set.
+                    summary = {name: value for name, value in summary.items() if name not in EVALUATED_SPLITS}
+                summary = write_summary(run_dir, summary | {"checkpoint": entry}, results)
+                print_result(console, run_dir, summary, results)
     return 0
 
 

@@ -140,8 +140,8 @@ def load_model(
     checkpoints.load_model(found.path, module)
     return TrainedModel(
         module=to_device(module, target, machine.memory_format).eval(),
-        preprocess=Preprocess(found.state["mean"], found.state["std"], target),
-        image_size=found.state["image_size"],
+        preprocess=Preprocess(found.scalars.mean, found.scalars.std, target),
+        image_size=found.scalars.image_size,
         classes=class_names(summary, count=len(last_bias)),
         device=target,
         autocast=native_precision(machine.precision, target),

@@ -153,7 +153,7 @@ def test_a_missing_package_is_named_with_its_remedy(trained_run, here, monkeypat
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["nowhere", "--to", "torch", "--out", "m.pt2"], "nowhere: no run folder"),
+        (["nowhere", "--to", "torch", "--out", "m.pt2"], "nowhere: not a run folder"),
         (["RUN", "--to", "torch", "--out", "."], "--out ."),
         (["RUN", "--to", "keras", "--out", "m"], "--to"),
         (["RUN", "--to", "onnx"], "--out"),

@@ -122,10 +122,10 @@ def test_a_summary_that_holds_something_else_gives_no_names(trained_run, tmp_pat
 
 
 def test_a_run_that_is_none_is_named(trained_run, tmp_path):
-    with pytest.raises(UserError, match="nowhere: no run folder"):
+    with pytest.raises(UserError, match="nowhere: not a run folder"):
         load_model(tmp_path / "nowhere")
     run = shutil.copytree(trained_run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
-    with pytest.raises(UserError, match="no whole checkpoint"):
+    with pytest.raises(UserError, match="no complete checkpoint"):
         load_model(run)
     with pytest.raises(UserError, match="nowhere"):
         load_model(trained_run, "nowhere")

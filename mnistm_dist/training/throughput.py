@@ -1,4 +1,4 @@
-"""How fast a run trains: a clock that runs in training steps only."""
+"""Training throughput: a clock that runs during training steps only."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ import time
 
 
 class Throughput:
-    """Seconds in training steps, without what stands between them: evaluation and saving."""
+    """Seconds spent in training steps, without evaluation and saving."""
 
     def __init__(self, steps_done: int) -> None:
-        self._lap_seconds, self._lap_start = 0.0, steps_done
-        self._since = time.perf_counter()
+        self._window_seconds, self._window_start = 0.0, steps_done
+        self._started = time.perf_counter()
 
-    def go(self) -> None:
-        """From here on it counts."""
-        self._since = time.perf_counter()
+    def start(self) -> None:
+        """Start the clock."""
+        self._started = time.perf_counter()
 
     def stop(self) -> float:
-        """Counts no more; the seconds since `go`."""
-        seconds = time.perf_counter() - self._since
-        self._lap_seconds += seconds
+        """Stop the clock; return the seconds since `start`."""
+        seconds = time.perf_counter() - self._started
+        self._window_seconds += seconds
         return seconds
 
-    def lap(self, step: int) -> tuple[int, float]:
-        """Steps and seconds since the last lap, the running ``step`` (from 0) with them."""
-        now = self._lap_seconds + time.perf_counter() - self._since
-        steps, self._lap_start = step + 1 - self._lap_start, step + 1
-        # The running step's remainder, until `stop`, belongs to the next lap.
-        self._lap_seconds -= now
-        return steps, now
+    def next_window(self, step: int) -> tuple[int, float]:
+        """Return the steps, including the running ``step`` (from 0), and the seconds since the last call."""
+        seconds = self._window_seconds + time.perf_counter() - self._started
+        steps, self._window_start = step + 1 - self._window_start, step + 1
+        # What remains of the running step, until `stop`, belongs to the next window.
+        self._window_seconds -= seconds
+        return steps, seconds

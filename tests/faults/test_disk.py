@@ -12,7 +12,8 @@ from trained_run import here, trained_run, val_images
 from undisturbed import FLAGS, STEPS, STREAMING, assert_ended_alike, error_lines, mounted, undisturbed
 
 from mnistm_dist.training.checkpoint import open_checkpoint
-from mnistm_dist.training.run_dir import is_locked, read_state
+from mnistm_dist.training.run_dir import read_state
+from mnistm_dist.training.run_lock import is_locked
 
 __all__ = ["here", "mounted", "trained_run", "undisturbed", "val_images"]
 

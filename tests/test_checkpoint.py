@@ -35,10 +35,9 @@ def train(state: TrainState) -> None:
 
 def save(folder, state: TrainState, step: int | None = None):
     state.steps_done = state.steps_done if step is None else step
-    scalars = Scalars(
-        history=state.history, shards="set", micro_batch=8, threads=1, scaler=None, averaged=state.ema is not None,
-        image_size=32, mean=[0.1 + 0.2, 0.5, 0.5], std=[0.25, 0.25, 0.25],
-    )  # fmt: skip
+    values = {"shards": "set", "classes": ["0", "1"], "micro_batch": 8, "threads": 1, "scaler": None, "image_size": 32}
+    numbers = {"mean": [0.1 + 0.2, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
+    scalars = Scalars(history=state.history, averaged=state.ema is not None, **values, **numbers)
     return checkpoints.save(folder, state, scalars)
 
 

@@ -1,12 +1,8 @@
 """The state and the log of a run folder."""
 
-import subprocess
-import sys
-
 import pytest
 
 from mnistm_dist.training.run_dir import RunDir, read_log, read_state
-from mnistm_dist.training.run_lock import is_locked
 
 
 def test_an_error_is_recorded_as_failed(tmp_path):
@@ -53,14 +49,3 @@ def test_a_rank_that_is_not_the_first_writes_nothing(tmp_path):
         folder.set_state("running")
         folder.write("config.yaml", "")
     assert not (tmp_path / "run").exists()
-
-
-def test_temporary_files_of_dead_writers_are_removed(tmp_path):
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    (tmp_path / f".summary.{dead.pid}.json").write_text("half")
-    (tmp_path / ".summary.1.json").write_text("of a live process")
-    with RunDir(tmp_path, active=True):
-        assert is_locked(tmp_path)
-        assert {path.name for path in tmp_path.glob(".summary*")} == {".summary.1.json"}
-    assert not is_locked(tmp_path)

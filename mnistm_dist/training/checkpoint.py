@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,6 +44,8 @@ class Scalars(_Record):
     history: TrainingHistory
     shards: str
     """Identity of the packed set."""
+    classes: list[str] = Field(min_length=1)
+    """Names, in the order of the model's outputs."""
     micro_batch: int = Field(gt=0)
     """Images per forward."""
     threads: int = Field(gt=0)
@@ -91,7 +92,7 @@ def save(run_dir: Path, state: TrainState, scalars: Scalars) -> Path:
     if state.ema is not None:
         tensors |= {f"model.{name}": value for name, value in state.model.state_dict().items()}
     final = checkpoint_dir(run_dir, state.steps_done)
-    temporary = final.with_name(f".{final.name}.{os.getpid()}")
+    temporary = final.with_name(f".{final.name}.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)

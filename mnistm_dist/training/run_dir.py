@@ -8,8 +8,6 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
-
 from mnistm_dist.errors import PeerFailure, UserError
 from mnistm_dist.files import explain_os_errors, write_atomic
 from mnistm_dist.training.run_lock import SAME_HOST_SECONDS, RunLock
@@ -48,7 +46,6 @@ class RunDir:
         with writing(path):
             (path / "checkpoints").mkdir(parents=True, exist_ok=True)
         self._lock = RunLock(path)
-        _remove_leftovers(path)
 
     def __enter__(self) -> RunDir:
         return self
@@ -158,11 +155,3 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 def _to_lines(rows: list[dict[str, Any]]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
-
-
-def _remove_leftovers(run_dir: Path) -> None:
-    """Remove the temporary files (``.NAME.PID.SUFFIX``) of killed writers of this host."""
-    for path in run_dir.glob(".*.*"):
-        pid = next((part for part in path.name.split(".")[2:] if part.isdecimal()), None)
-        if pid is not None and path.is_file() and not psutil.pid_exists(int(pid)):
-            path.unlink(missing_ok=True)

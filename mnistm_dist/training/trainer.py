@@ -189,6 +189,7 @@ class Trainer:
         scalars = Scalars(
             history=state.history,
             shards=manifest.identity,
+            classes=list(manifest.classes),
             micro_batch=int(self.config.steps.micro_batch),
             threads=int(self.config.machine.threads),
             scaler=scaler.state_dict() if scaler is not None else None,

@@ -71,7 +71,7 @@ def test_a_world_smaller_than_slurms_step_is_refused_and_a_larger_one_is_a_launc
 def test_more_processes_than_gpus_are_refused_by_the_node_that_has_too_few():
     check_gpus(4, 4)
     check_gpus(1, 4)
-    with pytest.raises(NodeError, match=rf"2 on {socket.gethostname()}, where torch finds 1 GPUs"):
+    with pytest.raises(NodeError, match=rf"2 on {socket.gethostname()}, torch finds 1 GPUs"):
         check_gpus(2, 1)
 
 

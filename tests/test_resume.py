@@ -292,9 +292,9 @@ def test_a_resume_on_other_shards_is_refused(door, tmp_path, reference):
 
 def test_the_second_run_in_a_folder_is_refused_while_the_first_lives(environment, door, tmp_path, small_set):
     run = tmp_path / "run"
-    process = started(environment, tmp_path, 1, "--shards", small_set, "--run-dir", run, *FLAGS)
+    process = started(environment, tmp_path, 1, "--shards", small_set, "--run-dir", run, *FLAGS, "--epochs", 40)
     wait_for_step(process, run, 4)
     assert "held by a live run" in refused(
-        door("train", "--shards", small_set, "--run-dir", run, "--resume", "auto", *FLAGS)
+        door("train", "--shards", small_set, "--run-dir", run, "--resume", "auto", *FLAGS, "--epochs", 40)
     )
     killed(process, run)

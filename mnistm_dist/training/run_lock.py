@@ -20,7 +20,7 @@ LOCK_NAME = ".lock"
 HEARTBEAT_SECONDS = 5.0
 LEASE_SECONDS = 20.0
 """How long a lock file must stay untouched before an owner on another host counts as dead."""
-SAME_HOST_SECONDS = 1.0
+SAME_HOST_SECONDS = 0.3
 """How long to wait for a lock that was touched on this host: a dead owner's is taken over within it."""
 
 
@@ -39,7 +39,7 @@ class RunLock:
         with explain_os_errors(f"run folder {run_dir}", advice="choose another --run-dir"):
             wait = _patience(self._lease, path) if wait is None else wait
             try:
-                self._lease.acquire(timeout=wait, poll_interval=0.1)
+                self._lease.acquire(timeout=wait, poll_interval=0.05)
             except Timeout as error:
                 owner = self._lease.owner
                 holder = f"pid {owner.pid} on {owner.hostname}" if owner else "another process"

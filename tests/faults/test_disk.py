@@ -149,5 +149,5 @@ def test_a_shards_folder_that_can_only_be_read_takes_no_sample(door, tmp_path, m
     mounted("shards", of=tmp_path / "empty")
     line = refused(door("train", "--run-dir", "run", *FLAGS))
     assert "shards/sample: cannot be written (Read-only file system)" in line
-    assert line.endswith("or name a packed set with --shards")
+    assert line.endswith("or use --shards with a packed set")
     assert not (tmp_path / "run").exists()

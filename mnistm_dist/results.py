@@ -1,6 +1,6 @@
-"""The results of a run: a checkpoint is chosen and evaluated; predictions, figures and ``summary.json`` are written.
+"""What a run reports: its header, and the results of a checkpoint: predictions, figures, ``summary.json``.
 
-`train` calls this at the end of a run, `evaluate` at any time after it.
+`train` writes results at the end of a run, `evaluate` at any time after it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from mnistm_dist.data.loader import Reader
+from mnistm_dist.data.order import accumulation
 from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.data.transforms import Preprocess
 from mnistm_dist.errors import UserError
@@ -23,10 +24,13 @@ from mnistm_dist.reporting.metrics import Metrics
 from mnistm_dist.reporting.predictions import Predictions, mistakes, read_predictions
 from mnistm_dist.training import checkpoint as checkpoints
 from mnistm_dist.training.checkpoint import Checkpoint
+from mnistm_dist.training.environment import device_name
 from mnistm_dist.training.evaluation import SplitOutputs, predict_split, write_predictions
-from mnistm_dist.training.models import create_model, to_device
+from mnistm_dist.training.models import count_parameters, create_model, to_device
 from mnistm_dist.training.run_dir import writing
+from mnistm_dist.training.schedule import Schedule
 from mnistm_dist.training.setup import RunSetup
+from mnistm_dist.training.train_state import TrainState
 
 SUMMARY_NAME = "summary.json"
 
@@ -116,6 +120,64 @@ def draw_split(run_dir: Path, split: str, predictions: Predictions | None, reade
     with writing(run_dir):
         save(matrix, run_dir / f"confusion_matrix_{split}.png")
         save(figures.mistakes(images, shown, len(wrong), f"Mistakes, {split}"), run_dir / f"mistakes_{split}.png")
+
+
+def header_rows(run: RunSetup, state: TrainState, schedule: Schedule) -> dict[str, str]:
+    """Return the rows of the header that the console shows before training."""
+    config, world, manifest = run.config, run.world, run.shards.manifest
+    micro_batch = int(config.steps.micro_batch)
+    k = accumulation(batch_size=config.steps.batch_size, world_size=world.size, micro_batch=micro_batch)
+    counts = ", ".join(f"{split.count:,} {name}" for name, split in manifest.splits.items())
+    steps = f"{schedule.total_steps:,} steps, {config.steps.epochs} epochs"
+    if schedule.last_step < schedule.total_steps:
+        steps = f"{schedule.last_step:,} of {steps}"
+    if state.steps_done:
+        steps = f"resuming at step {state.steps_done:,} of {steps}"
+    return {
+        "run": str(run.path),
+        "recipe": config.recipe,
+        "world size": str(world.size),
+        "device": device_name(world.device),
+        "precision": f"{config.machine.precision}, {config.machine.memory_format}",
+        "threads": f"{config.machine.threads} per process",
+        "model": f"pruned ResNet18, {count_parameters(state.model):,} parameters",
+        "shards": f"{run.shards.root} ({manifest.lineage}: {counts})",
+        "data": f"{config.data.reader} reader, {config.data.order} order",
+        "batch": f"{config.steps.batch_size} = {world.size} x {k} x {micro_batch} (processes x micro-batches x images)",
+        "image size": ", ".join(f"{size} px" for size in dict.fromkeys(config.steps.image_size)),
+        "training": steps,
+    }
+
+
+def summary_fields(run: RunSetup, state: TrainState) -> dict[str, Any]:
+    """Return the fields of ``summary.json`` that describe the training; those of the splits are added to them."""
+    config, manifest = run.config, run.shards.manifest
+    history = state.history
+    images, seconds = state.steps_done * config.steps.batch_size, history.train_seconds
+    return {
+        "recipe": config.recipe,
+        "world_size": run.world.size,
+        "micro_batch": config.steps.micro_batch,
+        "batch_size": config.steps.batch_size,
+        "precision": config.machine.precision,
+        "threads": config.machine.threads,
+        "device": run.world.device.type,
+        "seed": config.steps.seed,
+        "steps": state.steps_done,
+        "epochs": round(images / run.shards.split("train").count, 4),
+        "train_seconds": round(seconds, 3),
+        "evaluate_seconds": round(history.evaluate_seconds, 3),
+        "save_seconds": round(history.save_seconds, 3),
+        "images_per_second": round(images / seconds, 2) if seconds else None,
+        "parameters": count_parameters(state.model),
+        "data": {
+            "path": str(run.shards.root),
+            "lineage": manifest.lineage,
+            "identity": manifest.identity,
+            "counts": {name: split.count for name, split in manifest.splits.items()},
+            "pixels_sha256": manifest.pixels_sha256,
+        },
+    }
 
 
 def read_summary(run_dir: Path) -> dict[str, Any]:

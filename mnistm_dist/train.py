@@ -66,10 +66,10 @@ def main(argv: list[str]) -> int:
 def train(config: Config, checkpoint: Checkpoint | None, world: World, console: Console, stop: StopRequest) -> int:
     """Steps 2 to 5 of a run. Return the exit code. All ranks take part."""
     from mnistm_dist.reporting.run_logger import RunLogger
+    from mnistm_dist.results import header_rows
     from mnistm_dist.training.distributed import peer_failures
     from mnistm_dist.training.preemption import Preempted
     from mnistm_dist.training.resume import agree_on_start, restore_state
-    from mnistm_dist.training.run_summary import header_rows
     from mnistm_dist.training.schedule import Schedule
     from mnistm_dist.training.setup import acquire_run_dir, open_run
     from mnistm_dist.training.train_state import create_train_state
@@ -150,9 +150,8 @@ def finish(run: RunSetup, run_dir: RunDir, state: TrainState, console: Console, 
     from mnistm_dist.reporting.page import write_report
     from mnistm_dist.reporting.style import save
     from mnistm_dist.reporting.tracked_results import log_results
-    from mnistm_dist.results import choose_checkpoint, evaluate_checkpoint, print_result, write_summary
+    from mnistm_dist.results import choose_checkpoint, evaluate_checkpoint, print_result, summary_fields, write_summary
     from mnistm_dist.training.run_dir import writing
-    from mnistm_dist.training.run_summary import summary_fields
 
     has_test = "test" in run.readers
     checkpoint, entry = run.world.run_on_main(lambda: choose_checkpoint(run.path, "chosen", has_test=has_test))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -15,14 +14,6 @@ from mnistm_dist.data.loader import Batch
 from mnistm_dist.data.transforms import Augment
 from mnistm_dist.training.distributed import World
 from mnistm_dist.training.train_state import TrainState
-
-
-class NonFiniteLoss(RuntimeError):
-    """A training loss that is NaN or infinite."""
-
-    def __init__(self, step: int) -> None:
-        super().__init__(f"the training loss of step {step} is not finite")
-        self.step = step
 
 
 def train_step(
@@ -64,39 +55,3 @@ def gradient_norm(model: nn.Module) -> float:
     """Return the norm of the last step's gradient over all parameters. It waits for the device."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     return float(torch.nn.utils.get_total_norm(gradients))
-
-
-class LossWindow:
-    """The losses of the steps since the last row of the log. They stay on the device until `fetch`."""
-
-    def __init__(self, world: World, fetched: Sequence[float] = ()) -> None:
-        self.world = world
-        self.fetched = list(fetched)
-        """Mean loss of each fetched step, oldest first."""
-        self._on_device: list[tuple[int, Tensor]] = []
-
-    def add(self, step: int, losses: Tensor) -> None:
-        """Add the losses of this rank's micro-batches, float (k,), of ``step`` (from 0)."""
-        self._on_device.append((step, losses))
-
-    def fetch(self) -> None:
-        """Gather the losses from all ranks. Raise `NonFiniteLoss` on all of them. All ranks take part.
-
-        The loss of a step is the mean over its micro-batches in canonical order, in float64: the same at every world
-        size.
-        """
-        if not self._on_device:
-            return
-        table = torch.stack([losses for _, losses in self._on_device])
-        means = self.world.gather_columns(table).double().cpu().numpy().mean(axis=1)
-        for (step, _), mean in zip(self._on_device, means, strict=True):
-            if not np.isfinite(mean):
-                raise NonFiniteLoss(step)
-        self.fetched.extend(means.tolist())
-        self._on_device.clear()
-
-    def take_mean(self) -> float:
-        """Return the mean over the fetched steps and empty the window."""
-        mean = sum(self.fetched) / len(self.fetched)
-        self.fetched.clear()
-        return mean

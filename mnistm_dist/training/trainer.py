@@ -22,12 +22,12 @@ from mnistm_dist.training import checkpoint as checkpoints
 from mnistm_dist.training.checkpoint import Scalars
 from mnistm_dist.training.diagnostics import check_model_learns, profile_steps
 from mnistm_dist.training.evaluation import SplitOutputs, predict_split
+from mnistm_dist.training.log_window import LogWindow, NonFiniteLoss
 from mnistm_dist.training.preemption import CONTINUE, EXIT, Preempted, StepBoundary, StopRequest
 from mnistm_dist.training.run_dir import RunDir
 from mnistm_dist.training.schedule import Schedule
 from mnistm_dist.training.setup import RunSetup
-from mnistm_dist.training.step import LossWindow, NonFiniteLoss, gradient_norm, train_step
-from mnistm_dist.training.throughput import Throughput
+from mnistm_dist.training.step import gradient_norm, train_step
 from mnistm_dist.training.train_state import BestEvaluation, TrainState
 
 
@@ -74,8 +74,7 @@ class Trainer:
         self.preprocess = Preprocess(split.mean, split.std, run.world.device)
         self.augment = Augment(run.config.augment, self.preprocess, run.config.steps.seed)
         self.boundary = StepBoundary(run.world, stop, run.config.run.checkpoint_minutes)
-        self.losses = LossWindow(run.world, state.history.pending)
-        self.throughput = Throughput(state.steps_done)
+        self.window = LogWindow(run.world, state.history.pending)
         self.train_loss = float("nan")
         """Mean loss of the last row of the log."""
 
@@ -86,7 +85,7 @@ class Trainer:
         profiler = profile_steps(profile_dir, steps=run.profile_steps, first_step=state.steps_done)
         state.train_model.train()
         with self.logger.training(schedule.last_step, state.steps_done), profiler as step_profiled:
-            self.throughput.start()
+            self.window.start_clock()
             for step, micro_batches in enumerate(self.batches(), start=state.steps_done):
                 image_size = schedule.image_size(step)
                 for group in state.optimizer.param_groups:
@@ -94,7 +93,7 @@ class Trainer:
                 losses, norm = train_step(self.world, state, self.augment, micro_batches, image_size, self.config.optim)
                 if state.ema is not None:
                     state.ema.update(state.model, step)
-                self.losses.add(step, losses)
+                self.window.add(step, losses)
                 state.steps_done = self.run_dir.steps_done = step + 1
 
                 ends_epoch, ends_run = schedule.ends_epoch(step), state.steps_done == schedule.last_step
@@ -103,7 +102,7 @@ class Trainer:
                     self.fetch_losses()
                     self.log_training(step, gradient_norm(state.model) if norm is None else float(norm))
                 step_profiled()
-                state.history.train_seconds += self.throughput.stop()
+                state.history.train_seconds += self.window.stop_clock()
 
                 evaluation_due = ends_epoch and schedule.epochs_done(state.steps_done) % run.evaluate_every == 0
                 if evaluation_due or ends_run:
@@ -114,7 +113,7 @@ class Trainer:
                     self.save()
                 if action == EXIT and not ends_run:
                     self.exit_preempted()
-                self.throughput.start()
+                self.window.start_clock()
 
     def batches(self) -> Iterator[list[Batch]]:
         """Return this rank's micro-batches of each remaining step."""
@@ -131,15 +130,14 @@ class Trainer:
 
     def log_training(self, step: int, norm: float) -> None:
         """Log the steps since the last row; ``norm`` is the gradient's, of ``step``, before clipping."""
-        steps, seconds = self.throughput.next_window(step)
-        self.train_loss = self.losses.take_mean()
+        self.train_loss, steps_per_second = self.window.close()
         self.logger.train_row(
             {
                 "step": self.state.steps_done,
                 "epoch": self.schedule.epoch(step),
                 "train/loss": self.train_loss,
                 "train/learning_rate": self.schedule.learning_rate(step),
-                "train/images_per_second": steps * self.config.steps.batch_size / seconds,
+                "train/images_per_second": steps_per_second * self.config.steps.batch_size,
                 # None: the gradient overflowed in fp16, and the scaler skipped the step.
                 "train/gradient_norm": norm if math.isfinite(norm) else None,
                 "train/image_size": self.schedule.image_size(step),
@@ -179,7 +177,7 @@ class Trainer:
         started = time.monotonic()
         # Parameters that were updated with a non-finite loss are never saved.
         self.fetch_losses()
-        self.state.history.pending = list(self.losses.fetched)
+        self.state.history.pending = list(self.window.losses)
         self.world.run_on_main(self._write_checkpoint)
         self.boundary.checkpoint_saved()
         self.state.history.save_seconds += self._exclude_time_since(started)
@@ -227,7 +225,7 @@ class Trainer:
         Raise `UserError` on all of them for a non-finite loss.
         """
         try:
-            self.losses.fetch()
+            self.window.fetch()
         except NonFiniteLoss as error:
             raise self._explain(error) from error
 

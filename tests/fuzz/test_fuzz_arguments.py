@@ -13,18 +13,11 @@ from inputs import WORDS
 from packed_sets import tiny_source
 from search import Fuzz
 
-from benchmarks.flags import create_parser
-from mnistm_dist import bench, cache, evaluate, export, pack, plan, predict, report, verify
+from mnistm_dist import cache, evaluate, export, pack, plan, predict, report, verify
 from mnistm_dist.data.packing import writer as packing
 from mnistm_dist.errors import UserError
 
 pytest_plugins = ["counting"]
-
-
-def parse_bench(argv: list[str]) -> int:
-    """The flags of ``bench`` alone: what follows them would measure."""
-    create_parser("bench", bench.__doc__ or "").parse_args(argv)
-    return 0
 
 
 DOORS: dict[str, tuple[Callable[[list[str]], int], str]] = {
@@ -39,11 +32,6 @@ DOORS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "report": (report.main, "--out run"),
     "export": (export.main, "--to onnx torch --out --force --checkpoint"),
     "cache": (cache.main, "list clear --cache-dir --json"),
-    "bench": (
-        parse_bench,
-        "loader step ranks startup recipe --rounds --seconds --images --processes --seeds --json --accuracy --threads "
-        "--batch-size --only --recipe --against --steps",
-    ),
 }
 """Each door, and words that mean something there."""
 

@@ -6,7 +6,7 @@ import json
 import pytest
 from conftest import worked
 
-from mnistm_dist.training.diagnostics import traced
+from mnistm_dist.training.diagnostics import profile_steps
 
 
 def test_profile_writes_a_trace_of_some_steps_after_a_warm_up(door, small_set, tmp_path):
@@ -23,7 +23,7 @@ def test_profile_writes_a_trace_of_some_steps_after_a_warm_up(door, small_set, t
 @pytest.mark.parametrize(("steps", "ranks_folder"), [(0, True), (3, False)])
 def test_without_steps_or_a_folder_nothing_is_traced(tmp_path, steps, ranks_folder):
     folder = tmp_path / "profile" if ranks_folder else None
-    with traced(folder, steps=steps, first_step=0) as step_traced:
+    with profile_steps(folder, steps=steps, first_step=0) as step_traced:
         for _ in range(20):
             step_traced()
     assert not list(tmp_path.iterdir())

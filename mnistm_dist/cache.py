@@ -1,10 +1,11 @@
-"""Shows and clears the cache: decoded splits, and packed sets that were fetched from a server.
+"""List and clear the cache: decoded splits, and packed sets fetched from a server.
 
-    python -m mnistm_dist.cache list                 what is there, how large, when last used
-    python -m mnistm_dist.cache clear                everything
-    python -m mnistm_dist.cache clear 1f0c22d9       the entries whose name begins so
+    python -m mnistm_dist.cache list               entries, their size and last use
+    python -m mnistm_dist.cache clear              remove all
+    python -m mnistm_dist.cache clear 1f0c22d9     remove entries whose name begins so
 
-Nothing is lost by it but time: the next launch decodes or fetches again. Runs under way keep what they have opened.
+The next launch decodes or fetches again. Running processes keep what they have
+opened.
 """
 
 from __future__ import annotations
@@ -12,37 +13,47 @@ from __future__ import annotations
 import json
 import sys
 import time
+from typing import Annotated, Literal
 
-from mnistm_dist.cli import ArgumentParser, write_result
+from tyro.conf import arg
+
+from mnistm_dist.cli import command, write_result
+from mnistm_dist.config import OrNone
 from mnistm_dist.errors import UserError, escape_control, run_cli
 
 
-def main(argv: list[str]) -> int:
-    """Runs the door; returns the exit code. Raises `UserError`."""
-    parser = ArgumentParser(prog="python -m mnistm_dist.cache", description=__doc__)
-    parser.add_argument("action", choices=("list", "clear"), metavar="list|clear")
-    parser.add_argument(
-        "names", nargs="*", default=[], metavar="NAME", help="names of entries, or how they begin (default: all)"
-    )
-    parser.add_argument("--cache-dir", metavar="DIR", help="default: as in training")
-    parser.add_argument("--json", action="store_true", help="list: print a JSON array")
-    args = parser.parse_args(argv)
+@command
+def main(
+    action: Literal["list", "clear"],
+    names: Annotated[tuple[str, ...], arg(metavar="NAME")] = (),
+    /,
+    *,
+    json_output: Annotated[bool, arg(name="json")] = False,
+    cache_dir: OrNone[str] = None,
+) -> int:
+    """List or clear the cache.
 
+    Args:
+        action: What to do.
+        names: Entries, or the beginnings of their names. The default is all.
+        json_output: list: print a JSON array.
+        cache_dir: Folder of the cache. none: the same as in training.
+    """
     from mnistm_dist.data.cache import choose_cache_dir, clear, entries
 
-    cache_dir = choose_cache_dir(args.cache_dir)
-    found = entries(cache_dir)
-    for name in args.names:
-        if not any(entry.path.name.startswith(name) for entry in found):
-            raise UserError(f"{name}: no such entry in {cache_dir}; python -m mnistm_dist.cache list shows all")
-    chosen = [e for e in found if not args.names or any(e.path.name.startswith(name) for name in args.names)]
+    folder = choose_cache_dir(cache_dir)
+    present = entries(folder)
+    for name in names:
+        if not any(entry.path.name.startswith(name) for entry in present):
+            raise UserError(f"{name}: no such entry in {folder}; python -m mnistm_dist.cache list shows all")
+    chosen = [e for e in present if not names or any(e.path.name.startswith(name) for name in names)]
 
-    if args.action == "list" and args.json:
+    if action == "list" and json_output:
         rows = [{"name": e.path.name, "kind": e.kind, "bytes": e.size, "used": e.used, **e.about} for e in chosen]
         write_result(json.dumps(rows) + "\n")
         return 0
-    if args.action == "list":
-        lines = [f"{cache_dir}: {len(chosen)} entries, {sum(entry.size for entry in chosen) / 1e6:,.1f} MB"]
+    if action == "list":
+        lines = [f"{folder}: {len(chosen)} entries, {sum(entry.size for entry in chosen) / 1e6:,.1f} MB"]
         for e in chosen:
             used = time.strftime("%Y-%m-%d %H:%M", time.localtime(e.used))
             source = escape_control(e.about.get("source", ""))
@@ -53,7 +64,7 @@ def main(argv: list[str]) -> int:
     removed = sum(entry.size for entry in chosen) - sum(entry.size for entry in busy)
     print(f"removed {len(chosen) - len(busy)} entries, {removed / 1e6:,.1f} MB")
     if busy:
-        raise UserError(f"{busy[0].path}: a process is filling it just now; try again when it is done")
+        raise UserError(f"{busy[0].path}: a process is writing it; try again when it is done")
     return 0
 
 

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from mnistm_dist.cli import parse_flags
+from mnistm_dist.cli import parse_train_flags
 from mnistm_dist.errors import EXIT_PREEMPTED, errors_once_per_node, escape_control, run_cli
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 def main(argv: list[str]) -> int:
     """Train. Return the exit code: 0 finished, 2 user error, 75 saved and exited after a signal."""
-    request = parse_flags(argv)
+    request = parse_train_flags(argv)
     # Heavy imports come after the flags, so that --help and a mistyped flag answer at once.
     from mnistm_dist.reporting.console import Console
     from mnistm_dist.training import distributed

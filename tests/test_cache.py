@@ -16,12 +16,15 @@ from conftest import TRAIN, refused, worked
 from packed_sets import flip_byte, tiny_source
 from processes import server
 
+from mnistm_dist import cache
 from mnistm_dist.data import resident as resident_module
 from mnistm_dist.data.cache import choose_cache_dir, entries, entry_lock
 from mnistm_dist.data.packing.writer import pack
 from mnistm_dist.data.resident import Resident, open_resident
 from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.errors import UserError
+
+pytest_plugins = ["trained_run"]
 
 
 def decode(folder: Path, cache_dir: Path, told: list[tuple[int, int]] | None = None) -> Resident:
@@ -207,30 +210,30 @@ def test_the_place_of_the_cache(variables, place, monkeypatch):
     assert choose_cache_dir(None) == Path(place)
 
 
-def test_the_door_lists_and_clears(door, small_set, tmp_path):
+def test_the_command_lists_and_clears(here, small_set, tmp_path):
     cache_dir = tmp_path / "cache"
     pack(tiny_source(), tmp_path / "set")
     for folder in (small_set, tmp_path / "set"):
         decode(folder, cache_dir)
-    listed = worked(door("cache", "list", "--cache-dir", cache_dir))
+    listed = worked(here(cache.main, "list", "--cache-dir", cache_dir))
     assert str(small_set) in listed
     assert "2 entries" in listed
-    rows = json.loads(worked(door("cache", "list", "--json", "--cache-dir", cache_dir)))
+    rows = json.loads(worked(here(cache.main, "list", "--json", "--cache-dir", cache_dir)))
     assert [row["source"] for row in rows] == [str(tmp_path / "set"), str(small_set)]
     assert rows[1]["bytes"] > TRAIN * 28 * 28 * 3
-    assert "nowhere: no such entry" in refused(door("cache", "clear", "nowhere", "--cache-dir", cache_dir))
-    assert "removed 1 entries" in worked(door("cache", "clear", rows[1]["name"][:8], "--cache-dir", cache_dir))
+    assert "nowhere: no such entry" in refused(here(cache.main, "clear", "nowhere", "--cache-dir", cache_dir))
+    assert "removed 1 entries" in worked(here(cache.main, "clear", rows[1]["name"][:8], "--cache-dir", cache_dir))
     assert [entry.about["source"] for entry in entries(cache_dir)] == [str(tmp_path / "set")]
     with entry_lock(cache_dir, "sets", rows[0]["name"]):
-        assert "filling it just now" in refused(door("cache", "clear", "--cache-dir", cache_dir))
-    assert "removed 1 entries" in worked(door("cache", "clear", "--cache-dir", cache_dir))
+        assert "a process is writing it" in refused(here(cache.main, "clear", "--cache-dir", cache_dir))
+    assert "removed 1 entries" in worked(here(cache.main, "clear", "--cache-dir", cache_dir))
     assert not entries(cache_dir)
 
 
-def test_what_is_mapped_outlives_a_clearing(small_set, tmp_path, door):
+def test_what_is_mapped_outlives_a_clearing(small_set, tmp_path, here):
     resident = decode(small_set, tmp_path)
     before = int(resident.images.long().sum())
-    worked(door("cache", "clear", "--cache-dir", tmp_path))
+    worked(here(cache.main, "clear", "--cache-dir", tmp_path))
     assert int(resident.images.long().sum()) == before
     decode(small_set, tmp_path)
 

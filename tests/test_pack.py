@@ -1,4 +1,4 @@
-"""The pack door, as a person runs it, and the official set, whole."""
+"""The command pack, and the whole official set."""
 
 from __future__ import annotations
 
@@ -14,24 +14,27 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Door, refused, worked
+from conftest import refused, worked
 from packed_sets import ARCHIVE, names_in, write_official
+from trained_run import Here
 
+from mnistm_dist import pack
 from mnistm_dist.data.packing.lineage import OFFICIAL_PIXELS
 from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.data.sources.detect import KNOWN_LAYOUTS
 
+pytest_plugins = ["trained_run"]
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_the_door_packs_and_sums_up(tmp_path: Path, door: Door) -> None:
+def test_pack_writes_a_set_and_prints_a_summary(tmp_path: Path, here: Here) -> None:
     write_official(tmp_path / "in")
-    said = worked(door("pack", "in", "--out", "shards/mine", "--num-shards", 4, "--split-size", 3, "--seed", 7))
+    printed = worked(here(pack.main, "in", "--out", "shards/mine", "--num-shards", 4, "--split-size", 3, "--seed", 7))
     manifest = ShardSet.open(tmp_path / "shards" / "mine").manifest
     assert [(split.count, len(split.shards)) for split in manifest.splits.values()] == [(20, 4), (3, 1), (7, 1)]
     assert (manifest.seed, manifest.lineage) == (7, "unknown")
     for expected in ("shards/mine", "20 images in 4 shards", manifest.pixels_sha256["test"], "unknown"):
-        assert expected in said
+        assert expected in printed
     assert names_in(tmp_path / "shards") == ["mine"]
 
 
@@ -43,27 +46,27 @@ def test_the_door_packs_and_sums_up(tmp_path: Path, door: Door) -> None:
         (["here/in"], "--out"),
         (["--out", "here/new"], "SOURCE"),
         (["here/in", "--out", "here/new", "--num-shards", "many"], "many"),
-        (["here/in", "--out", "here/new", "--num-shards", "0"], "--num-shards: '0' is not accepted"),
+        (["here/in", "--out", "here/new", "--num-shards", "0"], "--num-shards: found '0'; should be greater than 0"),
         (["here/in", "--out", "here/new", "--unknown"], "--unknown"),
-        (["here/in", "--out", "here/new", "--layout", "none"], "none"),
+        (["here/in", "--out", "here/new", "--layout", "some"], "some"),
     ],
 )
-def test_the_door_refuses_in_one_line_and_writes_nothing(
-    tmp_path: Path, door: Door, arguments: list[str], named: str
+def test_a_user_error_is_one_line_and_nothing_is_written(
+    tmp_path: Path, here: Here, arguments: list[str], named: str
 ) -> None:
     write_official(tmp_path / "here" / "in")
     before = sorted((tmp_path / "here").rglob("*"))
-    assert named in refused(door("pack", *arguments))
+    assert named in refused(here(pack.main, *arguments))
     assert sorted((tmp_path / "here").rglob("*")) == before
 
 
-def test_every_layout_is_shown_with_its_structure(door: Door) -> None:
-    lines = worked(door("pack", "--layouts")).splitlines()
+def test_layouts_lists_every_layout_with_its_structure(here: Here) -> None:
+    lines = worked(here(pack.main, "--layouts")).splitlines()
     assert [line.split(maxsplit=1) for line in lines] == [[name, text] for name, text in KNOWN_LAYOUTS.items()]
 
 
 @pytest.mark.parametrize("name", ["pack", "verify"])
-def test_a_door_imports_nothing_heavy_before_its_flags_are_read(name: str) -> None:
+def test_the_command_imports_nothing_heavy_before_its_flags_are_read(name: str) -> None:
     heavy = ["numpy", "PIL", "rich", "torch", "matplotlib"]
     code = f"import sys, mnistm_dist.{name} as d\ntry: d.main(['--help'])\nexcept SystemExit: pass\n"
     code += f"print([m for m in {heavy} if m in sys.modules])"

@@ -299,7 +299,7 @@ def test_training_consumes_what_plan_says(door, small_set, tmp_path, order, data
     ]
     assert [step for step, _ in consumed[0]] == list(range(9))
     for step in (0, 5, 6, 8):
-        arguments = ("--run", "run", "--step", step, "--world-size", world_size, "--json")
+        arguments = ("run", "--step", step, "--world-size", world_size, "--json")
         told = json.loads(worked(door("plan", *arguments)))
         assert told["ranks"] == [shards.keys("train", steps[step][1]) for steps in consumed]
 

@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Mapping
 
-from mnistm_dist.config import shown
 from mnistm_dist.data.progress import AGAIN
 from mnistm_dist.errors import UserError
 
@@ -122,5 +121,5 @@ class Fields:
 
 
 def _show(value: object) -> str:
-    text = shown(value)
+    text = f"{value!r:.120}"
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -12,9 +12,9 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mnistm_dist import config as configuration
-from mnistm_dist.cli import Request, at_resume, from_request
 from mnistm_dist.config import Config
 from mnistm_dist.errors import UserError
 from mnistm_dist.training import checkpoint as checkpoints
@@ -24,19 +24,22 @@ from mnistm_dist.training.run_dir import CONFIG_NAME, read_state
 from mnistm_dist.training.setup import RunSetup
 from mnistm_dist.training.train_state import TrainState
 
+if TYPE_CHECKING:
+    from mnistm_dist.cli import TrainRequest
 
-def choose_start(request: Request) -> tuple[Config, Checkpoint | None] | None:
+
+def choose_start(request: TrainRequest) -> tuple[Config, Checkpoint | None] | None:
     """Return the configuration to run with and the checkpoint to resume from, if any; None if the run is finished.
 
     Reads the run folder and changes nothing. Raise `UserError` if ``--resume`` and the folder do not fit.
     """
-    resume, named = request.given.get("resume"), request.given.get("run_dir")
+    resume, named = request.config.run.resume, request.config.run.run_dir
     if resume is None:
         if named is not None and Path(named).exists() and any(Path(named).iterdir()):
             raise UserError(
                 f"run folder {named}: not empty; continue the run with --resume {named}, or choose another --run-dir"
             )
-        return from_request(request), None
+        return request.config, None
     if resume == "auto" and named is None:
         raise UserError("resume: auto needs --run-dir, the folder of the run to resume")
     target = Path(str(named) if resume == "auto" else resume)
@@ -57,9 +60,9 @@ def choose_start(request: Request) -> tuple[Config, Checkpoint | None] | None:
         print_on_main(f"{run_dir} is finished: nothing to do (report: python -m mnistm_dist.report {run_dir}){more}")
         return None
     checkpoint = checkpoints.open_checkpoint(target) if is_checkpoint else checkpoints.latest(run_dir, print_on_main)
-    if checkpoint is None:
-        return configuration.replace(from_request(request), run_dir=str(run_dir)), None
-    config = at_resume(configuration.load(run_dir / CONFIG_NAME), request)
+    # A run that was killed before its first checkpoint is continued with its own configuration, too.
+    is_run = (run_dir / CONFIG_NAME).is_file()
+    config = request.resumed(configuration.load(run_dir / CONFIG_NAME)) if is_run else request.config
     return configuration.replace(config, run_dir=str(run_dir)), checkpoint
 
 

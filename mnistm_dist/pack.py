@@ -28,7 +28,7 @@ class ShowLayouts(argparse.Action):
     """Prints every layout with its structure, and ends the door, as --help does."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        from mnistm_dist.data.sources.detect import KNOWN_LAYOUTS
+        from mnistm_dist.data.sources.catalog import KNOWN_LAYOUTS
 
         width = max(map(len, KNOWN_LAYOUTS))
         write_result("".join(f"{name:{width}}  {structure}\n" for name, structure in KNOWN_LAYOUTS.items()))
@@ -119,7 +119,7 @@ def _pack(path: str, args: argparse.Namespace, cache_dir: Path, console: Console
             source,
             args.out,
             num_shards=args.num_shards,
-            val_size=args.val_size,
+            val_size=args.split_size,
             seed=args.seed,
             lineage=None if args.download is None else "official",
             progress=bar,

@@ -19,7 +19,7 @@ from packed_sets import ARCHIVE, names_in, write_official
 
 from mnistm_dist.data.packing.lineage import OFFICIAL_PIXELS
 from mnistm_dist.data.shards import ShardSet
-from mnistm_dist.data.sources.detect import KNOWN_LAYOUTS
+from mnistm_dist.data.sources.catalog import KNOWN_LAYOUTS
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -32,7 +32,6 @@ from layouts import (
     write_tar,
     write_zip,
 )
-from packed_sets import ARCHIVE
 from PIL import Image
 from refusals import refusal
 
@@ -236,13 +235,6 @@ def test_memory_does_not_grow_with_the_images(tmp_path, environment):
         count, peak = map(int, line.split())
         assert count == 600
         assert peak < sum(map(len, files.values())) / 4
-
-
-@pytest.mark.skipif(not ARCHIVE.exists(), reason="the official archive is not in ../shared/data")
-def test_the_official_archive_is_detected():
-    source = open_source(str(ARCHIVE))
-    assert (source.layout, source.val_size()) == ("official-tar", 4_001)
-    assert source.counts == {"train": 59_001, "test": 9_001}
 
 
 UNKNOWN: dict[str, tuple[Callable[[Path], object], str]] = {

@@ -29,6 +29,7 @@ ARRAYS: dict[str, tuple[dict[str, object], str]] = {
     "objects": ({"images": IMAGES, "labels": np.array([None] * 40)}, "allow_pickle"),
     "float images": ({"images": IMAGES / 255, "labels": LABELS}, "float64 of shape (40, 28, 28, 3); expected images"),
     "channels first": ({"images": IMAGES.transpose(0, 3, 1, 2), "labels": LABELS}, "shape (40, 3, 28, 28)"),
+    "images without height": ({"images": IMAGES[:, :0], "labels": LABELS}, "uint8 of shape (40, 0, 28, 3)"),
     "not one-hot": ({"images": IMAGES, "labels": np.ones((40, 10), int)}, "not one-hot"),
     "no samples": ({"images": IMAGES[:0], "labels": LABELS[:0]}, "found 0 train images"),
 }

@@ -62,7 +62,7 @@ class Tree(ABC):
 
     def origin(self, name: str) -> str:
         """Return how messages name one file of the tree."""
-        return escape_control(f"{self.path}/{name}")
+        return escape_control(f"{self.path}/{name}".replace("//", "/"))
 
 
 class Folder(Tree):

@@ -78,13 +78,13 @@ def main(
 
     Args:
         source: sample, mnist+photos, or a path in a known layout.
-        layout: Layout of the path. none: detected.
+        layout: Input layout. none: detected.
         download: Instead of SOURCE: official, or the URL of a copy. The official set is verified by checksum.
         cache_dir: Folder for downloads. none: the same as in training.
         layouts: List the known layouts, and exit.
     """
     if layouts:
-        from mnistm_dist.data.sources.detect import KNOWN_LAYOUTS
+        from mnistm_dist.data.sources.catalog import KNOWN_LAYOUTS
 
         width = max(map(len, KNOWN_LAYOUTS))
         write_result("".join(f"{name:{width}}  {structure}\n" for name, structure in KNOWN_LAYOUTS.items()))

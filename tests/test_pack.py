@@ -21,7 +21,7 @@ from trained_run import Here
 from mnistm_dist import pack
 from mnistm_dist.data.packing.lineage import OFFICIAL_PIXELS
 from mnistm_dist.data.shards import ShardSet
-from mnistm_dist.data.sources.detect import KNOWN_LAYOUTS
+from mnistm_dist.data.sources.catalog import KNOWN_LAYOUTS
 
 pytest_plugins = ["trained_run"]
 ROOT = Path(__file__).resolve().parents[1]

@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
     from benchmarks.setting import Setting, conditions, open_set
     from benchmarks.table import show
     from mnistm_dist.data.cache import choose_cache_dir
-    from mnistm_dist.data.files import saying_what_fails
+    from mnistm_dist.files import explain_os_errors
     from mnistm_dist.reporting.console import Console
 
     setting = Setting(
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
     found = replace(found, conditions={**around, **found.conditions})
     show(args.bench, found, sys.stdout)
     if args.json is not None:
-        with saying_what_fails(args.json):
+        with explain_os_errors(args.json):
             args.json.write_text(json.dumps(found.to_json(args.bench), indent=1) + "\n", encoding="utf-8")
     return 0
 

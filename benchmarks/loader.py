@@ -21,8 +21,7 @@ from benchmarks.rounds import ENDLESS, Contender, Measured, Output, Result, choo
 from benchmarks.setting import Setting, device_here, open_set, open_train
 from mnistm_dist.config import DataConfig, StepsConfig
 from mnistm_dist.data.loader import Reader, train_batches
-from mnistm_dist.data.order import FullOrder, Order
-from mnistm_dist.data.order_choice import auto_streams, create_order
+from mnistm_dist.data.order import FullOrder, Order, auto_streams, create_order
 from mnistm_dist.data.resident import open_resident
 from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.data.streaming import open_streaming

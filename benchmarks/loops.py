@@ -20,7 +20,7 @@ from benchmarks.rounds import ENDLESS, Measured
 from mnistm_dist.config import Config
 from mnistm_dist.data.loader import Batch, train_batches
 from mnistm_dist.data.manifest import Manifest
-from mnistm_dist.data.order_choice import create_order
+from mnistm_dist.data.order import create_order
 from mnistm_dist.data.resident import Resident
 from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.data.transforms import Augment, Preprocess

@@ -15,7 +15,7 @@ from statistics import median
 from benchmarks.loops import TrainerInRounds
 from mnistm_dist import config as configuration
 from mnistm_dist.data.cache import choose_cache_dir
-from mnistm_dist.data.order_choice import open_shards
+from mnistm_dist.data.fetch import open_shards
 from mnistm_dist.data.resident import open_resident
 from mnistm_dist.errors import run_cli
 from mnistm_dist.training import distributed

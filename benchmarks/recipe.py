@@ -18,7 +18,7 @@ from benchmarks.launches import LogRow, launch, train_command
 from benchmarks.rounds import Result, Row, relative_range
 from benchmarks.setting import Setting, open_set
 from mnistm_dist import config as configuration
-from mnistm_dist.data.order_choice import open_shards
+from mnistm_dist.data.fetch import open_shards
 from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.errors import UserError
 from mnistm_dist.training.run_dir import read_log

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from mnistm_dist.data.order_choice import open_shards
+from mnistm_dist.data.fetch import open_shards
 from mnistm_dist.data.resident import Resident, open_resident
 from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.reporting.console import Console

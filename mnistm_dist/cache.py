@@ -1,10 +1,10 @@
-"""Shows and clears the cache: decoded splits, and packed sets that were fetched from a server.
+"""List or clear the cache: decoded splits, and files fetched from servers.
 
-    python -m mnistm_dist.cache list                 what is there, how large, when last used
-    python -m mnistm_dist.cache clear                everything
-    python -m mnistm_dist.cache clear 1f0c22d9       the entries whose name begins so
+    python -m mnistm_dist.cache list                 entries, their size, and when they were last used
+    python -m mnistm_dist.cache clear                remove all entries
+    python -m mnistm_dist.cache clear 1f0c22d9       remove the entries whose name begins with this
 
-Nothing is lost by it but time: the next launch decodes or fetches again. Runs under way keep what they have opened.
+Clearing only costs time: the next launch decodes or fetches again. Running processes keep what they have opened.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mnistm_dist.errors import UserError, escape_control, run_cli
 
 
 def main(argv: list[str]) -> int:
-    """Runs the door; returns the exit code. Raises `UserError`."""
+    """Run the command and return its exit code. Raises `UserError`."""
     parser = ArgumentParser(prog="python -m mnistm_dist.cache", description=__doc__)
     parser.add_argument("action", choices=("list", "clear"), metavar="list|clear")
     parser.add_argument(
@@ -31,11 +31,12 @@ def main(argv: list[str]) -> int:
     from mnistm_dist.data.cache import choose_cache_dir, clear, entries
 
     cache_dir = choose_cache_dir(args.cache_dir)
-    found = entries(cache_dir)
+    chosen = entries(cache_dir)
     for name in args.names:
-        if not any(entry.path.name.startswith(name) for entry in found):
+        if not any(entry.path.name.startswith(name) for entry in chosen):
             raise UserError(f"{name}: no such entry in {cache_dir}; python -m mnistm_dist.cache list shows all")
-    chosen = [e for e in found if not args.names or any(e.path.name.startswith(name) for name in args.names)]
+    if args.names:
+        chosen = [entry for entry in chosen if entry.path.name.startswith(tuple(args.names))]
 
     if args.action == "list" and args.json:
         rows = [{"name": e.path.name, "kind": e.kind, "bytes": e.size, "used": e.used, **e.about} for e in chosen]
@@ -49,11 +50,11 @@ def main(argv: list[str]) -> int:
             lines.append(f"{e.path.name}  {e.kind:<9}  {e.size / 1e6:10,.1f} MB  {used}  {source}")
         write_result("\n".join(lines) + "\n")
         return 0
-    busy = [entry for entry in chosen if not clear(entry)]
-    removed = sum(entry.size for entry in chosen) - sum(entry.size for entry in busy)
-    print(f"removed {len(chosen) - len(busy)} entries, {removed / 1e6:,.1f} MB")
-    if busy:
-        raise UserError(f"{busy[0].path}: a process is filling it just now; try again when it is done")
+    removed = [entry for entry in chosen if clear(entry)]
+    print(f"removed {len(removed)} entries, {sum(entry.size for entry in removed) / 1e6:,.1f} MB")
+    for entry in chosen:
+        if entry not in removed:
+            raise UserError(f"{entry.path}: a process is writing it; try again when it is done")
     return 0
 
 

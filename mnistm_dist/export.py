@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mnistm_dist.cli import ArgumentParser
-from mnistm_dist.data.files import saying_what_fails, sync
 from mnistm_dist.errors import UserError, run_cli
+from mnistm_dist.files import explain_os_errors, fsync_path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -65,9 +65,9 @@ def main(argv: list[str]) -> int:
     with beside(args.out, force=args.force) as temporary:
         with console.library_warnings():
             data = portable.to_onnx(model) if args.to == "onnx" else portable.to_torch(model)
-        with saying_what_fails(args.out):
+        with explain_os_errors(args.out):
             temporary.write_bytes(data)
-            sync(temporary)
+            fsync_path(temporary)
         images, origin = real_images(Path(args.run))
         run = portable.run_onnx(temporary) if args.to == "onnx" else portable.run_torch(temporary)
         difference, count = compare(model, run, images)
@@ -104,15 +104,15 @@ def beside(out: Path, *, force: bool) -> Iterator[Path]:
     Raises `UserError` where nothing can be written there, or ``out`` has appeared meanwhile.
     """
     temporary = out.with_name(f".{os.getpid()}.{out.name}")
-    with saying_what_fails(out):
+    with explain_os_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
     try:
         yield temporary
         check_out(out, force=force)
-        with saying_what_fails(out):
+        with explain_os_errors(out):
             temporary.replace(out)
-            sync(out.parent)
+            fsync_path(out.parent)
     finally:
         temporary.unlink(missing_ok=True)
 

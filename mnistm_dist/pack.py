@@ -1,11 +1,11 @@
-"""Packs MNIST-M, in whatever form it is on disk, into shards to train on.
+"""Pack a set of labelled images into shards to train on.
 
     python -m mnistm_dist.pack sample --out shards/sample
     python -m mnistm_dist.pack mnist_m.tar.gz --out shards/official
     python -m mnistm_dist.pack mnist+photos --mnist DIR --photos DIR --out shards/regenerated
     python -m mnistm_dist.pack --download official --out shards/official
 
-PNGs are kept as they are; the new folder appears whole or not at all. shards/README.md describes what is in it.
+PNGs are kept byte for byte. The new folder is complete or not there. shards/README.md describes its contents.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class ShowLayouts(argparse.Action):
 
 
 def main(argv: list[str]) -> int:
-    """Runs the door; returns the exit code. Raises `UserError`."""
+    """Run the command and return its exit code. Raises `UserError`."""
     parser = ArgumentParser(prog="python -m mnistm_dist.pack", description=__doc__)
     parser.add_argument(
         "source", metavar="SOURCE", nargs="?", help="sample, mnist+photos, or a path in any layout that is known"
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--split-size", metavar="N", type=integer(1), help="how many of the last train images become val"
     )
-    parser.add_argument("--num-shards", metavar="N", type=integer(1), help="shards of the train split (64)")
+    parser.add_argument("--num-shards", metavar="N", type=integer(1), default=64, help="shards of the train split (64)")
     parser.add_argument(
         "--seed", metavar="N", type=integer(0), default=0, help="of the order of storage and of synthesis (0)"
     )
@@ -74,11 +74,11 @@ def main(argv: list[str]) -> int:
         parser.error("either SOURCE or --download official is needed, and not both")
 
     from mnistm_dist.data.cache import choose_cache_dir
-    from mnistm_dist.data.packing.staging import refuse_existing
     from mnistm_dist.data.sources.download import download
+    from mnistm_dist.files import refuse_existing
     from mnistm_dist.reporting.console import Console
 
-    refuse_existing(args.out)  # before anything long begins
+    refuse_existing(args.out)  # before anything that takes long
     started = time.monotonic()
     console = Console()
     cache_dir = choose_cache_dir(args.cache_dir)
@@ -91,10 +91,10 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         if args.download is None:
             raise
-        again = f"python -m mnistm_dist.cache clear {Path(path).relative_to(cache_dir).parts[1]}"
+        command = f"python -m mnistm_dist.cache clear {Path(path).relative_to(cache_dir).parts[1]}"
         if args.cache_dir is not None:
-            again += f" --cache-dir {cache_dir}"
-        raise UserError(f"{error}; if what was downloaded is at fault, it comes anew after {again}") from error
+            command += f" --cache-dir {cache_dir}"
+        raise UserError(f"{error}; if the download is wrong, remove it with {command}, and run this again") from error
     console.header(f"packed: {args.out}", _summary(manifest, time.monotonic() - started))
     return 0
 
@@ -119,7 +119,7 @@ def _pack(path: str, args: argparse.Namespace, cache_dir: Path, console: Console
             source,
             args.out,
             num_shards=args.num_shards,
-            val_size=args.val_size,
+            val_size=args.split_size,
             seed=args.seed,
             lineage=None if args.download is None else "official",
             progress=bar,

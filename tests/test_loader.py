@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from packed_sets import damage_by_flip_with_times_put_back, flip_byte, png_with, sign_files, tiny_source
 
 from mnistm_dist.config import DataConfig, StepsConfig
+from mnistm_dist.data.fetch import open_shards
 from mnistm_dist.data.image_io import decode_png
 from mnistm_dist.data.loader import Batch, Reader, evaluation_batches, train_batches
 from mnistm_dist.data.manifest import Manifest
-from mnistm_dist.data.order import FullOrder, Order, WindowedOrder, steps_for
-from mnistm_dist.data.order_choice import choose_reading, create_order, open_shards
+from mnistm_dist.data.order import FullOrder, Order, WindowedOrder, choose_reading, create_order, steps_for
 from mnistm_dist.data.packing.writer import pack
 from mnistm_dist.data.resident import open_resident
 from mnistm_dist.data.shard_reader import Block, SplitReader

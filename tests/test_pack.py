@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import Door, refused, worked
+from mnistm_dist.data.packing.lineage import OFFICIAL_PIXELS
 from packed_sets import ARCHIVE, names_in, write_official
 
-from mnistm_dist.data.packing.lineage import OFFICIAL_PIXELS
 from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.data.sources.detect import KNOWN_LAYOUTS
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mnistm_dist.data.packing.lineage import OFFICIAL_PIXELS, find_lineage
 from packed_sets import label_of, names_in, pixels_of, png_with, tiny_source
 
 from mnistm_dist.data.image_io import decode_png, encode_png
-from mnistm_dist.data.packing.lineage import OFFICIAL_PIXELS, find_lineage
 from mnistm_dist.data.packing.splits import count_shards, cut_splits
 from mnistm_dist.data.packing.statistics import channel_histogram, moments_of
 from mnistm_dist.data.packing.writer import pack

@@ -15,8 +15,7 @@ from local_server import LocalServer
 from packed_sets import edit_manifest, flip_byte, tiny_source
 
 from mnistm_dist.data import fetch as transfer
-from mnistm_dist.data.fetch import fetch, is_address
-from mnistm_dist.data.order_choice import open_shards
+from mnistm_dist.data.fetch import fetch, is_address, open_shards
 from mnistm_dist.data.packing.writer import pack
 from mnistm_dist.errors import UserError
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mnistm_dist.data.index import index_bytes, index_dtype, open_index
 from packed_sets import DAMAGES, damage_by_flip, damage_by_flip_with_times_put_back, label_of, pixels_of, tiny_source
 
 from mnistm_dist.data.image_io import decode_png
-from mnistm_dist.data.index import index_bytes, index_dtype, open_index
 from mnistm_dist.data.packing.writer import pack
 from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.errors import UserError

@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 from packed_sets import names_in, tiny_source, write_official
 
-from mnistm_dist.data.packing.staging import staged_folder
 from mnistm_dist.data.packing.writer import pack
 from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.data.sources.base import Sample
 from mnistm_dist.errors import UserError
+from mnistm_dist.files import staged_folder
 from mnistm_dist.reporting.console import Console
 from mnistm_dist.training import setup as launch
 

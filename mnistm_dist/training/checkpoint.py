@@ -29,8 +29,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mnistm_dist.config import LARGEST_IMAGE_SIZE
-from mnistm_dist.data.files import sync
 from mnistm_dist.errors import UserError, os_error_reason
+from mnistm_dist.files import fsync_path
 
 FORMAT = 1
 MODEL, TRAINING, STATE = "model.safetensors", "training_state.safetensors", "state.json"
@@ -75,12 +75,12 @@ def save(
         }
         document = {"format": FORMAT, "step": step, "files": files, "scalars": scalars}
         write_durably(temporary / STATE, json.dumps(document, indent=1).encode())
-        sync(temporary)
+        fsync_path(temporary)
         if final.exists():
             # A checkpoint of this step that a resume found torn or passed over.
             _discard(final)
         temporary.rename(final)
-        sync(final.parent)
+        fsync_path(final.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
@@ -217,7 +217,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     # safetensors refuses channels_last tensors; contiguous copies resume bit for bit.
     save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
-    sync(path)
+    fsync_path(path)
     return _digest(path)
 
 

@@ -19,8 +19,15 @@ import torch
 from mnistm_dist import config as configuration
 from mnistm_dist.config import Config
 from mnistm_dist.data.loader import Batch, Reader, train_batches
-from mnistm_dist.data.order import accumulation, epoch_ends, epochs_done, part_of_run, step_positions, steps_for
-from mnistm_dist.data.order_choice import create_order
+from mnistm_dist.data.order import (
+    accumulation,
+    create_order,
+    epoch_ends,
+    epochs_done,
+    part_of_run,
+    step_positions,
+    steps_for,
+)
 from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.data.transforms import Augment, Preprocess
 from mnistm_dist.errors import EXIT_PREEMPTED, UserError

@@ -13,10 +13,10 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from mnistm_dist.data import fetch as transfer
-from mnistm_dist.data.cache import entry_lock, make_entry
+from mnistm_dist.data.cache import cache_entry
 from mnistm_dist.data.fetch import RemoteFile
 from mnistm_dist.data.progress import Progress
 from mnistm_dist.errors import UserError
@@ -63,8 +63,7 @@ def fetch_mnist(cache_dir: Path) -> Path:
     """
     from torchvision.datasets import MNIST
 
-    with entry_lock(cache_dir, KIND, "mnist"):
-        folder = make_entry(cache_dir, KIND, "mnist", {"source": "MNIST, by torchvision"})
+    with cache_entry(cache_dir, KIND, "mnist", {"source": "MNIST, by torchvision"}) as folder:
         # It prints what it does, and each mirror's failure.
         silence = io.StringIO()
         try:
@@ -101,15 +100,9 @@ def _fetch_copy(copy: Copy, cache_dir: Path, progress: Progress | None) -> Path:
             progress(done, total)
 
     source = next(iter(copy.files.values())).address
-    with entry_lock(cache_dir, KIND, copy.name):
-        folder = make_entry(cache_dir, KIND, copy.name, {"source": source})
+    with cache_entry(cache_dir, KIND, copy.name, {"source": source}) as folder:
         for name, file in copy.files.items():
-            target = folder / name
-            if target.exists() and transfer.is_right(file, target):
-                tell(target.stat().st_size)
-                continue
-            server = transfer.Server(urlsplit(file.address).scheme)
-            transfer.download(server, file, target, tell)
+            transfer.fetch_file(file, folder / name, tell)
     return folder / next(iter(copy.files)) if len(copy.files) == 1 else folder
 
 

@@ -139,7 +139,7 @@ def test_a_page_of_text_in_place_of_the_archive_is_refused_at_its_first_bytes(se
     [
         (lambda data: data[:-1] + b"x", "its sha256 is not the expected "),
         (lambda data: data[:-9], "bytes of the expected "),
-        (lambda data: data + b"x" * 5_000_000, "the most that it may have"),
+        (lambda data: data + b"x" * 5_000_000, "the largest accepted size"),
         (lambda data: b"", "it ends after 0 bytes of the expected "),
     ],
 )
@@ -205,12 +205,12 @@ def test_the_door_packs_a_download_only_when_its_pixels_are_official(server, tmp
     arguments = ["--download", f"{server.address}/{NAME}", "--out", str(tmp_path / "out" / "set")]
     assert run_cli(pack_door, arguments) == 2
     error = capsys.readouterr().err
-    assert "by its pixels and labels it is not the official set" in error
+    assert "its pixels and labels are not those of the official set" in error
     assert len(error.splitlines()) == 1
     assert not (tmp_path / "out").exists()
     # It has nothing but its pixels to tell that it is bad: the line says how the file is had anew.
     (entry,) = entries(tmp_path / "cache")
-    assert error.rstrip().endswith(f"python -m mnistm_dist.cache clear {entry.path.name}")
+    assert f"remove it with python -m mnistm_dist.cache clear {entry.path.name}" in error
     assert run_cli(cache_door, ["clear", entry.path.name]) == 0
     requests = len(server.requests)
     assert run_cli(pack_door, arguments) == 2

@@ -1,4 +1,4 @@
-"""The pack door, as a person runs it, and the official set, whole."""
+"""The command pack, and the whole official set."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import Door, refused, worked
-from mnistm_dist.data.packing.lineage import OFFICIAL_PIXELS
 from packed_sets import ARCHIVE, names_in, write_official
 
+from mnistm_dist.data.packing.statistics import OFFICIAL_PIXELS
 from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.data.sources.detect import KNOWN_LAYOUTS
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_the_door_packs_and_sums_up(tmp_path: Path, door: Door) -> None:
+def test_pack_writes_a_set_and_prints_a_summary(tmp_path: Path, door: Door) -> None:
     write_official(tmp_path / "in")
-    said = worked(door("pack", "in", "--out", "shards/mine", "--num-shards", 4, "--split-size", 3, "--seed", 7))
+    printed = worked(door("pack", "in", "--out", "shards/mine", "--num-shards", 4, "--split-size", 3, "--seed", 7))
     manifest = ShardSet.open(tmp_path / "shards" / "mine").manifest
     assert [(split.count, len(split.shards)) for split in manifest.splits.values()] == [(20, 4), (3, 1), (7, 1)]
     assert (manifest.seed, manifest.lineage) == (7, "unknown")
     for expected in ("shards/mine", "20 images in 4 shards", manifest.pixels_sha256["test"], "unknown"):
-        assert expected in said
+        assert expected in printed
     assert names_in(tmp_path / "shards") == ["mine"]
 
 
@@ -39,7 +39,7 @@ def test_the_door_packs_and_sums_up(tmp_path: Path, door: Door) -> None:
     ("arguments", "named"),
     [
         (["here/none", "--out", "here/new"], "here/none"),
-        (["here/in", "--out", "here/in"], "here/in: exists already"),
+        (["here/in", "--out", "here/in"], "here/in: already exists"),
         (["here/in"], "--out"),
         (["--out", "here/new"], "SOURCE"),
         (["here/in", "--out", "here/new", "--num-shards", "many"], "many"),
@@ -48,7 +48,7 @@ def test_the_door_packs_and_sums_up(tmp_path: Path, door: Door) -> None:
         (["here/in", "--out", "here/new", "--layout", "none"], "none"),
     ],
 )
-def test_the_door_refuses_in_one_line_and_writes_nothing(
+def test_a_user_error_is_one_line_and_nothing_is_written(
     tmp_path: Path, door: Door, arguments: list[str], named: str
 ) -> None:
     write_official(tmp_path / "here" / "in")
@@ -57,13 +57,13 @@ def test_the_door_refuses_in_one_line_and_writes_nothing(
     assert sorted((tmp_path / "here").rglob("*")) == before
 
 
-def test_every_layout_is_shown_with_its_structure(door: Door) -> None:
+def test_layouts_lists_every_layout_with_its_structure(door: Door) -> None:
     lines = worked(door("pack", "--layouts")).splitlines()
     assert [line.split(maxsplit=1) for line in lines] == [[name, text] for name, text in KNOWN_LAYOUTS.items()]
 
 
 @pytest.mark.parametrize("name", ["pack", "verify"])
-def test_a_door_imports_nothing_heavy_before_its_flags_are_read(name: str) -> None:
+def test_the_command_imports_nothing_heavy_before_its_flags_are_read(name: str) -> None:
     heavy = ["numpy", "PIL", "rich", "torch", "matplotlib"]
     code = f"import sys, mnistm_dist.{name} as d\ntry: d.main(['--help'])\nexcept SystemExit: pass\n"
     code += f"print([m for m in {heavy} if m in sys.modules])"
@@ -121,7 +121,7 @@ def official(tmp_path_factory: pytest.TempPathFactory) -> Packed:
     return Packed(shards=shards, seconds=seconds, peak_kilobytes=int(done.stdout.split()[-1]))
 
 
-def test_the_official_set_is_known_by_its_sums(official: Packed) -> None:
+def test_the_official_set_has_the_known_hashes_counts_and_moments(official: Packed) -> None:
     manifest = official.shards.manifest
     assert (manifest.lineage, manifest.pixels_sha256) == ("official", OFFICIAL_PIXELS)
     train, val, test = manifest.splits.values()

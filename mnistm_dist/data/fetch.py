@@ -99,7 +99,8 @@ def fetch_file(file: RemoteFile, target: Path, report: Callable[[int], None]) ->
     if earlier:  # which may be what is wrong
         fetch_file(file, target, report)
     elif wrong < (file.size or 1):
-        raise UserError(f"{file.address}: it ends after {wrong:,} bytes of {file.size or 'an unknown number'}")
+        expected = f" of the expected {file.size:,}" if file.size else ""
+        raise UserError(f"{file.address}: it ends after {wrong:,} bytes{expected}")
     else:
         name, value = file.checksum or ("", "")
         raise UserError(f"{file.address}: its {name} is not the expected {value}: the server sends another file")
@@ -142,7 +143,7 @@ def _append(file: RemoteFile, partial: Path, report: Callable[[int], None]) -> N
     with explain_cache_errors(partial, file.size), partial.open("ab") as target:
         for piece in _read(file.address, file.size or _MAX_BYTES, start, file.size):
             if target.tell() == 0 and file.checksum is None and piece.lstrip()[:9].lower().startswith(_PAGES):
-                raise UserError(f"{file.address}: the server sends a page of text")
+                raise UserError(f"{file.address}: it sends a page of text")
             target.write(piece)
             report(len(piece))
     if start < _size(partial) < (file.size or 0):

@@ -2,9 +2,8 @@
 
     python -m mnistm_dist.verify shards/official
 
-Prints one line if the set is intact, and before it a line for each file that is truncated, changed, missing, extra (a
-tar or index that the manifest does not list) or foreign (any other file, which is harmless). Exit code 0: the set is
-intact; 2: it is not.
+Prints one line if the set is intact (exit code 0), otherwise a line for each file that is truncated, changed, missing
+or extra: a tar or index that the manifest does not list (exit code 2).
 """
 
 from __future__ import annotations
@@ -33,10 +32,9 @@ def main(argv: list[str]) -> int:
     count = sum(split.count for split in manifest.splits.values())
     with console.progress("verify", count, "images") as bar:
         findings = inspect(shards, bar)
-    for finding in findings:
-        if finding.status != OK:
-            console.line(f"{finding.status:<9} {finding.name}: {finding.detail}")
-    damaged = [finding for finding in findings if finding.damaged]
+    damaged = [finding for finding in findings if finding.status != OK]
+    for finding in damaged:
+        console.line(f"{finding.status:<9} {finding.name}: {finding.detail}")
     if damaged:
         first = damaged[0]
         raise UserError(

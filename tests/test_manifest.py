@@ -109,7 +109,7 @@ EDITS = {
     "image without size": (lambda value: value.update(image_size=[0, 32]), "image_size: 0"),
     "image too large": (lambda value: value.update(image_size=[32, 10**6]), "image_size: 1: .*1024"),
     "unknown field": (lambda value: value.update(extra=1), "extra: Extra inputs"),
-    "control characters": (lambda value: value.update(description="a\x1b[2Jb"), "printable"),
+    "control characters": (lambda value: value.update(description="a\x1b[2Jb"), "description: String should match"),
     "missing field": (lambda value: value.pop("seed"), "seed: Field required"),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -59,22 +60,20 @@ def test_all_damage_is_listed_at_once(folder: Path) -> None:
     cut_it(folder / "train-000000.tar")
     change_it(folder / "train-000001.tar")
     (folder / "train-000002.tar").rename(folder / "train-000003.tar")
-    (folder / "notes.txt").write_text("mine")
     found = {name: status for name, status in statuses(folder).items() if status != "ok"}
     assert found == {
         "train-000000.tar": "truncated",
         "train-000001.tar": "changed",
         "train-000002.tar": "missing",
         "train-000003.tar": "extra",
-        "notes.txt": "foreign",
     }
 
 
 def test_a_text_file_beside_the_shards_is_harmless_but_another_tar_is_not(folder: Path) -> None:
     (folder / "README.txt").write_text("where I got it")
-    assert not any(finding.damaged for finding in inspect(ShardSet.open(folder)))
+    assert set(statuses(folder).values()) == {"ok"}
     shutil.copy(folder / "train-000000.tar", folder / "train-000009.tar")
-    assert any(finding.damaged for finding in inspect(ShardSet.open(folder)))
+    assert statuses(folder)["train-000009.tar"] == "extra"
 
 
 def swap_labels(folder: Path) -> None:
@@ -152,29 +151,26 @@ def write_a_senseless_extended_header(folder: Path) -> None:
 
 
 FORGERIES = {
-    "label": (swap_labels, "train-000000.tar", "is not the label"),
-    "renamed member": (rename_member, "train-000000.tar", "which the index has here"),
-    "dropped sample": (drop_last_sample, "train-000000.tar", "the end instead of"),
-    "one member more": (append_a_member, "train-000000.tar", "is not in the index"),
-    "bytes after the end": (hide_bytes_after_the_end, "train-000000.tar", "does not end"),
-    "sparse label": (make_a_label_sparse, "train-000000.tar", "which the index has here"),
-    "label of a gigabyte": (make_a_label_a_gigabyte, "train-000000.tar", "is not the label"),
-    "extended header": (write_a_senseless_extended_header, "train-000000.tar", "cannot be read as a tar"),
-    "no tar": (no_tar, "train-000000.tar", "cannot be read as a tar"),
-    "key twice": (repeat_a_key, "val-000000.tar", "which the index has here"),
+    "label": (swap_labels, "train-000000.tar"),
+    "renamed member": (rename_member, "train-000000.tar"),
+    "dropped sample": (drop_last_sample, "train-000000.tar"),
+    "additional member": (append_a_member, "train-000000.tar"),
+    "bytes after the end": (hide_bytes_after_the_end, "train-000000.tar"),
+    "sparse label": (make_a_label_sparse, "train-000000.tar"),
+    "label of a gigabyte": (make_a_label_a_gigabyte, "train-000000.tar"),
+    "extended header": (write_a_senseless_extended_header, "train-000000.tar"),
+    "not a tar": (no_tar, "train-000000.tar"),
+    "repeated key": (repeat_a_key, "val-000000.tar"),
 }
 
 
-@pytest.mark.parametrize(("forge", "name", "named"), FORGERIES.values(), ids=FORGERIES)
-def test_a_forgery_with_a_matching_manifest_is_found(
-    folder: Path, forge: Callable[[Path], None], name: str, named: str
-) -> None:
+@pytest.mark.parametrize(("forge", "name"), FORGERIES.values(), ids=FORGERIES)
+def test_a_forgery_with_a_matching_manifest_is_found(folder: Path, forge: Callable[[Path], None], name: str) -> None:
     forge(folder)
     sign_files(folder)
-    found = {finding.name: finding for finding in inspect(ShardSet.open(folder)) if finding.damaged}
-    assert list(found) == [name]
-    assert found[name].status == "changed"
-    assert named in found[name].detail
+    (found,) = (finding for finding in inspect(ShardSet.open(folder)) if finding.status != "ok")
+    assert (found.name, found.status) == (name, "changed")
+    assert re.search(r"\.(png|cls) is not as the index says|does not end after its last member", found.detail)
 
 
 def swap_counts(value: dict[str, Any]) -> None:
@@ -195,7 +191,7 @@ LIES = {
 @pytest.mark.parametrize(("lie", "named"), LIES.values(), ids=LIES)
 def test_a_manifest_that_does_not_match_the_images_is_found(folder: Path, lie: Any, named: str) -> None:
     edit_manifest(folder, lie)
-    found = [finding for finding in inspect(ShardSet.open(folder)) if finding.damaged]
+    found = [finding for finding in inspect(ShardSet.open(folder)) if finding.status != "ok"]
     assert [finding.name for finding in found] == ["manifest.json"]
     assert named in found[0].detail
 
@@ -208,7 +204,7 @@ def test_a_broken_image_is_named(tmp_path: Path) -> None:
     data[512 : 512 + size] = bad.ljust(size, b"\0")[:size]
     path.write_bytes(data)
     sign_files(tmp_path / "set")
-    found = [finding for finding in inspect(ShardSet.open(tmp_path / "set")) if finding.damaged]
+    found = [finding for finding in inspect(ShardSet.open(tmp_path / "set")) if finding.status != "ok"]
     assert [finding.name for finding in found] == ["manifest.json"]
     assert ".png of val: a PNG of 8 bits, grey" in found[0].detail
 

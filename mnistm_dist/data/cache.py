@@ -13,8 +13,6 @@ Processes and jobs wait for one another at a lock file, never in a collective op
 however long one of them decodes.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -5,8 +5,6 @@
 2. `fetch_set`: the packed set at an address; `open_shards`: a packed set, in a folder or at an address.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib
 import io

@@ -5,8 +5,6 @@ is refused rather than converted: the shards keep PNG bytes as they are, and ano
 them differently.
 """
 
-from __future__ import annotations
-
 import io
 import os
 import stat

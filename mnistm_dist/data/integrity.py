@@ -4,8 +4,6 @@ A record of earlier checks saves hashing what has not changed. It trusts a file 
 as recorded; ctime also reveals a change by someone who restored mtime.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json
@@ -17,20 +15,20 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from mnistm_dist.data.manifest import REPAIR
+from pydantic import TypeAdapter, ValidationError
+
 from mnistm_dist.data.parallel import available_cores, thread_pool
 from mnistm_dist.data.progress import Progress
-from mnistm_dist.errors import UserError, os_error_reason
+from mnistm_dist.errors import os_error_reason
 from mnistm_dist.files import write_atomic
 
 OK, TRUNCATED, CHANGED, MISSING = "ok", "truncated", "changed", "missing"
 """Status of a file: as claimed, shorter than claimed, other bytes than claimed, not there."""
-EXTRA, FOREIGN = "extra", "foreign"
-"""Status of a file that the manifest does not list: one that looks like a part of the set, which counts as damage since
-a reader that takes all tars would take it too; and any other."""
+EXTRA = "extra"
+"""Status of a tar or index that the manifest does not list: a reader that takes all tars would take it too."""
 
-Record = dict[str, object]
-"""Absolute path -> `record_entry` of the file when it was last found to be as claimed."""
+Record = dict[str, tuple[list[int], str]]
+"""Absolute path -> stamp and sha256 of the file when it was last found to be as claimed."""
 _MIN_AGE_NS = 100_000_000
 """A file changed less than this before its check is not recorded: another change within the same tick of the clock
 would leave the same times."""
@@ -53,19 +51,14 @@ class Finding:
     name: str
     """File name."""
     status: str = OK
-    """`OK`, `TRUNCATED`, `CHANGED`, `MISSING`, `EXTRA` or `FOREIGN`."""
+    """`OK`, `TRUNCATED`, `CHANGED`, `MISSING` or `EXTRA`."""
     detail: str = ""
     """The reason, unless it is ok."""
     stamp: list[int] | None = None
     """`stamp_of` the file if it is ok and old enough to be recorded."""
 
-    @property
-    def damaged(self) -> bool:
-        """Whether the set is damaged by this finding alone."""
-        return self.status not in (OK, FOREIGN)
 
-
-def examine(claim: FileClaim, known: object = None) -> Finding:
+def examine(claim: FileClaim, known: tuple[list[int], str] | None = None) -> Finding:
     """Check one file. It is hashed unless ``known``, its entry of a record, still applies."""
     finding = partial(Finding, name=claim.path.name)
     try:
@@ -76,7 +69,7 @@ def examine(claim: FileClaim, known: object = None) -> Finding:
             status = TRUNCATED if state.st_size < claim.size else CHANGED
             return finding(status=status, detail=f"{state.st_size:,} bytes instead of {claim.size:,}")
         stamp = stamp_of(state)
-        if known == record_entry(stamp, claim.sha256):
+        if known == (stamp, claim.sha256):
             return finding(stamp=stamp)
         old_enough = time.time_ns() - state.st_ctime_ns > _MIN_AGE_NS
         with claim.path.open("rb", buffering=0) as file:
@@ -102,10 +95,10 @@ def find_damaged(
     with thread_pool(min(16, available_cores()), "hash") as pool:
         findings = pool.map(lambda claim: examine(claim, known.get(str(claim.path.absolute()))), claims)
         for claim, finding in zip(claims, findings, strict=True):
-            if finding.damaged:
+            if finding.status != OK:
                 yield claim, finding
             elif finding.stamp is not None:
-                verified[str(claim.path.absolute())] = record_entry(finding.stamp, claim.sha256)
+                verified[str(claim.path.absolute())] = (finding.stamp, claim.sha256)
             done += claim.size
             if progress is not None:
                 progress(done, total)
@@ -113,32 +106,17 @@ def find_damaged(
         save_record(record, {**known, **verified})
 
 
-def check_files(claims: list[FileClaim], *, record: Path | None, progress: Progress | None = None) -> None:
-    """Raise `UserError` naming the first file that is not as claimed and the number of others: see `find_damaged`."""
-    damaged = list(find_damaged(claims, record=record, progress=progress))
-    if damaged:
-        claim, finding = damaged[0]
-        others = f" ({len(damaged) - 1} more files are damaged)" if len(damaged) > 1 else ""
-        raise UserError(f"{claim.path}: {finding.status}: {finding.detail}{others}; {REPAIR}")
-
-
 def stamp_of(state: os.stat_result) -> list[int]:
     """Return what shows that a file has not changed: size, mtime, ctime and inode; a list, as JSON gives it back."""
     return [state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino]
 
 
-def record_entry(stamp: list[int], sha256: str) -> dict[str, object]:
-    """Return a file's entry in a record."""
-    return {"stamp": stamp, "sha256": sha256}
-
-
 def load_record(path: Path) -> Record:
     """Read a record; an unreadable one is empty."""
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        return TypeAdapter(Record).validate_json(path.read_bytes())
+    except (OSError, ValidationError):
         return {}
-    return value if isinstance(value, dict) else {}
 
 
 def save_record(path: Path, record: Record) -> None:

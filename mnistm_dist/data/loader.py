@@ -5,8 +5,6 @@
 3. `evaluation_batches`: a split in storage order, each image once over all ranks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import tee

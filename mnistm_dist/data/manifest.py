@@ -4,8 +4,6 @@
 allow: plain file names, counts that add up, and an identity that matches the content.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import reprlib
@@ -15,7 +13,6 @@ from typing import Annotated, Any, Self
 
 import numpy as np
 from pydantic import (
-    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -35,17 +32,14 @@ FORMAT_VERSION = 1
 """Version of the format. A reader accepts only its own."""
 PIXEL_GROUPS = {"train+val": ("train", "val"), "test": ("test",)}
 """The groups of splits whose pixels are hashed in key order, across the splits of a group."""
+MAX_KEY = 96
+"""Bytes; with its suffix it is the name of a tar's member, of 100 at most."""
 REPAIR = "copy the set again, or pack it again"
 """What to do about a damaged set: the end of an error message."""
 
 
-def _printable(text: str) -> str:
-    if not text.isprintable():
-        raise ValueError("must be one line of printable text")
-    return text
-
-
-Text = Annotated[str, AfterValidator(_printable)]
+Text = Annotated[str, Field(pattern=r"^[^\p{C}\p{Zl}\p{Zp}]*$")]
+"""One line without control characters."""
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$")]
 """A plain file name, which leads out of no folder."""
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -193,7 +187,7 @@ def open_index(path: Path, count: int) -> np.ndarray:
     """
     try:
         index = np.lib.format.open_memmap(path, mode="r")
-        if index.shape == (count,) and index.dtype == index_dtype(index.dtype["key"].itemsize):
+        if index.shape == (count,) and index.dtype == index_dtype(min(index.dtype["key"].itemsize, MAX_KEY)):
             return index
         reason = f"not an index of {count:,} samples"
     except UNREADABLE as error:

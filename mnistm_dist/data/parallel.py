@@ -1,7 +1,5 @@
 """Work in processes and threads: in order, with a bounded number of items in flight."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal

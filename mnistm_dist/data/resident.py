@@ -6,8 +6,6 @@
 3. Every process maps it. A second launch finds it: it only compares the stat of the shards and of the file.
 """
 
-from __future__ import annotations
-
 import hashlib
 import mmap
 from collections.abc import Iterable, Iterator
@@ -20,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mnistm_dist.data.cache import explain_cache_errors, require_free_space
-from mnistm_dist.data.integrity import FileClaim, examine, load_record, record_entry, save_record, stamp_of
+from mnistm_dist.data.integrity import OK, FileClaim, examine, load_record, save_record, stamp_of
 from mnistm_dist.data.order import Order
 from mnistm_dist.data.parallel import read_ahead, thread_pool
 from mnistm_dist.data.progress import Progress, stage
@@ -106,18 +104,17 @@ def open_resident(
 def _is_intact(path: Path, size: int, record: Path) -> bool:
     """Return whether a decoded file is there as it was written. It is hashed only if its stat has changed."""
     entry = load_record(record).get(str(path.absolute()))
-    if not isinstance(entry, dict):
+    if entry is None:
         return False
-    sha256 = str(entry.get("sha256"))
+    sha256 = entry[1]
     finding = examine(FileClaim(path=path, size=size, sha256=sha256), entry)
-    if finding.stamp is not None and finding.stamp != entry.get("stamp"):
+    if finding.stamp is not None and entry != (finding.stamp, sha256):
         _save_stamp(path, sha256, record)
-    return not finding.damaged
+    return finding.status == OK
 
 
 def _save_stamp(path: Path, sha256: str, record: Path) -> None:
-    entry = record_entry(stamp_of(path.stat()), sha256)
-    save_record(record, {**load_record(record), str(path.absolute()): entry})
+    save_record(record, {**load_record(record), str(path.absolute()): (stamp_of(path.stat()), sha256)})
 
 
 def _decode_to(path: Path, reader: SplitReader, workers: int, progress: Progress) -> str:

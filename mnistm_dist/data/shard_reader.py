@@ -4,12 +4,10 @@ Every file is checked before the first read (`ShardSet.check`); a shard that has
 it is next opened.
 """
 
-from __future__ import annotations
-
 import os
 import struct
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +18,7 @@ from torchvision.io import ImageReadMode
 
 from mnistm_dist.data.cache import cache_entry
 from mnistm_dist.data.image_io import decode_png
-from mnistm_dist.data.integrity import examine, stamp_of
+from mnistm_dist.data.integrity import OK, examine, stamp_of
 from mnistm_dist.data.manifest import REPAIR
 from mnistm_dist.data.progress import Progress
 from mnistm_dist.data.shards import Block, ShardSet
@@ -38,6 +36,8 @@ class SplitReader:
     split: str
     index: np.ndarray
     """The split's index, mapped: rows of `index_dtype`, (count,)."""
+    pin_memory: bool
+    """Whether images are decoded to page-locked memory, for asynchronous copies to a GPU."""
     stamps: list[list[int]] = field(repr=False)
     """`stamp_of` each shard when it was last known to be intact."""
 
@@ -64,13 +64,17 @@ class SplitReader:
         if stamp != self.stamps[shard]:
             claim = self.shards.files([self.split])[1 + shard]
             finding = examine(claim)
-            if finding.damaged:
+            if finding.status != OK:
                 raise UserError(f"{claim.path}: {finding.status} since the launch: {finding.detail}; {REPAIR}")
             self.stamps[shard] = stamp
 
-    def load(self, ids: np.ndarray, *, pin_memory: bool = False) -> Tensor:
-        """Read and decode samples: uint8 (n, H, W, 3). Raises `UserError`."""
-        images = torch.empty((len(ids), *self.image_shape), dtype=torch.uint8, pin_memory=pin_memory)
+    def empty(self, count: int) -> Tensor:
+        """Return memory for ``count`` images, uint8 (count, H, W, 3)."""
+        return torch.empty((count, *self.image_shape), dtype=torch.uint8, pin_memory=self.pin_memory)
+
+    def load(self, ids: np.ndarray) -> Tensor:
+        """Read and decode samples, int64 (n,), to uint8 (n, H, W, 3). Raises `UserError`."""
+        images = self.empty(len(ids))
         self.decode(self.read(ids), np.arange(len(ids)), images)
         return images
 
@@ -95,11 +99,8 @@ class SplitReader:
         for row, (offset, size, plain) in enumerate(spans):
             png = data[offset : offset + size]
             image = None
-            if plain:
-                try:
-                    image = decode(png, mode, False)
-                except RuntimeError:
-                    image = None  # a broken PNG: decode_png below names it
+            with suppress(RuntimeError):  # for a broken PNG, which decode_png below names
+                image = decode(png, mode, False) if plain else None
             if image is None or image.shape != shape or image.dtype != torch.uint8:
                 pixels = decode_png(png.numpy().tobytes(), self.origin(int(block.ids[places[row]])), (height, width))
                 image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
@@ -135,7 +136,9 @@ def set_entry(cache_dir: Path, shards: ShardSet) -> AbstractContextManager[Path]
     return cache_entry(cache_dir, "sets", identity[:16], about)
 
 
-def open_split(shards: ShardSet, split: str, *, record: Path | None, progress: Progress | None = None) -> SplitReader:
+def open_split(
+    shards: ShardSet, split: str, *, record: Path, pin_memory: bool = False, progress: Progress | None = None
+) -> SplitReader:
     """Check every file of a split and open it for reading; ``record`` as in `ShardSet.check`.
 
     ``progress(done, total)`` counts images whose bytes are known to be intact. Raises `UserError` naming the first file
@@ -151,4 +154,4 @@ def open_split(shards: ShardSet, split: str, *, record: Path | None, progress: P
             progress(done * count // max(1, total), count)
 
     shards.check([split], record=record, progress=report)
-    return SplitReader(shards=shards, split=split, index=shards.index(split), stamps=stamps)
+    return SplitReader(shards=shards, split=split, index=shards.index(split), pin_memory=pin_memory, stamps=stamps)

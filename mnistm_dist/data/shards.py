@@ -5,10 +5,8 @@ its place in storage order within its split: shards in the manifest's order, sam
 Everything downstream uses that id. ``data/packing`` writes such a folder; ``shards/README.md`` documents it.
 """
 
-from __future__ import annotations
-
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -16,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mnistm_dist.data.integrity import FileClaim, check_files
+from mnistm_dist.data.integrity import FileClaim, find_damaged
 from mnistm_dist.data.manifest import MANIFEST_NAME, REPAIR, Manifest, SetFile, Split, open_index, parse
 from mnistm_dist.data.progress import Progress
 from mnistm_dist.errors import UserError, os_error_reason
@@ -49,7 +47,7 @@ class ShardSet:
     manifest: Manifest
 
     @staticmethod
-    def open(path: str | Path) -> ShardSet:
+    def open(path: str | Path) -> "ShardSet":
         """Read and validate the manifest of the set in the folder ``path``; no shard is opened. Raises `UserError`."""
         root = Path(path)
         where = root / MANIFEST_NAME
@@ -75,13 +73,9 @@ class ShardSet:
         entry = self.split(split)
         return open_index(self.root / entry.index.name, entry.count)
 
-    def keys(self, split: str, ids: Iterable[int] | np.ndarray) -> list[str]:
-        """Return the keys of the samples ``ids``, in their order. Raises `IndexError` for an id that does not exist."""
-        keys = self.index(split)["key"][_as_ids(ids, self.split(split))].tolist()
-        try:
-            return [key.decode("ascii") for key in keys]
-        except UnicodeDecodeError as error:
-            raise self.bad_index(split, "has keys that are not ASCII") from error
+    def keys(self, split: str, ids: Sequence[int] | np.ndarray) -> list[str]:
+        """Return the keys of the samples ``ids``, in their order."""
+        return [key.decode("ascii", "backslashreplace") for key in self.index(split)["key"][_as_ids(ids)].tolist()]
 
     def labels(self, split: str, rows: np.ndarray | None = None) -> np.ndarray:
         """Return the labels of the rows of the index (all by default), int64 (n,). Raises `UserError` for one that is
@@ -91,13 +85,12 @@ class ShardSet:
             raise self.bad_index(split, "has labels that are not classes")
         return labels
 
-    def read(self, split: str, ids: Iterable[int] | np.ndarray) -> list[bytes]:
+    def read(self, split: str, ids: Sequence[int] | np.ndarray) -> list[bytes]:
         """Return the PNGs of the samples ``ids``, in their order; each of their shards is opened once.
 
-        Raises `UserError` naming a shard that is missing or not of the manifest's size, `IndexError` for an id that
-        does not exist.
+        Raises `UserError` naming a shard that is missing or not of the manifest's size.
         """
-        unique, places = np.unique(_as_ids(ids, self.split(split)), return_inverse=True)
+        unique, places = np.unique(_as_ids(ids), return_inverse=True)
         block = self.read_block(split, unique, self.index(split))
         return list(map(block.png, places.tolist()))
 
@@ -115,16 +108,16 @@ class ShardSet:
         limits = np.array([entry.shards[number].size for number in numbers], dtype=np.int64)[inverse]
         rows = index[ids]
         offsets, sizes = rows["offset"].astype(np.int64), rows["size"].astype(np.int64)
-        # In this order, no sum can exceed an int64.
-        if ((offsets < 0) | (sizes < 1) | (sizes > limits) | (offsets > limits - sizes)).any():
-            raise self.bad_index(split, "does not fit its shards")
         neighbours = (np.diff(ids) == 1) & (np.diff(shard_of) == 0)
-        if (neighbours & (offsets[1:] < (offsets + sizes)[:-1])).any():
+        # A sum that exceeds an int64 becomes negative.
+        ends = offsets + sizes
+        apart = ~neighbours | (offsets[1:] >= ends[:-1])
+        if not (apart.all() and ((offsets >= 0) & (sizes > 0) & (ends > 0) & (ends <= limits)).all()):
             raise self.bad_index(split, "does not fit its shards")
         # Where a run of neighbours starts, and at the end the number of ids; without ids there is no run.
         edges = np.flatnonzero(np.concatenate([[True], ~neighbours, [True]])[: len(ids) + 1])
         firsts, lasts = edges[:-1], edges[1:] - 1
-        lengths = offsets[lasts] + sizes[lasts] - offsets[firsts]
+        lengths = ends[lasts] - offsets[firsts]
         starts = np.cumsum(lengths) - lengths
         data = np.empty(lengths.sum(), dtype=np.uint8)
         spans = zip(shard_of[firsts].tolist(), offsets[firsts].tolist(), starts.tolist(), lengths.tolist(), strict=True)
@@ -165,18 +158,19 @@ class ShardSet:
         ``record`` is a JSON file of earlier checks; None hashes everything. ``progress(done, total)`` counts bytes.
         Raises `UserError` naming the first file that is missing, truncated or changed.
         """
-        check_files(self.files(splits), record=record, progress=progress)
+        damaged = list(find_damaged(self.files(splits), record=record, progress=progress))
+        if damaged:
+            claim, finding = damaged[0]
+            others = f" ({len(damaged) - 1} more files are damaged)" if len(damaged) > 1 else ""
+            raise UserError(f"{claim.path}: {finding.status}: {finding.detail}{others}; {REPAIR}")
 
     def bad_index(self, split: str, what: str) -> UserError:
         """Return the error that the split's index is damaged."""
         return UserError(f"{self.root / self.split(split).index.name}: {what}; {REPAIR}")
 
 
-def _as_ids(ids: Iterable[int] | np.ndarray, split: Split) -> np.ndarray:
-    wanted = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), dtype=np.int64)
-    if wanted.size and (wanted.min() < 0 or wanted.max() >= split.count):
-        raise IndexError(f"ids of {split.name} are 0 to {split.count - 1}")
-    return wanted
+def _as_ids(ids: Sequence[int] | np.ndarray) -> np.ndarray:
+    return np.asarray(ids, dtype=np.int64)
 
 
 def _read_into(descriptor: int, target: memoryview, offset: int) -> None:

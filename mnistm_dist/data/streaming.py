@@ -11,8 +11,6 @@ the threads: they fill places that the order decides. There are no worker proces
 leave behind; the decoder runs without the interpreter's lock.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -54,12 +52,12 @@ class Streaming:
 
     def gather(self, ids: np.ndarray) -> tuple[Tensor, Tensor]:
         """Return images uint8 (n, H, W, 3) and labels int64 (n,) of the samples ``ids``, int64 (n,), in their order."""
-        return self._deliver(self._load(ids), ids)
+        return self._deliver(self.reader.load(ids), ids)
 
     def iter_batches(self, ids: Iterable[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield `gather` of one array of ids after another, read and decoded ahead."""
         with thread_pool(self.workers, "stream") as pool:
-            tasks = ((wanted, pool.submit(self._load, wanted)) for wanted in ids)
+            tasks = ((wanted, pool.submit(self.reader.load, wanted)) for wanted in ids)
             for wanted, images in read_ahead(tasks, lambda _: max(_STEPS_AHEAD, self.workers)):
                 yield self._deliver(images.result(), wanted)
 
@@ -91,13 +89,13 @@ class Streaming:
                 yield self._deliver(images, ids)
 
     def _start(
-        self, windows: _Windows, decoding: ThreadPoolExecutor, at: OrderPositions, first: int, count: int
+        self, windows: "_Windows", decoding: ThreadPoolExecutor, at: OrderPositions, first: int, count: int
     ) -> tuple[Tensor, list[Future[None]]]:
         """Start to decode ``count`` images of a step, those of ``at`` from ``first`` on.
 
         Return the images, which are complete when all tasks are done, and the tasks.
         """
-        images = torch.empty((count, *self.reader.image_shape), dtype=torch.uint8, pin_memory=self._pinned)
+        images = self.reader.empty(count)
         rows = slice(first, first + count)
         # Within a step, the positions of a stream are neighbours, and so are those of a window.
         changes = np.flatnonzero(np.diff(at.streams[rows]) | np.diff(at.epochs[rows]) | np.diff(at.windows[rows])) + 1
@@ -111,13 +109,6 @@ class Streaming:
                 self.reader.decode(block.result(), at.places[first + start : first + stop], images[start:stop])
 
         return images, [decoding.submit(decode, part) for part in parts]
-
-    @property
-    def _pinned(self) -> bool:
-        return self.device.type == "cuda"
-
-    def _load(self, ids: np.ndarray) -> Tensor:
-        return self.reader.load(ids, pin_memory=self._pinned)
 
     def _deliver(self, images: Tensor, ids: np.ndarray) -> tuple[Tensor, Tensor]:
         labels = torch.from_numpy(self.reader.labels(ids))
@@ -170,6 +161,8 @@ def open_streaming(
     ``progress(done, total)`` counts images whose shards are known to be intact. Raises `UserError` naming a shard that
     is missing, truncated or changed, or a cache folder that cannot be written: it has the record of the checks.
     """
+    device = torch.device(device)
     with set_entry(cache_dir, shards) as folder:
-        reader = open_split(shards, split, record=folder / "checked.json", progress=progress)
-    return Streaming(reader=reader, device=torch.device(device), workers=workers)
+        record, pin = folder / "checked.json", device.type == "cuda"
+        reader = open_split(shards, split, record=record, pin_memory=pin, progress=progress)
+    return Streaming(reader=reader, device=device, workers=workers)

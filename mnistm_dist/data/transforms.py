@@ -4,8 +4,6 @@ Every random number comes from (seed, position), so an image is augmented in the
 micro-batch, after any restart.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """The splits of a packed set and the keys of its images, from the counts of the source alone."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -4,8 +4,6 @@ A source yields its images in the order that is cheapest for it; a set is hashed
 order. With the spool, packing needs some 20 bytes of memory per image and holds no image.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import os
 from collections.abc import Iterator
@@ -45,6 +43,7 @@ class Spool:
         `Source.samples` does, and if the disk is full.
         """
         total, offset, first = sum(self._source.counts.values()), 0, ""
+        pending: list[bytes] = []
         for done, sample in enumerate(_with_pngs(self._source.samples(), total), start=1):
             assert sample.png is not None
             size = png_size(sample.png, sample.origin)
@@ -57,12 +56,18 @@ class Spool:
                 )
             origin = sample.origin.encode("utf-8", "surrogateescape")[:65_535]
             self.places[sample.split][sample.index] = (offset, len(sample.png), len(origin), sample.label)
-            with explain_os_errors(self._path):
-                offset += self._file.write(sample.png) + self._file.write(origin)
+            offset += len(sample.png) + len(origin)
+            pending += [sample.png, origin]
             if done % _CHUNK == 0 or done == total:
+                with explain_os_errors(self._path):
+                    self._write(b"".join(pending))
+                pending.clear()
                 progress(done, total)
-        with explain_os_errors(self._path):
-            self._file.flush()
+
+    def _write(self, data: bytes) -> None:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[self._file.write(rest) :]
 
     def read(self, split: str, index: int) -> tuple[bytes, str]:
         """Return the PNG of one image of a source's split, and its origin."""
@@ -84,12 +89,10 @@ def _with_pngs(samples: Iterator[Sample], count: int) -> Iterator[Sample]:
 
 
 def _encode(samples: list[Sample]) -> list[Sample]:
-    return [sample if sample.png is not None else _encode_one(sample) for sample in samples]
+    return [sample if sample.pixels is None else _encode_one(sample, sample.pixels) for sample in samples]
 
 
-def _encode_one(sample: Sample) -> Sample:
-    pixels = sample.pixels
-    assert pixels is not None
+def _encode_one(sample: Sample, pixels: np.ndarray) -> Sample:
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
         raise UserError(f"{sample.origin}: {pixels.dtype} {pixels.shape}; accepted is uint8 (height, width, 3)")
     return dataclasses.replace(sample, png=encode_png(pixels), pixels=None)

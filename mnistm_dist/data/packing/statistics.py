@@ -4,12 +4,11 @@ The official hashes are of the archive of Ganin and Lempitsky (``mnist_m.tar.gz`
 file names, and of its two label files. They do not depend on the encoding of the images or on the layout.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby, islice
 
 import numpy as np
 
@@ -28,8 +27,8 @@ OFFICIAL_LABELS = {
     "test": "2e8124bc2a92b483930141f677e09cb1c5a3fe99504e05fe59877d92766d7d61",
 }
 """sha256 of ``mnist_m_train_labels.txt`` and ``mnist_m_test_labels.txt``."""
-_CHUNK_BYTES = 1 << 20
-"""PNGs and pixels per decoding task: some 200 images of MNIST-M."""
+_CHUNK_BYTES = 1 << 19
+"""Pixels per decoding task: some 170 images of MNIST-M."""
 
 Channels = tuple[float, float, float]
 
@@ -68,7 +67,7 @@ def measure_pixels(
     splits: dict[str, hashlib._Hash] = {}
     histograms: dict[str, np.ndarray] = {}
     done = 0
-    tasks = ((chunk, size) for chunk in _chunks(images, 3 * size[0] * size[1]))
+    tasks = ((chunk, size) for chunk in _chunks(images, max(1, _CHUNK_BYTES // (3 * size[0] * size[1]))))
     for split, pixels, histogram in ordered_map(_decode_chunk, tasks, workers=workers_for(count)):
         group = next(name for name, members in PIXEL_GROUPS.items() if split in members)
         for name, hashes in ((group, groups), (split, splits)):
@@ -104,18 +103,11 @@ def moments_of(histogram: np.ndarray) -> tuple[Channels, Channels]:
     return (means[0], means[1], means[2]), (stds[0], stds[1], stds[2])
 
 
-def _chunks(images: Iterable[Encoded], pixel_bytes: int) -> Iterator[list[Encoded]]:
-    """Group the images into lists, each of one split and of bounded size, encoded and decoded bytes together."""
-    chunk: list[Encoded] = []
-    held = 0
-    for image in images:
-        if chunk and (image.split != chunk[0].split or held >= _CHUNK_BYTES):
+def _chunks(images: Iterable[Encoded], count: int) -> Iterator[list[Encoded]]:
+    """Yield lists of up to ``count`` images of one split."""
+    for _, group in groupby(images, key=lambda image: image.split):
+        while chunk := list(islice(group, count)):
             yield chunk
-            chunk, held = [], 0
-        chunk.append(image)
-        held += len(image.png) + pixel_bytes
-    if chunk:
-        yield chunk
 
 
 def _decode_chunk(task: tuple[list[Encoded], tuple[int, int]]) -> tuple[str, np.ndarray, np.ndarray]:

@@ -7,7 +7,7 @@ it is next opened.
 import os
 import struct
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -99,8 +99,11 @@ class SplitReader:
         for row, (offset, size, plain) in enumerate(spans):
             png = data[offset : offset + size]
             image = None
-            with suppress(RuntimeError):  # for a broken PNG, which decode_png below names
-                image = decode(png, mode, False) if plain else None
+            if plain:
+                try:
+                    image = decode(png, mode, False)
+                except RuntimeError:
+                    image = None  # a broken PNG: decode_png below names it
             if image is None or image.shape != shape or image.dtype != torch.uint8:
                 pixels = decode_png(png.numpy().tobytes(), self.origin(int(block.ids[places[row]])), (height, width))
                 image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)

@@ -124,22 +124,19 @@ class _Windows:
 
     def get(self, at: OrderPositions, last: int) -> Future[Block]:
         """Return the window of the ``last`` position in ``at``; earlier windows of its stream are dropped."""
-        epoch, stream, number = int(at.epochs[last]), int(at.streams[last]), int(at.windows[last])
-        window, size = (epoch, number), self._order.window
-        held = self._held.setdefault(stream, {})
-        for old in [key for key in held if key < window]:
-            del held[old]
-        if window not in held:
-            held[window] = self._read(self._order.window_ids(epoch, stream, number))
+        stream, window = int(at.streams[last]), (int(at.epochs[last]), int(at.windows[last]))
+        held = {key: block for key, block in self._held.get(stream, {}).items() if key >= window}
+        self._held[stream], wanted, size = held, [window], self._order.window
         # Streams reach the end of their windows at the same time: spread their next reads over the second half.
         due = (0.5 + 0.4 * stream / self._order.streams) * size
-        if int(at.clocks[last]) >= min(due, int(at.counts[last]) - number * size - 1):
-            following = self._after(epoch, stream, number)
-            if following not in held:
-                held[following] = self._read(self._order.window_ids(following[0], stream, following[1]))
+        if int(at.clocks[last]) >= min(due, int(at.counts[last]) - window[1] * size - 1):
+            wanted.append(self._after(stream, *window))
+        for epoch, number in wanted:
+            if (epoch, number) not in held:
+                held[epoch, number] = self._read(self._order.window_ids(epoch, stream, number))
         return held[window]
 
-    def _after(self, epoch: int, stream: int, number: int) -> _Window:
+    def _after(self, stream: int, epoch: int, number: int) -> _Window:
         number += 1
         # If a step is longer than an epoch, a stream may have no part in an epoch.
         while number >= self._order.windows_of(epoch, stream):

@@ -94,7 +94,7 @@ EDITS = {
     "hash too short": (lambda value: value["pixels_sha256"].update(test="0" * 63), "pixels_sha256: test"),
     "no pixel hash of test": (lambda value: value["pixels_sha256"].pop("test"), r"keys train\+val, test"),
     "count of a shard": (lambda value: shard(value).update(count=shard(value)["count"] + 1), "do not add up"),
-    "negative size": (lambda value: shard(value).update(size=-1), "greater than or equal to 0"),
+    "negative size": (lambda value: shard(value).update(size=-1), "greater than or equal to 1"),
     "size beyond 64 bits": (lambda value: shard(value).update(size=2**63), "less than"),
     "float count": (lambda value: val(value).update(count=2.0), "integer"),
     "shards as object": (lambda value: val(value).update(shards={}), "valid tuple"),

@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps
 from PIL.PngImagePlugin import PngImageFile
 
-from mnistm_dist.data.decode_errors import UNREADABLE
-from mnistm_dist.errors import UserError, os_error_reason
+from mnistm_dist.data.decode_errors import explain_decode_errors
+from mnistm_dist.errors import UserError
 
 MAX_SIDE = 1024
 """Largest accepted height and width, pixels: a larger header is refused before anything is decompressed."""
@@ -90,15 +90,13 @@ def decode_png(data: bytes, origin: str, size: tuple[int, int] | None = None) ->
             f"{origin}: {found[0]} x {found[1]} pixels instead of {size[0]} x {size[1]}: all images of a set have one "
             "size"
         )
-    try:
+    with explain_decode_errors(origin, "an 8-bit RGB PNG"):
         # The plugin itself: Image.open spends a tenth of the time on finding it.
         image = PngImageFile(io.BytesIO(data))
         # A second header may announce more than any memory holds.
         if image.mode != "RGB" or image.size != found[::-1]:
             raise ValueError(f"decoded to {image.mode} {image.size}")
         pixels = np.frombuffer(image.tobytes(), dtype=np.uint8)
-    except UNREADABLE as error:
-        raise UserError(f"{origin}: a broken PNG: {error} ({_ADVICE})") from error
     return pixels.reshape(*found, 3)
 
 
@@ -144,17 +142,11 @@ def find_pictures(paths: Iterable[str | Path], complain: Callable[[str], None]) 
 
 def read_picture(path: str | Path) -> np.ndarray:
     """Read an image file as `to_rgb` does. Raises `UserError`, naming the file, if it is missing or cannot be read."""
-    try:
+    with explain_decode_errors(path, f"a picture of {', '.join(FORMATS)}"):
         if not stat.S_ISREG(Path(path).stat().st_mode):
             raise UserError(f"{path}: not a file")
         with Image.open(path, formats=formats_here()) as image:
             return to_rgb(image, str(path))
-    except UserError:
-        raise
-    except UnidentifiedImageError as error:
-        raise UserError(f"{path}: not a picture; accepted formats are {', '.join(FORMATS)}") from error
-    except UNREADABLE as error:
-        raise UserError(f"{path}: cannot be read as a picture ({os_error_reason(error)})") from error
 
 
 def formats_here() -> list[str]:

@@ -22,10 +22,10 @@ from pydantic import (
     model_validator,
 )
 
-from mnistm_dist.data.decode_errors import UNREADABLE
+from mnistm_dist.data.decode_errors import explain_decode_errors
 from mnistm_dist.data.image_io import MAX_SIDE
 from mnistm_dist.data.sources.base import SPLITS
-from mnistm_dist.errors import UserError
+from mnistm_dist.errors import UserError, escape_control
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
@@ -44,6 +44,7 @@ FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$")]
 """A plain file name, which leads out of no folder."""
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
+Size = Annotated[int, Field(strict=True, ge=1, lt=2**63)]
 Side = Annotated[int, Field(strict=True, ge=1, le=MAX_SIDE)]
 Fraction = Annotated[float, Field(strict=True, ge=0, le=1)]
 Channels = tuple[Fraction, Fraction, Fraction]
@@ -58,7 +59,7 @@ class SetFile(_Model):
 
     name: FileName
     """File name within the set's folder."""
-    size: Count
+    size: Size
     """Bytes."""
     sha256: Sha256
 
@@ -167,7 +168,7 @@ def parse(data: bytes, where: str) -> Manifest:
         manifest = Manifest.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ": ".join([where, *(str(key)[:60] for key in first["loc"])])
+        place = ": ".join([where, *(escape_control(str(key))[:60] for key in first["loc"])])
         found = "" if isinstance(first["input"], dict) else f", found {reprlib.repr(first['input'])}"
         raise UserError(f"{place}: {first['msg'].removeprefix('Value error, ')}{found}; {REPAIR}") from error
     if identity != manifest.identity:
@@ -185,11 +186,8 @@ def open_index(path: Path, count: int) -> np.ndarray:
 
     Raises `UserError` if the file cannot be read or is not such an index. The values of the rows are not checked.
     """
-    try:
+    with explain_decode_errors(path, f"an index of {count:,} samples"):
         index = np.lib.format.open_memmap(path, mode="r")
         if index.shape == (count,) and index.dtype == index_dtype(min(index.dtype["key"].itemsize, MAX_KEY)):
             return index
-        reason = f"not an index of {count:,} samples"
-    except UNREADABLE as error:
-        reason = f"cannot be read ({error})"
-    raise UserError(f"{path}: {reason}; {REPAIR}")
+        raise ValueError(f"{index.dtype} {index.shape}")

@@ -95,10 +95,10 @@ def main(
         raise UserError("--out: none is named; name the new folder of the packed set")
 
     from mnistm_dist.data.cache import choose_cache_dir
-    from mnistm_dist.data.packing.staging import refuse_existing
     from mnistm_dist.data.packing.writer import pack
     from mnistm_dist.data.sources.catalog import open_source
     from mnistm_dist.data.sources.download import download as fetch
+    from mnistm_dist.files import refuse_existing
     from mnistm_dist.reporting.console import Console
 
     refuse_existing(target.out)  # before anything long begins

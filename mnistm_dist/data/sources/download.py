@@ -2,7 +2,7 @@
 
 1. A file in the cache is used if its size and checksum are right.
 2. Otherwise `fetch.py` downloads it, continues after a lost connection, and checks it.
-3. `pack` proves that a set is the official one, by the checksum of its pixels (`packing/lineage.py`).
+3. `pack` proves that a set is the official one, by the checksum of its pixels (`packing/statistics.py`).
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import hashlib
 import io
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from mnistm_dist.data import fetch as transfer
-from mnistm_dist.data.cache import entry_lock, make_entry
+from mnistm_dist.data.cache import cache_entry
 from mnistm_dist.data.fetch import RemoteFile
 from mnistm_dist.data.progress import Progress
 from mnistm_dist.errors import UserError
@@ -56,8 +56,7 @@ def fetch_mnist(cache_dir: Path) -> Path:
     """
     from torchvision.datasets import MNIST
 
-    with entry_lock(cache_dir, _KIND, "mnist"):
-        folder = make_entry(cache_dir, _KIND, "mnist", {"source": "MNIST, by torchvision"})
+    with cache_entry(cache_dir, _KIND, "mnist", {"source": "MNIST, by torchvision"}) as folder:
         try:
             # torchvision prints its progress and each mirror's failure.
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -81,21 +80,16 @@ def _fetch_copy(publisher: str, copy: Copy, cache_dir: Path, progress: Progress 
     sizes = [file.size or 0 for file in copy.values()]
     total, done = sum(sizes) if all(sizes) else 0, 0
 
-    def tell(count: int) -> None:
+    def report(count: int) -> None:
         nonlocal done
         done += count
         if progress is not None:
             progress(done, total)
 
     entry = hashlib.sha256(publisher.encode()).hexdigest()[:16]
-    with entry_lock(cache_dir, _KIND, entry):
-        folder = make_entry(cache_dir, _KIND, entry, {"source": publisher})
+    with cache_entry(cache_dir, _KIND, entry, {"source": publisher}) as folder:
         for name, file in copy.items():
-            target = folder / name
-            if target.exists() and transfer.is_right(file, target):
-                tell(target.stat().st_size)
-            else:
-                transfer.download(transfer.Server(urlsplit(file.address).scheme), file, target, tell)
+            transfer.fetch_file(file, folder / name, report)
     return folder / next(iter(copy)) if len(copy) == 1 else folder
 
 

@@ -37,7 +37,7 @@ from benchmarks.measure import (
 from benchmarks.options import Loader
 from mnistm_dist.config import DataConfig, StepsConfig
 from mnistm_dist.data.loader import train_batches
-from mnistm_dist.data.order_choice import auto_streams, create_order
+from mnistm_dist.data.order import auto_streams, create_order
 from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.data.transforms import Preprocess
 

@@ -25,9 +25,9 @@ from rich.table import Table
 from benchmarks.options import SAMPLE, Options, Rounds, Training
 from mnistm_dist import config as configuration
 from mnistm_dist.config import Config, DataConfig
+from mnistm_dist.data.fetch import open_shards
 from mnistm_dist.data.loader import Reader, open_reader
 from mnistm_dist.data.manifest import Manifest
-from mnistm_dist.data.order_choice import open_shards
 from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.errors import UserError
 from mnistm_dist.training.environment import PACKAGES, processor

@@ -1,11 +1,13 @@
 """Small packed sets of real MNIST-M, and the package's doors run as a person runs them."""
 
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from packed_sets import tiny_source
 from processes import Command, Started
 
 from mnistm_dist.data.packing.writer import pack
@@ -49,6 +51,20 @@ def small_set(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("shards") / "small"
     pack(part_of_the_sample({"train": TRAIN, "val": VAL, "test": TEST}), out, num_shards=8)
     return out
+
+
+@pytest.fixture(scope="session")
+def tiny_set(tmp_path_factory) -> Path:
+    """A packed set of 21 + 2 + 7 images of noise in 3 + 1 + 1 shards; read only."""
+    out = tmp_path_factory.mktemp("tiny") / "set"
+    pack(tiny_source(), out, num_shards=3)
+    return out
+
+
+@pytest.fixture
+def tiny_copy(tiny_set, tmp_path) -> Path:
+    """A copy of `tiny_set` that a test may change."""
+    return Path(shutil.copytree(tiny_set, tmp_path / "set"))
 
 
 @pytest.fixture(scope="session")

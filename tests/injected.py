@@ -92,7 +92,7 @@ FAULT, RANK, PHASE = "FAULT", "FAULT_RANK", "FAULT_PHASE"
 
 PHASES: dict[str, tuple[Any, str, int]] = {
     "opening": (resident, "set_entry", 1),
-    "decoding": (resident, "_write_card", 1),
+    "decoding": (resident, "_save_stamp", 1),
     "training": (loop, "train_step", 9),
     "saving": (checkpoint, "_digest", 3),
     "evaluating": (evaluation, "_predict", 1),

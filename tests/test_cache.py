@@ -18,7 +18,7 @@ from processes import server
 
 from mnistm_dist import cache
 from mnistm_dist.data import resident as resident_module
-from mnistm_dist.data.cache import choose_cache_dir, entries, entry_lock
+from mnistm_dist.data.cache import cache_entry, choose_cache_dir, entries
 from mnistm_dist.data.packing.writer import pack
 from mnistm_dist.data.resident import Resident, open_resident
 from mnistm_dist.data.shards import ShardSet
@@ -224,7 +224,7 @@ def test_the_command_lists_and_clears(here, small_set, tmp_path):
     assert "nowhere: no such entry" in refused(here(cache.main, "clear", "nowhere", "--cache-dir", cache_dir))
     assert "removed 1 entries" in worked(here(cache.main, "clear", rows[1]["name"][:8], "--cache-dir", cache_dir))
     assert [entry.about["source"] for entry in entries(cache_dir)] == [str(tmp_path / "set")]
-    with entry_lock(cache_dir, "sets", rows[0]["name"]):
+    with cache_entry(cache_dir, "sets", rows[0]["name"], {"source": str(tmp_path / "set")}):
         assert "a process is writing it" in refused(here(cache.main, "clear", "--cache-dir", cache_dir))
     assert "removed 1 entries" in worked(here(cache.main, "clear", "--cache-dir", cache_dir))
     assert not entries(cache_dir)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 from packed_sets import tiny_source
 from run_folders import write_run
@@ -13,7 +12,6 @@ from run_folders import write_run
 from mnistm_dist import __version__
 from mnistm_dist.data.packing.writer import pack
 from mnistm_dist.data.shards import ShardSet
-from mnistm_dist.data.sources.arrays import check_images
 from mnistm_dist.errors import EXIT_USER_ERROR, UserError, run_cli
 from mnistm_dist.report import main as report
 from mnistm_dist.reporting.predictions import read_predictions
@@ -143,11 +141,6 @@ def test_an_index_with_keys_that_are_no_text_is_refused(tmp_path: Path) -> None:
     index.write_bytes(data)
     with pytest.raises(UserError, match=r"train\.index\.npy: it holds keys that are no ASCII"):
         ShardSet.open(tmp_path / "set").keys("train", range(8))
-
-
-def test_images_of_no_height_are_refused() -> None:
-    with pytest.raises(UserError, match="accepted are images"):
-        check_images("here", (6, 0, 8, 3), np.dtype(np.uint8))
 
 
 def test_a_path_that_cannot_be_looked_at_is_one_line_that_no_terminal_obeys(capsys: pytest.CaptureFixture[str]) -> None:

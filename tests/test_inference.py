@@ -78,7 +78,7 @@ def test_no_picture_is_no_row(model):
         (np.zeros((28, 28), np.uint8), "uint8 (28,)"),
         (np.zeros((0, 28, 3), np.uint8), "uint8 (0, 28, 3)"),
         ([np.zeros((28, 28, 3), np.uint8), None], "image 1: found NoneType"),
-        (["nowhere.png"], "nowhere.png: no such file"),
+        (["nowhere.png"], "nowhere.png: cannot be read (No such file"),
     ],
 )
 def test_what_is_no_picture_is_named(model, picture, found):

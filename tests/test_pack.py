@@ -19,9 +19,9 @@ from packed_sets import ARCHIVE, names_in, write_official
 from trained_run import Here
 
 from mnistm_dist import pack
-from mnistm_dist.data.packing.lineage import OFFICIAL_PIXELS
+from mnistm_dist.data.packing.statistics import OFFICIAL_PIXELS
 from mnistm_dist.data.shards import ShardSet
-from mnistm_dist.data.sources.detect import KNOWN_LAYOUTS
+from mnistm_dist.data.sources.catalog import KNOWN_LAYOUTS
 
 pytest_plugins = ["trained_run"]
 ROOT = Path(__file__).resolve().parents[1]

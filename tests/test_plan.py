@@ -12,8 +12,9 @@ from PIL import Image
 
 from mnistm_dist import config as configuration
 from mnistm_dist import plan
+from mnistm_dist.data.fetch import open_shards
 from mnistm_dist.data.loader import open_reader, train_batches
-from mnistm_dist.data.order_choice import choose_reading, create_order, open_shards
+from mnistm_dist.data.order import choose_reading, create_order
 
 pytest_plugins = ["trained_run"]
 

@@ -134,7 +134,7 @@ def test_a_reader_that_closes_the_pipe_is_no_error(trained_run, val, environment
     ("arguments", "named"),
     [
         (["nowhere", "VAL"], "nowhere: not a run folder"),
-        (["RUN", "nowhere.png"], "nowhere.png: no such file"),
+        (["RUN", "nowhere.png"], "nowhere.png: cannot be read (No such file"),
         (["RUN", "nowhere.png", "neither.png"], "and 1 more"),
         (["RUN", "empty"], "empty: no pictures in it"),
         (["RUN", "VAL", "--checkpoint", "nowhere"], "nowhere"),

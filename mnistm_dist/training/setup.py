@@ -19,17 +19,16 @@ from typing import Protocol
 from mnistm_dist import config as configuration
 from mnistm_dist.config import Config, DataConfig
 from mnistm_dist.data.cache import choose_cache_dir
-from mnistm_dist.data.fetch import is_address
+from mnistm_dist.data.fetch import is_address, open_shards
 from mnistm_dist.data.loader import Reader, open_reader
 from mnistm_dist.data.manifest import Manifest
-from mnistm_dist.data.order import Order, accumulation, accumulation_share
-from mnistm_dist.data.order_choice import choose_reading, create_order, open_shards
-from mnistm_dist.data.packing.staging import BeingWritten
+from mnistm_dist.data.order import Order, accumulation, accumulation_share, choose_reading, create_order
 from mnistm_dist.data.packing.writer import pack
 from mnistm_dist.data.progress import Progress
 from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.data.sources.catalog import open_source
 from mnistm_dist.errors import UserError
+from mnistm_dist.files import FolderBusy
 from mnistm_dist.training import checkpoint as checkpoints
 from mnistm_dist.training.checkpoint import Checkpoint
 from mnistm_dist.training.distributed import World
@@ -132,7 +131,7 @@ def pack_sample(bars: ProgressBars) -> None:
         try:
             with bars.progress("packing the bundled sample", None) as bar:
                 pack(open_source("sample"), SAMPLE, progress=bar)
-        except BeingWritten:
+        except FolderBusy:
             time.sleep(SAMPLE_POLL_SECONDS)
         except UserError as error:
             if not (SAMPLE / "manifest.json").exists():

@@ -1,4 +1,4 @@
-"""Packed sets from a server: a real one, that serves, cuts, refuses and lies."""
+"""Packed sets from a server: a real one, which serves, interrupts, refuses and sends wrong files."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from local_server import LocalServer
 from packed_sets import edit_manifest, flip_byte, tiny_source
 
 from mnistm_dist.data import fetch as transfer
-from mnistm_dist.data.fetch import fetch, is_address
-from mnistm_dist.data.order_choice import open_shards
+from mnistm_dist.data.fetch import fetch_set, is_address, open_shards
 from mnistm_dist.data.packing.writer import pack
 from mnistm_dist.errors import UserError
 
@@ -44,12 +43,12 @@ def same_files(folder: Path, packed: Path) -> bool:
 
 
 def test_a_set_is_fetched_once_and_is_the_one_on_the_server(served, packed, tmp_path):
-    told: list[tuple[int, int]] = []
-    shards = open_shards(served.address + "/", cache_dir=tmp_path / "cache", progress=lambda *now: told.append(now))
+    seen: list[tuple[int, int]] = []
+    shards = open_shards(served.address + "/", cache_dir=tmp_path / "cache", progress=lambda *now: seen.append(now))
     assert same_files(shards.root, packed)
     total = sum(path.stat().st_size for path in packed.iterdir() if path.name != "manifest.json")
-    assert told[0] == (0, total)
-    assert told[-1] == (total, total)
+    assert seen[0] == (0, total)
+    assert seen[-1] == (total, total)
     served.requests.clear()
     again = open_shards(served.address, cache_dir=tmp_path / "cache")
     assert again.root == shards.root
@@ -58,91 +57,91 @@ def test_a_set_is_fetched_once_and_is_the_one_on_the_server(served, packed, tmp_
 
 @pytest.mark.parametrize("ranges", [True, False], ids=["ranges", "no ranges"])
 @pytest.mark.parametrize("length", [True, False], ids=["length", "no length"])
-def test_a_cut_transfer_goes_on(served, packed, tmp_path, ranges, length):
+def test_an_interrupted_transfer_continues(served, packed, tmp_path, ranges, length):
     served.ranges, served.length = ranges, length
     served.cut_once = {"train-000000.tar": 5_000, "test-000000.tar": 0, "manifest.json": 100 if length else 0}
     if not length:
         # Without a length, a manifest cut short looks like all of it, and a file cut at its start like an empty one.
         served.cut_once.pop("manifest.json")
         served.cut_once["test-000000.tar"] = 1_000
-    folder = fetch(served.address, tmp_path / "cache")
+    folder = fetch_set(served.address, tmp_path / "cache")
     assert same_files(folder, packed)
     assert ("train-000000.tar", "bytes=5000-") in served.requests
     assert not list(folder.glob("*.partial"))
 
 
-def test_a_later_launch_goes_on_where_an_earlier_one_was_killed(served, packed, tmp_path):
-    folder = fetch(served.address, tmp_path / "cache")
+def test_a_later_launch_continues_where_an_earlier_one_was_killed(served, packed, tmp_path):
+    folder = fetch_set(served.address, tmp_path / "cache")
     whole = (folder / "train-000001.tar").read_bytes()
     (folder / "train-000001.tar").unlink()
     (folder / "train-000001.tar.partial").write_bytes(whole[:7_000])
     served.requests.clear()
-    fetch(served.address, tmp_path / "cache")
+    fetch_set(served.address, tmp_path / "cache")
     assert ("train-000001.tar", "bytes=7000-") in served.requests
     assert same_files(folder, packed)
 
 
-def test_a_wrong_earlier_part_is_fetched_anew(served, packed, tmp_path):
-    folder = fetch(served.address, tmp_path / "cache")
+def test_a_wrong_partial_file_is_fetched_again(served, packed, tmp_path):
+    folder = fetch_set(served.address, tmp_path / "cache")
     whole = (folder / "train-000001.tar").read_bytes()
     (folder / "train-000001.tar").unlink()
     (folder / "train-000001.tar.partial").write_bytes(bytes(len(whole)))
-    fetch(served.address, tmp_path / "cache")
+    fetch_set(served.address, tmp_path / "cache")
     assert same_files(folder, packed)
 
 
-def test_a_damaged_file_in_the_cache_is_fetched_anew(served, packed, tmp_path):
-    folder = fetch(served.address, tmp_path / "cache")
+def test_a_damaged_file_in_the_cache_is_fetched_again(served, packed, tmp_path):
+    folder = fetch_set(served.address, tmp_path / "cache")
     flip_byte(folder / "train-000002.tar", 3_000)
     served.requests.clear()
-    fetch(served.address, tmp_path / "cache")
+    fetch_set(served.address, tmp_path / "cache")
     assert same_files(folder, packed)
     assert {name for name, _ in served.requests} == {"manifest.json", "train-000002.tar"}
 
 
-def test_without_its_server_a_fetched_set_still_opens(served, packed, tmp_path):
-    folder = fetch(served.address, tmp_path / "cache")
+def test_a_fetched_set_opens_without_its_server(served, packed, tmp_path):
+    folder = fetch_set(served.address, tmp_path / "cache")
     served.stop()
-    assert fetch(served.address, tmp_path / "cache") == folder
+    assert fetch_set(served.address, tmp_path / "cache") == folder
 
 
 def test_a_changed_set_replaces_the_fetched_one(served, tmp_path):
-    fetch(served.address, tmp_path / "cache")
+    fetch_set(served.address, tmp_path / "cache")
     shutil.rmtree(served.folder)
     pack(tiny_source(train=31), served.folder, num_shards=3, val_size=5)
-    folder = fetch(served.address, tmp_path / "cache")
+    folder = fetch_set(served.address, tmp_path / "cache")
     assert same_files(folder, served.folder)
 
 
-def test_busy_servers_are_asked_again(served, packed, tmp_path):
+def test_errors_of_a_busy_server_are_retried(served, packed, tmp_path):
     served.statuses = {"manifest.json": [503, 429], "train-000000.tar": [500, 502]}
-    assert same_files(fetch(served.address, tmp_path / "cache"), packed)
+    assert same_files(fetch_set(served.address, tmp_path / "cache"), packed)
 
 
 def refusal(address: str, cache_dir: Path) -> str:
     with pytest.raises(UserError) as caught:
-        fetch(address, cache_dir)
+        fetch_set(address, cache_dir)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("misbehave", "said"),
+    ("misbehave", "named"),
     [
         (lambda s, data: s.lies.update({"train-000001.tar": data[:-1] + b"x"}), "sha256 is not the expected"),
         (lambda s, data: s.lies.update({"train-000001.tar": data[:-512]}), "it ends after"),
-        (lambda s, data: s.lies.update({"train-000001.tar": data + bytes(5_000_000)}), ", the most that it may have"),
+        (lambda s, data: s.lies.update({"train-000001.tar": data + bytes(5_000_000)}), ", the largest accepted size"),
         (lambda s, data: s.lies.update({"train-000001.tar": b""}), "it ends after 0"),
         (lambda s, data: (s.folder / "train-000001.tar").unlink(), "no such file"),
-        (lambda s, data: s.statuses.update({"train-000001.tar": [403]}), "refuses it (403"),
+        (lambda s, data: s.statuses.update({"train-000001.tar": [403]}), "denies access (403"),
         (lambda s, data: s.statuses.update({"train-000001.tar": [500] * 9}), "connection failed 5 times in a row (500"),
     ],
 )
-def test_a_lying_or_failing_server_is_named_with_the_file(served, packed, tmp_path, misbehave: Callable, said: str):
+def test_a_wrong_file_or_a_failing_server_is_named(served, packed, tmp_path, misbehave: Callable, named: str):
     misbehave(served, (packed / "train-000001.tar").read_bytes())
     message = refusal(served.address, tmp_path / "cache")
     assert message.startswith(f"{served.address}/train-000001.tar: ")
-    assert said in message
+    assert named in message
     # Nothing that looks whole: neither the file nor a manifest that a person could take for a set.
     (folder,) = (tmp_path / "cache" / "fetched").iterdir()
     assert not (folder / "train-000001.tar").exists()
@@ -150,12 +149,12 @@ def test_a_lying_or_failing_server_is_named_with_the_file(served, packed, tmp_pa
 
 
 @pytest.mark.parametrize("manifest", [b"<html>Welcome to the hotel</html>", b"{}", b""])
-def test_what_is_no_manifest_is_refused(served, tmp_path, manifest):
+def test_a_page_in_place_of_the_manifest_is_refused(served, tmp_path, manifest):
     served.lies = {"manifest.json": manifest}
     assert f"{served.address}/manifest.json" in refusal(served.address, tmp_path / "cache")
 
 
-def test_a_manifest_whose_names_climb_out_is_refused(served, tmp_path):
+def test_a_manifest_with_names_outside_of_its_folder_is_refused(served, tmp_path):
     def climb(value: dict) -> None:
         value["splits"]["train"]["shards"][0]["name"] = "../../../escaped.tar"
 
@@ -165,7 +164,7 @@ def test_a_manifest_whose_names_climb_out_is_refused(served, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("address", "said"),
+    ("address", "named"),
     [
         ("pipe:cat /etc/passwd", "https://, http://, s3://"),
         ("ftp://example.org/set", "https://, http://, s3://"),
@@ -174,27 +173,27 @@ def test_a_manifest_whose_names_climb_out_is_refused(served, tmp_path):
         ("https:", "https://, http://, s3://"),
         ("https://[not-ipv6/set", "https://, http://, s3://"),
         ("https://user:secret@example.org/set", "without password"),
-        ("https://example.org/set?token=secret", "without password, ? and #"),
-        ("http://127.0.0.1:1/set", "cannot be reached"),
+        ("https://example.org/set?token=secret", "without password, query and fragment"),
+        ("http://127.0.0.1:1/set", "connection failed 5 times in a row"),
     ],
 )
-def test_other_addresses_are_refused_in_one_line(address, said, tmp_path, monkeypatch):
+def test_other_addresses_are_refused_in_one_line(address, named, tmp_path, monkeypatch):
     monkeypatch.setattr(transfer, "FIRST_PAUSE", 0.001)
     assert is_address(address)
     message = refusal(address, tmp_path / "cache")
-    assert said in message
+    assert named in message
     assert "secret" not in message
 
 
-def test_folders_are_no_addresses(tmp_path, monkeypatch):
+def test_folders_are_not_addresses(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("odd:name").mkdir()
     assert not any(map(is_address, ["shards/sample", "/data/set", "odd:name", "."]))
 
 
-def test_processes_that_come_together_fetch_once(served, packed, tmp_path):
+def test_concurrent_launches_fetch_once(served, packed, tmp_path):
     with ThreadPoolExecutor(3) as pool:
-        folders = set(pool.map(lambda _: fetch(served.address, tmp_path / "cache"), range(3)))
+        folders = set(pool.map(lambda _: fetch_set(served.address, tmp_path / "cache"), range(3)))
     assert len(folders) == 1
     assert same_files(folders.pop(), packed)
     names = [name for name, _ in served.requests if name != "manifest.json"]
@@ -221,7 +220,7 @@ def test_a_set_on_s3_is_fetched(packed, tmp_path, monkeypatch):
                 time.sleep(0.1)
         for path in packed.iterdir():
             client.upload_file(str(path), "sets", f"a/tiny/{path.name}")
-        folder = fetch("s3://sets/a/tiny", tmp_path / "cache")
+        folder = fetch_set("s3://sets/a/tiny", tmp_path / "cache")
         assert same_files(folder, packed)
         changed = (packed / "train-000000.tar").read_bytes()[:-1] + b"x"
         client.put_object(Bucket="sets", Key="a/tiny/train-000000.tar", Body=changed)

@@ -1,5 +1,6 @@
-"""Pictures of any kind become the RGB pixels that a person sees."""
+"""Image files: PNGs are decoded strictly for packed sets; pictures of any kind become the RGB pixels that one sees."""
 
+import contextlib
 import os
 import struct
 import zlib
@@ -7,13 +8,68 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from packed_sets import pixels_of, png_with
 from PIL import Image
 
-from mnistm_dist.data import image_io as pictures
-from mnistm_dist.data.image_io import find_pictures, read_picture, to_rgb
+from mnistm_dist.data.image_io import (
+    LARGE_SIDE,
+    check_png,
+    decode_png,
+    encode_png,
+    find_pictures,
+    read_picture,
+    to_rgb,
+)
 from mnistm_dist.errors import UserError
+
+REFUSED_PNGS = {
+    "bomb": (png_with(50_000, 50_000, 8, 2), "50000 x 50000"),
+    "empty": (b"", "empty"),
+    "text": (b"P6 is another format, and this is a text\n", "no PNG header"),
+    "jpeg": (b"\xff\xd8\xff\xe0" + bytes(100), "JPEG"),
+    "16-bit RGB": (png_with(32, 32, 16, 2), "16 bits, RGB"),
+    "grey": (png_with(32, 32, 8, 0), "grey"),
+    "palette": (png_with(32, 32, 8, 3), "palette"),
+    "RGB with alpha": (png_with(32, 32, 8, 6), "alpha"),
+    "no pixels": (png_with(0, 32, 8, 2), "32 x 0"),
+    "signature alone": (b"\x89PNG\r\n\x1a\n", "no PNG header"),
+    "another size": (png_with(28, 28, 8, 2), "28 x 28"),
+}
+
+
+@pytest.mark.parametrize(("data", "named"), REFUSED_PNGS.values(), ids=REFUSED_PNGS)
+def test_only_8_bit_rgb_pngs_of_the_right_size_are_decoded(data: bytes, named: str) -> None:
+    with pytest.raises(UserError, match=f"file: member.*{named}"):
+        decode_png(data, "file: member", (32, 32))
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    kind=st.sampled_from([b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"iCCP", b"eXIf", b"zTXt"]),
+    data=st.binary(max_size=40),
+)
+@example(kind=b"IHDR", data=struct.pack(">IIBBBBB", 2**31 - 1, 2**31 - 1, 8, 2, 0, 0, 0))
+def test_an_additional_chunk_ends_in_pixels_or_a_user_error(kind: bytes, data: bytes) -> None:
+    good = encode_png(pixels_of("train", 1, (8, 8)))
+    with contextlib.suppress(UserError):
+        decode_png(good[:33] + chunk(kind, data) + good[33:], "here", (8, 8))
+
+
+@settings(max_examples=200, deadline=None)
+@given(place=st.integers(0, 400), bit=st.integers(0, 7), cut=st.booleans())
+def test_check_png_finds_all_damage(place: int, bit: int, cut: bool) -> None:
+    good = bytearray(encode_png(pixels_of("train", 1, (8, 8))))
+    place %= len(good)
+    bad = good[:place] if cut else good[:place] + bytes([good[place] ^ 1 << bit]) + good[place + 1 :]
+    with pytest.raises(UserError, match="here"):
+        check_png(bytes(bad), "here")
+
 
 GREY = np.random.default_rng(0).integers(0, 256, (14, 9), dtype=np.uint8)
 RGB = np.random.default_rng(1).integers(0, 256, (14, 9, 3), dtype=np.uint8)
@@ -50,7 +106,7 @@ def test_an_rgb_picture_keeps_its_pixels(tmp_path_factory, height, width, seed):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_every_mode_is_read_as_it_looks(tmp_path, name, image, expected):
+def test_every_mode_is_converted_to_the_rgb_that_one_sees(tmp_path, name, image, expected):
     if image == "lossless":
         Image.fromarray(RGB).save(tmp_path / name, lossless=True)
     else:
@@ -58,7 +114,7 @@ def test_every_mode_is_read_as_it_looks(tmp_path, name, image, expected):
     assert np.array_equal(read_picture(tmp_path / name), expected)
 
 
-def test_what_is_transparent_is_white(tmp_path):
+def test_transparent_parts_become_white(tmp_path):
     """Under it many programs leave black, in which a black digit would be lost."""
     alpha = np.where(GREY > 99, 255, 0).astype(np.uint8)
     Image.fromarray(np.dstack([RGB, alpha])).save(tmp_path / "alpha.png")
@@ -78,14 +134,14 @@ def test_a_photo_is_turned_upright(tmp_path, name):
     assert np.array_equal(read_picture(tmp_path / name), RGB)
 
 
-def test_the_first_frame_of_an_animation_counts(tmp_path):
+def test_the_first_frame_of_an_animation_is_read(tmp_path):
     frames = [Image.fromarray(of_grey(np.full_like(GREY, value))) for value in (0, 255)]
     frames[0].save(tmp_path / "film.gif", save_all=True, append_images=frames[1:])
     assert read_picture(tmp_path / "film.gif").max() == 0
 
 
 def test_a_huge_picture_is_averaged_down_and_a_large_one_is_not():
-    side = pictures.LARGE_SIDE
+    side = LARGE_SIDE
     huge = np.zeros((3, 2 * side, 3), np.uint8)
     huge[:, ::2] = 200
     shrunk = to_rgb(Image.fromarray(huge), "huge")
@@ -95,33 +151,31 @@ def test_a_huge_picture_is_averaged_down_and_a_large_one_is_not():
     assert to_rgb(Image.fromarray(large), "large").shape == large.shape
 
 
-def png(width: int, height: int, pixels: bytes) -> bytes:
-    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", pixels), (b"IEND", b"")]
-    body = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(body)
-
-
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "named"),
     [
-        ("empty.png", b"", "not a picture"),
-        ("text.png", b"a letter to a friend", "not a picture"),
-        ("cut.png", png(50, 50, zlib.compress(bytes(50 * 151)))[:60], "broken"),
-        ("bomb.png", png(60_000, 60_000, zlib.compress(bytes(1000))), "broken"),
-        ("program.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "not a picture"),
+        ("empty.png", b"", "damaged or not a picture"),
+        ("text.png", b"a letter to a friend", "damaged or not a picture"),
+        ("cut.png", png_with(50, 50, 8, 2)[:60], "damaged or not a picture"),
+        ("bomb.png", png_with(60_000, 60_000, 8, 2), "damaged or not a picture"),
+        (
+            "program.eps",
+            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n",
+            "damaged or not a picture",
+        ),
     ],
 )
-def test_a_broken_file_is_named(tmp_path, name, content, said):
+def test_a_broken_file_is_named(tmp_path, name, content, named):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=rf"{name}.*{said}"):
+    with pytest.raises(UserError, match=rf"{name}.*{named}"):
         read_picture(tmp_path / name)
 
 
-def test_what_is_no_file_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"nowhere\.png: no such file"):
+def test_a_path_that_is_not_a_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere\.png: .*No such file"):
         read_picture(tmp_path / "nowhere.png")
     os.mkfifo(tmp_path / "pipe.png")
-    with pytest.raises(UserError, match=r"pipe\.png: neither a file"):
+    with pytest.raises(UserError, match=r"pipe\.png: not a file"):
         read_picture(tmp_path / "pipe.png")
 
 
@@ -144,7 +198,7 @@ def test_folders_are_walked_in_sorted_order(tmp_path):
     assert not complaints
 
 
-def test_a_folder_without_pictures_is_told(tmp_path):
+def test_a_folder_without_pictures_is_reported(tmp_path):
     complaints: list[str] = []
     assert list(find_pictures([tmp_path], complaints.append)) == []
     assert complaints[0].startswith(f"{tmp_path}: no pictures in it")

@@ -1,9 +1,9 @@
 """Write the report of a run, or a comparison of several runs, as one HTML file.
 
-    python -m mnistm_dist.report runs/NAME                     writes runs/NAME/report.html
+    python -m mnistm_dist.report runs/NAME          writes RUN/report.html
     python -m mnistm_dist.report runs/A runs/B --out compare.html
 
-Missing parts of a run are named on stderr; the report is written without them.
+Missing parts of a run are named, and the report is written without them.
 """
 
 from __future__ import annotations

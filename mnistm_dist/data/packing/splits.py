@@ -7,6 +7,9 @@ import numpy as np
 from mnistm_dist.data.sources.base import Source
 from mnistm_dist.errors import UserError
 
+PIXEL_GROUPS = {"train+val": ("train", "val"), "test": ("test",)}
+"""The groups of splits whose pixels are hashed in key order, across the splits of a group."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Part:

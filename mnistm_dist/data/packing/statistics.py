@@ -13,7 +13,7 @@ from itertools import groupby, islice
 import numpy as np
 
 from mnistm_dist.data.image_io import check_png, decode_png
-from mnistm_dist.data.manifest import PIXEL_GROUPS
+from mnistm_dist.data.packing.splits import PIXEL_GROUPS
 from mnistm_dist.data.parallel import ordered_map, workers_for
 from mnistm_dist.data.progress import Progress
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from mnistm_dist.data.integrity import CHANGED, EXTRA, OK, FileClaim, Finding, examine
-from mnistm_dist.data.manifest import MANIFEST_NAME, PIXEL_GROUPS
+from mnistm_dist.data.manifest import MANIFEST_NAME
+from mnistm_dist.data.packing.splits import PIXEL_GROUPS
 from mnistm_dist.data.packing.statistics import Encoded, PixelStatistics, measure_pixels
 from mnistm_dist.data.packing.writer import TAR_END, tar_member
 from mnistm_dist.data.parallel import ordered_map, workers_for

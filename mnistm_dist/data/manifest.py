@@ -29,18 +29,17 @@ from mnistm_dist.data.sources.base import SPLITS
 from mnistm_dist.errors import UserError, escape_control
 
 MANIFEST_NAME = "manifest.json"
+# Version of the format. A reader accepts only its own.
 FORMAT_VERSION = 1
-"""Version of the format. A reader accepts only its own."""
-MAX_KEY = 96
-"""Bytes; with its suffix it is the name of a tar's member, of 100 at most."""
+MAX_KEY = 96  # bytes; with its suffix it is the name of a tar's member, of 100 at most
+# What to do about a damaged set: the end of an error message.
 REPAIR = "copy the set again, or pack it again"
-"""What to do about a damaged set: the end of an error message."""
 
 
+# One line without control characters.
 Text = Annotated[str, Field(pattern=r"^[^\p{C}\p{Zl}\p{Zp}]*$")]
-"""One line without control characters."""
+# A plain file name, which leads out of no folder.
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$")]
-"""A plain file name, which leads out of no folder."""
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 Size = Annotated[int, Field(strict=True, ge=1, lt=2**63)]

@@ -25,8 +25,7 @@ from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.errors import UserError, os_error_reason
 
 _PART_SUFFIXES = (".tar", ".index.npy")
-_READ_AT_ONCE = 1024
-"""Images whose bytes are read together; each of their shards is opened once."""
+_READ_AT_ONCE = 1024  # images whose bytes are read together; each of their shards is opened once
 
 
 def inspect(shards: ShardSet, progress: Progress | None = None) -> list[Finding]:

@@ -33,10 +33,8 @@ from mnistm_dist.data.sources.base import CLASSES, SPLITS, Source
 from mnistm_dist.errors import UserError
 from mnistm_dist.files import explain_os_errors, staged_folder
 
-TRAIN_SHARDS = 64
-"""Default number of shards of the train split; fewer if there are fewer samples."""
-BLOCK = 512
-"""Bytes of a tar header; a member's data is padded to whole blocks."""
+TRAIN_SHARDS = 64  # default number of shards of the train split; fewer if there are fewer samples
+BLOCK = 512  # bytes of a tar header; a member's data is padded to whole blocks
 TAR_END = bytes(2 * BLOCK)
 _OWNER = b"0000644\0" + b"0000000\0" * 2  # mode, user, group
 _TIME = b"00000000000\0"

@@ -1,10 +1,11 @@
-"""List or clear the cache: decoded splits, and files fetched from servers.
+"""List and clear the cache: decoded splits, and packed sets fetched from a server.
 
-    python -m mnistm_dist.cache list                 entries, their size, and when they were last used
-    python -m mnistm_dist.cache clear                remove all entries
-    python -m mnistm_dist.cache clear 1f0c22d9       remove the entries whose name begins with this
+    python -m mnistm_dist.cache list               entries, their size and last use
+    python -m mnistm_dist.cache clear              remove all
+    python -m mnistm_dist.cache clear 1f0c22d9     remove entries whose name begins so
 
-Clearing only costs time: the next launch decodes or fetches again. Running processes keep what they have opened.
+The next launch decodes or fetches again. Running processes keep what they have
+opened.
 """
 
 from __future__ import annotations
@@ -12,38 +13,47 @@ from __future__ import annotations
 import json
 import sys
 import time
+from typing import Annotated, Literal
 
-from mnistm_dist.cli import ArgumentParser, write_result
+from tyro.conf import arg
+
+from mnistm_dist.cli import command, write_result
+from mnistm_dist.config import OrNone
 from mnistm_dist.errors import UserError, escape_control, run_cli
 
 
-def main(argv: list[str]) -> int:
-    """Run the command and return its exit code. Raises `UserError`."""
-    parser = ArgumentParser(prog="python -m mnistm_dist.cache", description=__doc__)
-    parser.add_argument("action", choices=("list", "clear"), metavar="list|clear")
-    parser.add_argument(
-        "names", nargs="*", default=[], metavar="NAME", help="names of entries, or how they begin (default: all)"
-    )
-    parser.add_argument("--cache-dir", metavar="DIR", help="default: as in training")
-    parser.add_argument("--json", action="store_true", help="list: print a JSON array")
-    args = parser.parse_args(argv)
+@command
+def main(
+    action: Literal["list", "clear"],
+    names: Annotated[tuple[str, ...], arg(metavar="NAME")] = (),
+    /,
+    *,
+    json_output: Annotated[bool, arg(name="json")] = False,
+    cache_dir: OrNone[str] = None,
+) -> int:
+    """List or clear the cache.
 
+    Args:
+        action: What to do.
+        names: Entries, or the beginnings of their names. The default is all.
+        json_output: list: print a JSON array.
+        cache_dir: Folder of the cache. none: the same as in training.
+    """
     from mnistm_dist.data.cache import choose_cache_dir, clear, entries
 
-    cache_dir = choose_cache_dir(args.cache_dir)
-    chosen = entries(cache_dir)
-    for name in args.names:
-        if not any(entry.path.name.startswith(name) for entry in chosen):
-            raise UserError(f"{name}: no such entry in {cache_dir}; python -m mnistm_dist.cache list shows all")
-    if args.names:
-        chosen = [entry for entry in chosen if entry.path.name.startswith(tuple(args.names))]
+    folder = choose_cache_dir(cache_dir)
+    present = entries(folder)
+    for name in names:
+        if not any(entry.path.name.startswith(name) for entry in present):
+            raise UserError(f"{name}: no such entry in {folder}; python -m mnistm_dist.cache list shows all")
+    chosen = [e for e in present if not names or any(e.path.name.startswith(name) for name in names)]
 
-    if args.action == "list" and args.json:
+    if action == "list" and json_output:
         rows = [{"name": e.path.name, "kind": e.kind, "bytes": e.size, "used": e.used, **e.about} for e in chosen]
         write_result(json.dumps(rows) + "\n")
         return 0
-    if args.action == "list":
-        lines = [f"{cache_dir}: {len(chosen)} entries, {sum(entry.size for entry in chosen) / 1e6:,.1f} MB"]
+    if action == "list":
+        lines = [f"{folder}: {len(chosen)} entries, {sum(entry.size for entry in chosen) / 1e6:,.1f} MB"]
         for e in chosen:
             used = time.strftime("%Y-%m-%d %H:%M", time.localtime(e.used))
             source = escape_control(e.about.get("source", ""))

@@ -1,190 +1,209 @@
-"""The command line of ``mnistm_dist.train``: a flag for every field; and what of it a resume may change."""
+"""The command line: tyro reads the flags, pydantic converts and checks their values, results go to stdout."""
 
 from __future__ import annotations
 
-import argparse
-import ast
-import dataclasses
-import itertools
+import contextlib
+import functools
+import inspect
+import io
 import os
+import re
 import sys
-import types
-import typing
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from mnistm_dist import config as configuration
+import tyro
+from pydantic import ValidationError, validate_call
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
 from mnistm_dist.config import (
     DEFAULT_RECIPE,
     MAY_CHANGE_AT_RESUME,
     RECIPES,
-    SECTIONS,
     Config,
     build,
-    field_types,
     fields_of,
-    parse_value,
     read_recipe,
+    replace,
 )
-from mnistm_dist.errors import UserError, errors_once_per_node, print_error
+from mnistm_dist.errors import UserError, errors_once_per_node, flag_error
+
+TRAIN_HELP = f"""Train an image classifier on packed shards.
+
+    python -m mnistm_dist.train --shards shards/official
+    accelerate launch --num_processes 8 -m mnistm_dist.train --recipe best
+    python -m mnistm_dist.train --resume runs/NAME
+
+Recipes: {", ".join(RECIPES)}, or a YAML file. Without --recipe it
+is {DEFAULT_RECIPE}. A flag overrides the recipe. A value of auto is resolved at the first
+launch and written to RUN/config.yaml. The result is in RUN: report.html,
+summary.json.
+
+Exit codes: 0 finished; 2 user error; 75 saved and stopped at a signal, resume
+with --resume RUN; 130 a second Ctrl-C; 1 anything else. A launcher replaces
+these by its own."""
+
+_REGISTRY = ConstructorRegistry()
+_METAVARS = {int: "INT", float: "FLOAT", str: "STR", Path: "PATH", type(None): "none"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
-    """What the command line asked for, before any default."""
+class TrainRequest:
+    """The command line of one launch of ``mnistm_dist.train``."""
 
+    argv: list[str]
     recipe: str | None
-    given: dict[str, Any]
-    """Field name -> value, for every field that the named recipe or a flag sets."""
-    flags: frozenset[str]
-    """The fields that a flag set."""
+    """The recipe that ``--recipe`` names."""
+    config: Config
+    """The configuration of a new run: defaults, recipe, flags."""
+
+    def resumed(self, stored: Config) -> Config:
+        """Return the configuration to resume a run with: its ``stored`` one, with the changes that a resume may make.
+
+        A value of auto keeps what the first launch resolved. Raises `UserError`, which shows both values, if the recipe
+        or a flag asks for another order, model or schedule.
+        """
+        # These hold for one launch only.
+        before = replace(stored, resume=None, max_steps=None, expect_world_size=None, profile_steps=0)
+        recipe = read_recipe(self.recipe) if self.recipe is not None else {}
+        asked = fields_of(_parse_config(self.argv, replace(before, **recipe)))
+        kept = fields_of(before)
+        changed = {name: value for name, value in asked.items() if value not in ("auto", kept[name])}
+        # Only a flag may change the micro-batch.
+        refused = [name for name in changed if name not in MAY_CHANGE_AT_RESUME - ({"micro_batch"} & recipe.keys())]
+        if refused:
+            differences = (f"{name} was {_text(kept[name])}, now {_text(changed[name])}" for name in refused)
+            raise UserError(f"resume: {'; '.join(differences)}; leave these out, or start a new run with --run-dir")
+        return build(self.recipe or stored.recipe, kept | changed)
 
 
-class ArgumentParser(argparse.ArgumentParser):
-    """argparse with a mistake told in one line: ``error: ...``, exit code 2."""
+def parse_train_flags(argv: list[str]) -> TrainRequest:
+    """Parse the flags of ``mnistm_dist.train``: one for each field of the configuration.
 
-    def __init__(self, **kwargs: Any) -> None:
-        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(allow_abbrev=False, **kwargs)
-
-    def error(self, message: str) -> NoReturn:
-        print_error(f"{message} (see --help)")
-        raise SystemExit(2)
-
-
-def integer(low: int, high: int = 2**63 - 1) -> Callable[[str], int]:
-    """An argparse type: whole numbers of a range."""
-
-    def parse(text: str) -> int:
-        value = int(text) if text.lstrip("-").isdecimal() and len(text) < 20 else low - 1
-        if not low <= value <= high:
-            bound = f"from {low} to {high}" if high < 2**63 - 1 else f"of at least {low}"
-            raise argparse.ArgumentTypeError(f"{text[:60]!r} is not accepted; use a whole number {bound}")
-        return value
-
-    return parse
-
-
-def train_parser() -> ArgumentParser:
-    """The flags of ``mnistm_dist.train``: one for every field."""
-    parser = ArgumentParser(
-        prog="python -m mnistm_dist.train",
-        description="Train the pruned ResNet18 on packed MNIST-M shards.\n\n"
-        "    python -m mnistm_dist.train --shards shards/official             one GPU, or the CPU\n"
-        "    accelerate launch --config_file accelerate_config.yaml --num_processes 8 -m mnistm_dist.train\n"
-        "    python -m mnistm_dist.train --resume runs/NAME                   goes on where it was\n\n"
-        f"A flag beats the recipe, which is {DEFAULT_RECIPE} where none is named; the default of a field holds\n"
-        "where neither sets it.",
-        epilog="A value of auto is resolved at the first launch and written to RUN/config.yaml.\n"
-        "The result is in RUN, by default runs/RECIPE-TIME: report.html, summary.json.\n\n"
-        "Exit codes: 0 finished; 2 a mistake, told in one line; 75 saved and left after a\n"
-        "signal, --resume RUN goes on; 130 a second Ctrl-C; 1 anything else, and whatever\n"
-        "a launcher says in place of these.",
-    )
-    recipe = read_recipe(DEFAULT_RECIPE)
-    parser.add_argument(
-        "--recipe", metavar="NAME|FILE", help=f"one of {', '.join(RECIPES)}, or a YAML file (default: {DEFAULT_RECIPE})"
-    )
-    for section, cls in SECTIONS.items():
-        group = parser.add_argument_group(f"{section}: {str(cls.__doc__).rstrip('.')}")
-        docs = field_docs(cls)
-        hints = typing.get_type_hints(cls)
-        for f in dataclasses.fields(cls):
-            default = f"default: {_shown(f.default)}"
-            if f.name in recipe:
-                default += f"; {DEFAULT_RECIPE}: {_shown(recipe[f.name])}"
-            help_text = f"{docs[f.name]} ({default})".replace("%", "%%")
-            flag = f"--{f.name.replace('_', '-')}"
-            if hints[f.name] is bool:
-                group.add_argument(
-                    flag, dest=f.name, action=argparse.BooleanOptionalAction, default=None, help=help_text
-                )
-            else:
-                group.add_argument(flag, dest=f.name, default=None, metavar=_metavar(hints[f.name]), help=help_text)
-    return parser
-
-
-def _metavar(kind: Any) -> str:
-    """Short names of a type's values for ``--help``."""
-    origin = typing.get_origin(kind)
-    if origin in (typing.Union, types.UnionType):
-        return "|".join(_metavar(arm) for arm in typing.get_args(kind) if arm is not type(None))
-    if origin is Literal:
-        return "|".join(typing.get_args(kind))
-    return {int: "N", float: "X", str: "TEXT"}.get(kind, "N,N,...")
-
-
-def field_docs(cls: type) -> dict[str, str]:
-    """The docstring under each field of a dataclass of config.py, read from its source."""
-    tree = ast.parse(Path(configuration.__file__).read_text(encoding="utf-8"))
-    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == cls.__name__)
-    docs = {}
-    for node, following in itertools.pairwise(body):
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(following, ast.Expr):
-            docs[node.target.id] = ast.literal_eval(following.value)
-    return docs
-
-
-def parse_flags(argv: list[str]) -> Request:
-    """The command line of ``mnistm_dist.train``. Raises `UserError` for a value that a field does not take."""
-    flags = vars(train_parser().parse_args(argv))
-    recipe = flags.pop("recipe")
-    with errors_once_per_node():
-        given = read_recipe(recipe) if recipe is not None else {}
-    set_by_flag = set()
-    for name, (_, f, kind) in field_types().items():
-        if flags[name] is not None:
-            given[name] = parse_value(f"--{name.replace('_', '-')}", flags[name], kind, f.metadata)
-            set_by_flag.add(name)
-    return Request(recipe=recipe, given=given, flags=frozenset(set_by_flag))
-
-
-def from_request(request: Request) -> Config:
-    """The configuration of a new run: defaults, the recipe (`DEFAULT_RECIPE` if none is named), the flags."""
-    recipe = request.recipe or DEFAULT_RECIPE
-    return build(recipe, {**(read_recipe(recipe) if request.recipe is None else {}), **request.given})
-
-
-def at_resume(stored: Config, request: Request) -> Config:
-    """The configuration with which a run goes on: the stored one, with what the command line may change.
-
-    Raises `UserError`, showing the difference, where the command line asks for another order, model or schedule than
-    the run began with. An ``auto`` on the command line keeps what was resolved at the first launch.
+    Raises `UserError` for what is not accepted, `SystemExit` at ``--help``.
     """
-    # What a launch asked of itself does not bind the next one, which may ask for the same again.
-    launch = {**dict.fromkeys(("resume", "max_steps", "expect_world_size")), "profile_steps": 0}
-    before = {**fields_of(stored), **launch}
-    asked = {name: value for name, value in request.given.items() if value != "auto" and value != before[name]}
-    refused = {
-        name: value
-        for name, value in asked.items()
-        if name not in MAY_CHANGE_AT_RESUME or (name == "micro_batch" and name not in request.flags)
-    }
-    if refused:
-        differences = "; ".join(
-            f"{name} was {_shown(before[name])}, now {_shown(value)}" for name, value in refused.items()
-        )
-        raise UserError(f"resume: {differences}; a run goes on as it began: leave these out, or start a new --run-dir")
-    recipe = stored.recipe if request.recipe is None else request.recipe
-    return build(recipe, {**before, **asked})
+    named = _tyro(_only_recipe, argv, "train", return_unknown_args=True, add_help=False)[0]
+    recipe = named or DEFAULT_RECIPE
+    with errors_once_per_node():
+        base = build(recipe, read_recipe(recipe))
+    return TrainRequest(argv=argv, recipe=named or None, config=_parse_config(argv, base))
 
 
-def _shown(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+def command(function: Callable[..., int]) -> Callable[[list[str]], int]:
+    """Make the ``main(argv)`` of a command from a function whose parameters are its flags.
+
+    The docstring of the function explains the flags, that of its module is the head of ``--help``. ``main`` returns the
+    exit code. It raises `UserError` for flags that are not accepted, `SystemExit` at ``--help``.
+    """
+
+    @functools.wraps(function)
+    def collect(*args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return args, kwargs
+
+    def main(argv: list[str]) -> int:
+        name, head = Path(inspect.getfile(function)).stem, inspect.getdoc(inspect.getmodule(function)) or ""
+        markers = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+        try:
+            args, kwargs = _tyro(validate_call(collect), argv, name, head, config=markers)
+        except ValidationError as error:
+            raise flag_error(error) from error
+        return function(*args, **kwargs)
+
+    return main
 
 
 def write_result(text: str) -> None:
-    """Text to stdout; a reader that has seen enough (``| head``) is no mistake. Raises `UserError` for a full disk."""
+    """Write text to stdout. A reader that closes the pipe (``| head``) is no error.
+
+    Raises `UserError` if the disk is full.
+    """
     try:
         sys.stdout.buffer.write(text.encode("utf-8", "surrogateescape"))
         sys.stdout.flush()
     except OSError as error:
-        # Python flushes stdout once more when it ends.
+        # Python flushes stdout once more when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):
-            raise UserError(
-                f"standard output: cannot be written ({error.strerror}), what is there is not whole; "
-                "free some space, or send it elsewhere"
-            ) from error
+            reason = f"cannot be written ({error.strerror}) and is incomplete"
+            raise UserError(f"standard output: {reason}; free some space, or write elsewhere") from error
+
+
+def _only_recipe(*, recipe: str = "") -> str:
+    return recipe
+
+
+def _parse_config(argv: list[str], base: Config) -> Config:
+    """Return ``base`` with the fields that flags set."""
+    # tyro has --compile and --no-compile; --compile=True and --compile=False are accepted, too.
+    switches = "|".join(name.replace("_", "[-_]") for name, value in fields_of(base).items() if isinstance(value, bool))
+    argv = [re.sub(rf"(?i)^--({switches})=true$", r"--\1", word) for word in argv]
+    argv = [re.sub(rf"(?i)^--({switches})=false$", r"--no-\1", word) for word in argv]
+    config = _tyro(Config, argv, "train", TRAIN_HELP, default=base)
+    return build(config.recipe, fields_of(config))
+
+
+def _tyro(target: Any, argv: list[str], name: str, head: str = "", **options: Any) -> Any:
+    """Return what tyro reads from the command line. Raises `UserError`, in place of its box, and prints ``--help``."""
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            return tyro.cli(
+                target,
+                args=argv,
+                prog=f"python -m mnistm_dist.{name}",
+                description="",
+                registry=_REGISTRY,
+                **{"config": (tyro.conf.OmitArgPrefixes,), **options},
+            )
+    except SystemExit as stop:
+        if stop.code:
+            _, *lines = re.sub("[│╰╯]", " ", err.getvalue()).split("\n")  # a title, then parts between rules
+            message = re.sub(r"\.? [-─]{3,}", ";", " ".join(" ".join(lines).split()))
+            raise UserError(message.rstrip(";")) from None
+        text = out.getvalue()
+        if text.startswith("usage: "):
+            # tyro would join the lines of the head, and does not wrap the usage.
+            usage, *rest = map(str.rstrip, text.splitlines())
+            usage = textwrap.fill(usage, 80, subsequent_indent=" " * 7, break_long_words=False, break_on_hyphens=False)
+            text = "\n".join([head, "", usage, *rest, ""])
+        if os.environ.get("RANK", "0") == "0":
+            write_result(text)
+        raise
+
+
+@_REGISTRY.primitive_rule
+def _text_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """Keep a value as text, so that pydantic converts and checks it like one of YAML.
+
+    Switches, plain choices and lists of positional arguments are left to tyro.
+    """
+    metavar = _metavar(info.type)
+    if not metavar or info.type_origin is Literal or info.type == tuple[str, ...]:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=lambda args: args[0],
+        is_instance=lambda _: True,
+        str_from_instance=lambda value: [_text(value)],
+    )
+
+
+def _metavar(kind: Any) -> str:
+    """Return the values of a type as ``--help`` shows them, such as ``auto|INT``. Empty for a type of no values."""
+    origin, members = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return "|".join(members)
+    if origin is Annotated:
+        return _metavar(members[0])
+    if origin is tuple:
+        return f"{_metavar(members[0])},..."
+    return _METAVARS.get(kind) or "|".join(map(_metavar, members))
+
+
+def _text(value: Any) -> str:
+    """Return a value as it is written on the command line."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else "none" if value is None else str(value)

@@ -1,96 +1,123 @@
-"""What a person got wrong, and how a door says so: one line on stderr, exit code 2, no traceback."""
+"""User errors: one line on stderr and exit code 2, without a traceback."""
 
 from __future__ import annotations
 
+import difflib
 import errno
 import os
+import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-_MOST_CHARACTERS = 2_500
-"""Of a message: what a person gave may be longer than a terminal is high."""
-_UNREACHABLE = (errno.ENAMETOOLONG, errno.EACCES, errno.ELOOP, errno.ENOTDIR)
-"""What a path of a person's can be, wherever it is looked at first."""
-EXIT_PEER_FAILURE = 1
-"""Exit code of a process that another one of its run has left alone."""
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+EXIT_PEER_FAILURE = 1  # another process of the run has failed
 EXIT_USER_ERROR = 2
-"""Exit code of a person's mistake."""
-EXIT_INTERRUPTED = 130
-"""Exit code after Ctrl-C, as a shell gives it: 128 + SIGINT."""
-EXIT_PREEMPTED = 75
-"""Exit code of a run that a signal cut short after a clean save (EX_TEMPFAIL of sysexits.h)."""
+EXIT_PREEMPTED = 75  # stopped at a signal after a clean save (EX_TEMPFAIL of sysexits.h)
+EXIT_INTERRUPTED = 130  # Ctrl-C: 128 + SIGINT, as in a shell
+
+# Errors of a path from the command line, wherever it is opened first.
+_BAD_PATH = (errno.ENAMETOOLONG, errno.EACCES, errno.ELOOP, errno.ENOTDIR)
 
 
 class UserError(ValueError):
-    """A person's mistake: the message names the thing, what was found, what is accepted and what to do, in one line."""
+    """A user's error. The message is one line: the thing, what was found, what is accepted, what to do.
+
+    All ranks of a run raise it, and rank 0 prints it. ``printed_by`` names the environment variable that is 0 in the
+    processes that print; if it is None, every process prints.
+    """
+
+    printed_by: str | None = "RANK"
 
 
 class NodeError(UserError):
-    """A mistake that this node may be the only one to find, so that its first process tells it, whatever its rank."""
+    """A user's error that perhaps only this node has found. The first process of each node prints it."""
+
+    printed_by = "LOCAL_RANK"
 
 
 class RankError(UserError):
-    """A mistake that this process alone has found, so that it tells it, whatever its rank."""
+    """A user's error that only this process has found."""
+
+    printed_by = None
 
 
 class PeerFailure(Exception):
-    """Another process of the run has gone, in one line, which each that is left tells: rank 0 may be the one."""
+    """Another process of the run has failed. The message is one line; every remaining process prints it."""
 
 
 @contextmanager
 def errors_once_per_node() -> Iterator[None]:
-    """A mistake that is found inside is told by the first process of each node: no rank knows yet what others find."""
+    """Print user errors of the block once per node: before the process group exists, no rank knows those of others."""
     try:
         yield
-    except NodeError:
-        raise
     except UserError as error:
-        raise NodeError(str(error)) from error
+        error.printed_by = NodeError.printed_by
+        raise
 
 
-def print_error(text: str, *, teller: str | None = "RANK") -> None:
-    """``error: ...`` in one line on stderr, from the process whose number in the variable ``teller`` is 0; without a
-    variable, from this one."""
-    if teller is None or os.environ.get(teller, "0") == "0":
-        line = escape_control(" ".join(text.split()))
-        shown = line if len(line) <= _MOST_CHARACTERS else f"{line[:_MOST_CHARACTERS]} ..."
-        print(f"error: {shown}", file=sys.stderr, flush=True)
+def print_error(message: str, printed_by: str | None = None) -> None:
+    """Print ``error: MESSAGE`` as one line on stderr, in the processes that `UserError.printed_by` describes."""
+    if printed_by is None or os.environ.get(printed_by, "0") == "0":
+        print(f"error: {escape_control(' '.join(message.split())):.2500}", file=sys.stderr, flush=True)
 
 
 def escape_control(text: str) -> str:
-    """Text without what a terminal would obey or could not show: a file's name is anybody's."""
+    """Escape control characters; file names are untrusted."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return `` (did you mean X?)`` if a known name is close to ``name``, else an empty text."""
+    close = difflib.get_close_matches(name, list(known), 1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def invalid_value(error: ValidationError) -> tuple[tuple[str, ...], str]:
+    """Return the path to the first invalid value, and ``found X; should be Y`` in one line."""
+    first, *_ = errors = error.errors()
+    path = first["loc"][:2]
+    # A value that fits no member of a union has an error for each of them.
+    messages = [e["msg"] for e in errors if e["loc"][:2] == path and e["input"] is first["input"]]
+    noise = r"^(Input|String|Tuple) |, (unable|got) .*|dictionary or an instance of "
+    problem = " or ".join(re.sub(noise, "", message) for message in messages).replace(" or should be ", " or ")
+    return tuple(map(str, path)), f"found {first['input']!r:.120}; {problem}"
+
+
+def flag_error(error: ValidationError) -> UserError:
+    """Return the first invalid value as an error that names its flag."""
+    path, problem = invalid_value(error)
+    # The last part may be a member of a union.
+    flag = [part for part in path if part.isidentifier()][-1].replace("_", "-")
+    return UserError(f"--{flag}: {problem}")
+
+
 def os_error_reason(error: Exception) -> str:
-    """What the system says of a path, in words and without its number and the path."""
-    if isinstance(error, FileExistsError | NotADirectoryError):
-        return "a file stands where a folder is needed"
+    """Return the reason of an `OSError`, without its number and its path."""
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def run_cli(main: Callable[[list[str]], int], argv: list[str] | None = None) -> int:
-    """Runs a door's ``main`` and turns a `UserError` into one line on stderr and exit code 2.
+    """Run the ``main`` of a command and return its exit code.
 
-    Of several processes rank 0 alone speaks: all of them find the same mistake, or share it (`World.together`). One
-    that found it alone says so itself (`World.shutdown_with_error`).
-    A path that cannot be looked at is one line too, and Ctrl-C, and the loss of another process, told by each that is
-    left, with exit code 1. Returns the exit code; every other exception passes through, since it is our own mistake.
+    A `UserError` is one line on stderr and exit code 2, as is a path that cannot be opened. Other exceptions are bugs
+    and pass through.
     """
     try:
         return main(sys.argv[1:] if argv is None else argv)
     except UserError as error:
-        alone = isinstance(error, RankError)
-        print_error(str(error), teller=None if alone else "LOCAL_RANK" if isinstance(error, NodeError) else "RANK")
+        print_error(str(error), error.printed_by)
         return EXIT_USER_ERROR
     except OSError as error:
-        if error.errno not in _UNREACHABLE or error.filename is None:
+        if error.errno not in _BAD_PATH or error.filename is None:
             raise
-        print_error(f"{os.fsdecode(error.filename)}: cannot be looked at ({error.strerror}); name another path")
+        print_error(f"{os.fsdecode(error.filename)}: cannot be opened ({error.strerror}); name another path")
         return EXIT_USER_ERROR
     except PeerFailure as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print_error(str(error))
         return EXIT_PEER_FAILURE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)

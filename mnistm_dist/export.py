@@ -1,15 +1,18 @@
-"""Export a trained model as one file, uint8 images in and probabilities out, with the preprocessing inside.
+"""Export a trained model as one file: uint8 images in, probabilities out.
 
     python -m mnistm_dist.export runs/NAME --to onnx --out model.onnx
     python -m mnistm_dist.export runs/NAME --to torch --out model.pt2
 
-Input: ``images``, uint8 (N, H, W, 3), RGB, any N, H and W. Output: ``probabilities``, float32 (N, C).
+Input: images, uint8 (N, H, W, 3), RGB, any N, H and W; the preprocessing is
+part of the model. Output: probabilities, float32 (N, C).
 
-    onnxruntime.InferenceSession("model.onnx").run(None, {"images": images})[0]
-    torch.export.load("model.pt2").module()(torch.from_numpy(images))         # needs torch alone
+    session = onnxruntime.InferenceSession("model.onnx")
+    session.run(None, {"images": images})[0]
+    torch.export.load("model.pt2").module()(torch.from_numpy(images))
 
-The file is written under another name and gets its own only when it gives the probabilities of the model, to 1e-4, on
-real images in several sizes and batches.
+The second needs torch alone. The file appears under its name only if its
+probabilities equal the model's, to 1e-4, on real images in several sizes and
+batches.
 """
 
 from __future__ import annotations
@@ -21,9 +24,11 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from mnistm_dist.cli import ArgumentParser
+from tyro.conf import arg
+
+from mnistm_dist.cli import command
 from mnistm_dist.errors import UserError, run_cli
 from mnistm_dist.files import explain_os_errors, fsync_path
 
@@ -43,17 +48,27 @@ OTHER_SIZES = ((20, 33), (64, 64), (150, 90))
 """(height, width) to which they are also brought, pixels: smaller, larger, not square."""
 
 
-def main(argv: list[str]) -> int:
-    """Exports. Exit codes: 0, or 2 for a person's mistake or a file that does not give what the model gives."""
-    parser = ArgumentParser(prog="python -m mnistm_dist.export", description=__doc__)
-    parser.add_argument("run", metavar="RUN", help="a run folder")
-    parser.add_argument("--to", required=True, choices=sorted(NEEDED), help="the format")
-    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="the file to write")
-    parser.add_argument("--force", action="store_true", help="replace FILE if it exists")
-    parser.add_argument("--checkpoint", default="chosen", metavar="best|last|PATH", help="default: the run's choice")
-    args = parser.parse_args(argv)
-    check_out(args.out, force=args.force)
-    check_packages(args.to)
+@command
+def main(
+    run: Annotated[str, arg(metavar="RUN")],
+    /,
+    *,
+    to: Literal["onnx", "torch"],
+    out: Annotated[Path, arg(metavar="FILE")],
+    force: bool = False,
+    checkpoint: str = "chosen",
+) -> int:
+    """Export a trained model. Raises `UserError` if the exported file does not give the model's probabilities.
+
+    Args:
+        run: A run folder.
+        to: Format.
+        out: File to write.
+        force: Replace FILE if it exists.
+        checkpoint: best, last, or the path of a checkpoint. chosen: the one that the run has chosen.
+    """
+    check_out(out, force=force)
+    check_packages(to)
 
     from mnistm_dist import exported_model as portable
     from mnistm_dist.inference import load_model
@@ -61,23 +76,23 @@ def main(argv: list[str]) -> int:
 
     console = Console()
     # A file is for any machine, so it is made, and compared, in float32 on the CPU.
-    model = load_model(args.run, args.checkpoint, device="cpu")
-    with beside(args.out, force=args.force) as temporary:
+    model = load_model(run, checkpoint, device="cpu")
+    with beside(out, force=force) as temporary:
         with console.library_warnings():
-            data = portable.to_onnx(model) if args.to == "onnx" else portable.to_torch(model)
-        with explain_os_errors(args.out):
+            data = portable.to_onnx(model) if to == "onnx" else portable.to_torch(model)
+        with explain_os_errors(out):
             temporary.write_bytes(data)
             fsync_path(temporary)
-        images, origin = real_images(Path(args.run))
-        run = portable.run_onnx(temporary) if args.to == "onnx" else portable.run_torch(temporary)
-        difference, count = compare(model, run, images)
+        images, origin = real_images(Path(run))
+        exported = portable.run_onnx(temporary) if to == "onnx" else portable.run_torch(temporary)
+        difference, count = compare(model, exported, images)
         if not difference <= TOLERANCE:
             raise UserError(
-                f"{args.out}: not written: its probabilities differ from the model's by {difference:.1e}, more than "
-                f"{TOLERANCE:.0e}; another version of {' or '.join(NEEDED[args.to]) or 'torch'} may do better"
+                f"{out}: not written: its probabilities differ from the model's by {difference:.1e}, more than "
+                f"{TOLERANCE:.0e}; another version of {' or '.join(NEEDED[to]) or 'torch'} may do better"
             )
     console.header(
-        f"exported: {args.out}",
+        f"exported: {out}",
         {
             "model": f"{model.checkpoint}, {model.step:,} steps",
             "input": "images: uint8 (N, H, W, 3), RGB, any N, H and W",

@@ -42,7 +42,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     If the block exits without an error, the file is synced and renamed to ``path``; otherwise it is removed. Raises
     `OSError`.
     """
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    # One name, so that what a killed writer left behind is overwritten by the next one.
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
     try:
         yield temporary
         fsync_path(temporary)

@@ -1,11 +1,14 @@
-"""What a trained model sees in pictures: files of any size and mode, one by one or by the folder.
+"""Classify image files of any size and mode.
 
     python -m mnistm_dist.predict runs/NAME digit.png photos/
     python -m mnistm_dist.predict runs/NAME photos/ --csv > predictions.csv
 
-A table, or a line for each file in a pipe: class, probability, file. --csv: file,predicted,probability,p0,...; --json:
-[{"file": ..., "predicted": 3, "probability": 0.99, "probabilities": [...]}, ...]. Folders are walked in sorted order. A
-file that cannot be read is named on stderr and passed over: exit code 1. Where none can be read: 2.
+Prints class, probability and file: a table in a terminal, plain lines in a pipe.
+--csv: file,predicted,probability,p0,...; --json: [{"file": ..., "predicted": 3,
+"probability": 0.99, "probabilities": [...]}, ...]. Folders are read recursively,
+in sorted order. Files that cannot be read are named on stderr and skipped.
+
+Exit codes: 0; 1 some files were skipped; 2 user error, or no file could be read.
 """
 
 from __future__ import annotations
@@ -15,115 +18,130 @@ import io
 import json
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from mnistm_dist.cli import ArgumentParser, integer, write_result
+from pydantic import PositiveInt
+from tyro.conf import arg
+
+from mnistm_dist.cli import command, write_result
 from mnistm_dist.errors import UserError, escape_control, run_cli
 
 if TYPE_CHECKING:
     from mnistm_dist.inference import TrainedModel
     from mnistm_dist.reporting.console import Bar
 
-EXIT_PASSED_OVER = 1
-"""Exit code where some files could not be read and others could."""
+EXIT_SKIPPED = 1
+"""Exit code if some files could not be read and others could."""
 DECIMALS = 6
 """Decimals of a written probability, as in ``predictions_SPLIT.csv``."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Result:
-    """What the model says of one file."""
+class FilePrediction:
+    """The prediction for one file."""
 
     file: str
     probabilities: list[float]
-    """Of each class, as they are written."""
+    """Of each class, rounded to `DECIMALS`."""
 
     @property
     def predicted(self) -> int:
-        """The first class of the largest written probability."""
+        """The class of the largest probability, the first one if several are equal."""
         return self.probabilities.index(self.probability)
 
     @property
     def probability(self) -> float:
-        """Its probability."""
+        """The largest probability."""
         return max(self.probabilities)
 
 
-def main(argv: list[str]) -> int:
-    """Predicts. Exit codes: 0; 1 some files were passed over; 2 a person's mistake, or none could be read."""
-    parser = ArgumentParser(prog="python -m mnistm_dist.predict", description=__doc__)
-    parser.add_argument("run", metavar="RUN", help="a run folder")
-    parser.add_argument("pictures", metavar="IMAGE|FOLDER", nargs="+", help="picture files, or folders of them")
-    form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="JSON on stdout, and nothing else")
-    form.add_argument("--csv", action="store_true", help="CSV on stdout, and nothing else")
-    parser.add_argument("--checkpoint", default="chosen", metavar="best|last|PATH", help="default: the run's choice")
-    parser.add_argument(
-        "--batch-size", type=integer(1, 2**31), default=250, metavar="N", help="images per forward pass (250)"
-    )
-    args = parser.parse_args(argv)
+@command
+def main(
+    run: Annotated[str, arg(metavar="RUN")],
+    images: Annotated[tuple[str, ...], arg(metavar="IMAGE|FOLDER")],
+    /,
+    *,
+    json_output: Annotated[bool, arg(name="json")] = False,
+    csv_output: Annotated[bool, arg(name="csv")] = False,
+    checkpoint: str = "chosen",
+    batch_size: PositiveInt = 250,
+) -> int:
+    """Classify image files. Raises `UserError` if none can be read.
+
+    Args:
+        run: A run folder.
+        images: Image files, or folders of them.
+        json_output: Print JSON on stdout, and nothing else.
+        csv_output: Print CSV on stdout, and nothing else.
+        checkpoint: best, last, or the path of a checkpoint. chosen: the one that the run has chosen.
+        batch_size: Images per forward pass.
+    """
+    if not images:
+        raise UserError("IMAGE|FOLDER: none is named; name image files, or folders of them")
+    if json_output and csv_output:
+        raise UserError("--json and --csv: choose one of them")
 
     from mnistm_dist.data.image_io import find_pictures
     from mnistm_dist.inference import load_model
     from mnistm_dist.reporting.console import Console
 
-    complaints: list[str] = []
-    files = [str(path) for path in find_pictures(args.pictures, complaints.append)]
+    skipped: list[str] = []
+    files = [str(path) for path in find_pictures(list(images), skipped.append)]
     if not files:
-        raise UserError(nothing_read(complaints))
-    model = load_model(args.run, args.checkpoint)
-    # stdout is the result's alone, and a log of stderr wants the complaints alone.
+        raise UserError(nothing_read(skipped))
+    model = load_model(run, checkpoint)
+    # stdout holds the result only; stderr, unless it is a terminal, the skipped files only.
     console = Console(enabled=sys.stderr.isatty(), stream=sys.stderr)
     with console.library_warnings(), console.progress("predicting", len(files)) as bar:
-        results = predict_files(model, files, args.batch_size, complaints, bar)
+        results = predict_files(model, files, batch_size, skipped, bar)
     if not results:
-        raise UserError(nothing_read(complaints))
-    for complaint in complaints:
-        print(f"passed over: {escape_control(complaint)}", file=sys.stderr)
-    if args.json:
-        write_result(as_json(results))
-    elif args.csv:
-        write_result(as_csv(results, model.classes))
+        raise UserError(nothing_read(skipped))
+    for line in skipped:
+        print(f"skipped: {escape_control(line)}", file=sys.stderr)
+    if json_output:
+        write_result(format_json(results))
+    elif csv_output:
+        write_result(format_csv(results, model.classes))
     elif sys.stdout.isatty():
         show_table(results, model.classes)
     else:
         write_result(
             "".join(f"{model.classes[r.predicted]}  {r.probability:.4f}  {escape_control(r.file)}\n" for r in results)
         )
-    return EXIT_PASSED_OVER if complaints else 0
+    return EXIT_SKIPPED if skipped else 0
 
 
-def nothing_read(complaints: list[str]) -> str:
-    """One line for where no file could be read."""
-    more = f" (and {len(complaints) - 1} more like it)" if len(complaints) > 1 else ""
-    return f"no picture could be read: {escape_control(complaints[0])}{more}"
+def nothing_read(skipped: list[str]) -> str:
+    """Return the error message if no file could be read."""
+    others = f" (and {len(skipped) - 1} more)" if len(skipped) > 1 else ""
+    return f"no image could be read: {escape_control(skipped[0])}{others}"
 
 
 def predict_files(
-    model: TrainedModel, files: list[str], batch_size: int, complaints: list[str], bar: Bar
-) -> list[Result]:
-    """Reads and classifies the files, ``batch_size`` at a time; what cannot be read is added to ``complaints``."""
+    model: TrainedModel, files: list[str], batch_size: int, skipped: list[str], bar: Bar
+) -> list[FilePrediction]:
+    """Read and classify the files, ``batch_size`` at a time. Files that cannot be read are added to ``skipped``."""
     import torch
 
-    results: list[Result] = []
+    results: list[FilePrediction] = []
     for start in range(0, len(files), batch_size):
         names, prepared = [], []
         for file in files[start : start + batch_size]:
             try:
                 prepared.append(model.prepare(file))
             except UserError as error:
-                complaints.append(str(error))
+                skipped.append(str(error))
             else:
                 names.append(file)
         if names:
             rows = model.classify(torch.cat(prepared), batch_size=batch_size).astype("float64").round(DECIMALS).tolist()
-            results += [Result(file=name, probabilities=row) for name, row in zip(names, rows, strict=True)]
+            results += [FilePrediction(file=name, probabilities=row) for name, row in zip(names, rows, strict=True)]
         bar.update(min(start + batch_size, len(files)))
     return results
 
 
-def as_json(results: list[Result]) -> str:
-    """A list of objects, one a line. File names that are no Unicode keep their bytes as lone surrogates."""
+def format_json(results: list[FilePrediction]) -> str:
+    """Return a JSON array, one object per line. Bytes of a file name that are not UTF-8 are lone surrogates."""
     rows = [
         {"file": r.file, "predicted": r.predicted, "probability": r.probability, "probabilities": r.probabilities}
         for r in results
@@ -131,8 +149,8 @@ def as_json(results: list[Result]) -> str:
     return "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n"
 
 
-def as_csv(results: list[Result], classes: tuple[str, ...]) -> str:
-    """A head and a row per file, as in ``predictions_SPLIT.csv``."""
+def format_csv(results: list[FilePrediction], classes: tuple[str, ...]) -> str:
+    """Return a header and a row per file, as in ``predictions_SPLIT.csv``."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["file", "predicted", "probability", *(f"p{name}" for name in classes)])
@@ -141,8 +159,8 @@ def as_csv(results: list[Result], classes: tuple[str, ...]) -> str:
     return text.getvalue()
 
 
-def show_table(results: list[Result], classes: tuple[str, ...]) -> None:
-    """A table in the terminal."""
+def show_table(results: list[FilePrediction], classes: tuple[str, ...]) -> None:
+    """Print a table in the terminal."""
     from rich import box
     from rich.console import Console
     from rich.table import Table

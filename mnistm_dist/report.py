@@ -1,35 +1,41 @@
-"""Write the report of a run, or of several beside one another, as one HTML file.
+"""Write the report of a run, or a comparison of several runs, as one HTML file.
 
-python -m mnistm_dist.report runs/NAME                           writes runs/NAME/report.html
-python -m mnistm_dist.report runs/A runs/B --out compare.html
+    python -m mnistm_dist.report runs/NAME                     writes runs/NAME/report.html
+    python -m mnistm_dist.report runs/A runs/B --out compare.html
+
+Missing parts of a run are named on stderr; the report is written without them.
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Annotated
 
-from mnistm_dist.cli import ArgumentParser
-from mnistm_dist.errors import run_cli
+from tyro.conf import arg
 
-SEVERAL = Path("report.html")
-"""Where the report of several runs goes, unless --out says otherwise."""
+from mnistm_dist.cli import command
+from mnistm_dist.config import OrNone
+from mnistm_dist.errors import UserError, run_cli
 
 
-def main(argv: list[str]) -> int:
-    """Writes the report and returns the exit code: 0, also where parts of a run are missing, which it names."""
-    parser = ArgumentParser(prog="python -m mnistm_dist.report", description=__doc__)
-    parser.add_argument("run", nargs="+", type=Path, metavar="RUN", help="a run folder; several are compared")
-    parser.add_argument(
-        "--out", type=Path, metavar="FILE", help=f"where to write (default: RUN/report.html; of several: {SEVERAL})"
-    )
-    flags = parser.parse_args(argv)
+@command
+def main(runs: Annotated[tuple[str, ...], arg(metavar="RUN")], /, *, out: OrNone[Path] = None) -> int:
+    """Write the report.
+
+    Args:
+        runs: Run folders; several are compared.
+        out: File to write. none: RUN/report.html; for several runs, report.html in the current folder.
+    """
+    if not runs:
+        raise UserError("report: no run is named; name one or more run folders")
     # Heavy imports come after the flags, so that --help and a mistyped flag answer at once.
     from mnistm_dist.reporting.console import Console
     from mnistm_dist.reporting.page import write_report
 
-    out = flags.out or (flags.run[0] / "report.html" if len(flags.run) == 1 else SEVERAL)
-    missing = write_report(flags.run, out)
+    folders = [Path(run) for run in runs]
+    out = out or (folders[0] if len(folders) == 1 else Path()) / "report.html"
+    missing = write_report(folders, out)
     console = Console()
     for line in missing:
         console.warn(line)

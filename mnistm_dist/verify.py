@@ -1,48 +1,53 @@
-"""Verify a packed set: every file, every tar against its index, every image against the manifest's hashes.
+"""Check each file of a packed set, and all images against the manifest's sums.
 
     python -m mnistm_dist.verify shards/official
 
-Prints one line if the set is intact (exit code 0), otherwise a line for each file that is truncated, changed, missing
-or extra: a tar or index that the manifest does not list (exit code 2).
+Prints one line if the set is intact (exit code 0), otherwise a line for each
+file that is truncated, changed, missing or extra: a tar or index that the
+manifest does not list (exit code 2).
 """
 
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
-from mnistm_dist.cli import ArgumentParser
+from tyro.conf import arg
+
+from mnistm_dist.cli import command
 from mnistm_dist.errors import UserError, run_cli
 
 
-def main(argv: list[str]) -> int:
-    """Run the command and return its exit code. Raises `UserError` if the set is damaged."""
-    parser = ArgumentParser(prog="python -m mnistm_dist.verify", description=__doc__)
-    parser.add_argument("shards", metavar="SHARDS", help="the folder of a packed set")
-    args = parser.parse_args(argv)
+@command
+def main(shards: Annotated[str, arg(metavar="SHARDS")], /) -> int:
+    """Check a packed set. Raises `UserError` if it is damaged.
 
+    Args:
+        shards: folder of a packed set.
+    """
     from mnistm_dist.data.integrity import OK
     from mnistm_dist.data.manifest import REPAIR
     from mnistm_dist.data.packing.verify import inspect
     from mnistm_dist.data.shards import ShardSet
     from mnistm_dist.reporting.console import Console
 
-    shards = ShardSet.open(args.shards)
-    manifest = shards.manifest
+    packed = ShardSet.open(shards)
+    manifest = packed.manifest
     console = Console()
     count = sum(split.count for split in manifest.splits.values())
     with console.progress("verify", count, "images") as bar:
-        findings = inspect(shards, bar)
+        findings = inspect(packed, bar)
     damaged = [finding for finding in findings if finding.status != OK]
     for finding in damaged:
         console.line(f"{finding.status:<9} {finding.name}: {finding.detail}")
     if damaged:
         first = damaged[0]
         raise UserError(
-            f"{shards.root}: {len(damaged)} of {len(findings)} files are damaged, the first is {first.name} "
+            f"{packed.root}: {len(damaged)} of {len(findings)} files are damaged, the first is {first.name} "
             f"({first.status}: {first.detail}); {REPAIR}"
         )
     splits = ", ".join(f"{split.count:,} {split.name}" for split in manifest.splits.values())
-    console.line(f"{shards.root} is intact: {splits}; lineage {manifest.lineage}")
+    console.line(f"{packed.root} is intact: {splits}; lineage {manifest.lineage}")
     return 0
 
 

@@ -10,7 +10,6 @@ import pytest
 from packed_sets import tiny_source
 from processes import Command, Started
 
-from benchmarks.__main__ import stay_on, usable_cores
 from mnistm_dist.data.packing.writer import pack
 from mnistm_dist.data.sources.base import Sample, Source
 from mnistm_dist.data.sources.catalog import open_source
@@ -44,14 +43,6 @@ def part_of_the_sample(counts: dict[str, int]) -> Source:
             )
 
     return Source(layout="sample", description="part of the sample", counts=counts, read=read, lineage="regenerated")
-
-
-@pytest.fixture(autouse=True)
-def cores_put_back() -> Iterator[None]:
-    """A bench that ran in this process stays on its cores, and what is started later would inherit that."""
-    cores = usable_cores()
-    yield
-    stay_on(cores)
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from mnistm_dist import results as scoring
 from mnistm_dist.data import resident
 from mnistm_dist.errors import UserError
 from mnistm_dist.reporting import figures, page
-from mnistm_dist.training import checkpoint, evaluation
+from mnistm_dist.training import checkpoint, evaluation, preemption
 from mnistm_dist.training import trainer as loop
 
 CLONE_NEWNS, MS_RDONLY, MS_REC, MS_PRIVATE = 0x20000, 1, 0x4000, 0x40000
@@ -67,7 +67,7 @@ def a_folder_for_each_rank() -> None:
 def a_second_a_look() -> None:
     """The clock of the training loop goes on by a second whenever it is looked at, and else stands still."""
     seconds = itertools.count()
-    loop.time = SimpleNamespace(monotonic=lambda: float(next(seconds)))  # type: ignore[attr-defined]
+    preemption.time = SimpleNamespace(monotonic=lambda: float(next(seconds)))  # type: ignore[attr-defined]
 
 
 # Mistakes
@@ -75,14 +75,14 @@ def a_second_a_look() -> None:
 
 def mistake_on_one_rank() -> None:
     """Rank FAULT_RANK finds a mistake where the others find none, in the middle of the training."""
-    original = loop.Trainer.write_row
+    original = loop.Trainer.log_training
 
-    def write_row(self: loop.Trainer, *arguments: Any) -> None:
+    def log_training(self: loop.Trainer, *arguments: Any) -> None:
         original(self, *arguments)
         if self.world.rank == int(os.environ["FAULT_RANK"]):
             raise UserError(f"a mistake that only rank {self.world.rank} finds")
 
-    loop.Trainer.write_row = write_row  # type: ignore[method-assign]
+    loop.Trainer.log_training = log_training  # type: ignore[method-assign]
 
 
 # What happens to one rank when it comes to a phase

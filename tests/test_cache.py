@@ -1,4 +1,4 @@
-"""The cache of decoded sets: filled once, never incomplete, and rebuilt if it is damaged."""
+"""The cache of decoded sets: filled once, never half, and rebuilt where it is damaged."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from conftest import TRAIN, refused, worked
 from packed_sets import flip_byte, tiny_source
 from processes import server
 
+from mnistm_dist import cache
 from mnistm_dist.data import resident as resident_module
 from mnistm_dist.data.cache import cache_entry, choose_cache_dir, entries
 from mnistm_dist.data.packing.writer import pack
@@ -23,9 +24,11 @@ from mnistm_dist.data.resident import Resident, open_resident
 from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.errors import UserError
 
+pytest_plugins = ["trained_run"]
 
-def decode(folder: Path, cache_dir: Path, seen: list[tuple[int, int]] | None = None) -> Resident:
-    progress = None if seen is None else lambda *now: seen.append(now)
+
+def decode(folder: Path, cache_dir: Path, told: list[tuple[int, int]] | None = None) -> Resident:
+    progress = None if told is None else lambda *now: told.append(now)
     return open_resident(
         ShardSet.open(folder), "train", cache_dir=cache_dir, device="cpu", workers=1, progress=progress
     )
@@ -39,21 +42,21 @@ def decoded_file(cache_dir: Path) -> Path:
 def test_a_second_launch_decodes_nothing(small_set, tmp_path):
     first = decode(small_set, tmp_path)
     before = decoded_file(tmp_path).stat()
-    seen: list[tuple[int, int]] = []
-    second = decode(small_set, tmp_path, seen)
+    told: list[tuple[int, int]] = []
+    second = decode(small_set, tmp_path, told)
     after = decoded_file(tmp_path).stat()
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
-    assert seen[-1] == (TRAIN, TRAIN)
+    assert told[-1] == (TRAIN, TRAIN)
     assert np.array_equal(first.images.numpy(), second.images.numpy())
 
 
 def test_progress_goes_up_to_all_images(small_set, tmp_path, monkeypatch):
     monkeypatch.setattr(resident_module, "_CHUNK_BYTES", 20 * 28 * 28 * 3)
-    seen: list[tuple[int, int]] = []
-    decode(small_set, tmp_path, seen)
-    assert seen == sorted(seen)
-    assert len(seen) > TRAIN / 20
-    assert seen[-1] == (TRAIN, TRAIN)
+    told: list[tuple[int, int]] = []
+    decode(small_set, tmp_path, told)
+    assert told == sorted(told)
+    assert len(told) > TRAIN / 20
+    assert told[-1] == (TRAIN, TRAIN)
 
 
 def test_the_file_is_not_sparse(small_set, tmp_path):
@@ -72,11 +75,11 @@ def cut(path: Path) -> None:
         cut,
         lambda path: flip_byte(path, 5_000),
         lambda path: path.unlink(),
-        lambda path: path.with_name("checked.json").unlink(),
-        lambda path: path.with_name("checked.json").write_text("{"),
-        lambda path: path.with_name("checked.json").write_text(json.dumps({str(path): {"sha256": 1}})),
+        lambda path: path.with_suffix(".json").unlink(),
+        lambda path: path.with_suffix(".json").write_text("{"),
+        lambda path: path.with_suffix(".json").write_text('{"crc32": 1, "stamp": "x"}'),
     ],
-    ids=["truncated", "one byte", "missing", "without its record", "broken record", "wrong record"],
+    ids=["cut", "one byte", "gone", "without its card", "broken card", "wrong card"],
 )
 def test_a_damaged_cache_is_rebuilt(damage, small_set, tmp_path):
     images = decode(small_set, tmp_path).images.numpy().copy()
@@ -84,7 +87,7 @@ def test_a_damaged_cache_is_rebuilt(damage, small_set, tmp_path):
     assert np.array_equal(decode(small_set, tmp_path).images.numpy(), images)
 
 
-def test_a_decoded_file_that_was_copied_is_hashed_and_kept(small_set, tmp_path):
+def test_a_cache_that_was_copied_is_summed_and_kept(small_set, tmp_path):
     images = decode(small_set, tmp_path).images.numpy().copy()
     path = decoded_file(tmp_path)
     data = path.read_bytes()
@@ -95,7 +98,7 @@ def test_a_decoded_file_that_was_copied_is_hashed_and_kept(small_set, tmp_path):
     assert path.stat().st_ino == inode
 
 
-def test_another_set_has_another_entry(small_set, tmp_path):
+def test_another_set_has_another_place(small_set, tmp_path):
     pack(tiny_source(), tmp_path / "set")
     decode(small_set, tmp_path / "cache")
     decode(tmp_path / "set", tmp_path / "cache")
@@ -112,29 +115,24 @@ def killed_while_decoding(folder: Path, cache_dir: Path) -> None:
     open_resident(ShardSet.open(folder), "train", cache_dir=cache_dir, device="cpu", workers=2, progress=kill)
 
 
-def test_a_killed_decode_leaves_nothing_that_looks_complete_and_the_next_one_succeeds(small_set, tmp_path):
+def test_a_killed_decode_leaves_nothing_that_looks_whole_and_the_next_one_goes_through(small_set, tmp_path):
     process = server().Process(target=killed_while_decoding, args=(small_set, tmp_path))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
     (folder,) = (tmp_path / "sets").iterdir()
-    assert list(folder.glob(".train.*.u8"))
+    assert (folder / "train.u8.partial").exists()
     assert not (folder / "train.u8").exists()
     decode(small_set, tmp_path)
-    assert sorted(path.name for path in folder.iterdir()) == ["about.json", "checked.json", "train.u8"]
+    assert sorted(path.name for path in folder.iterdir()) == ["about.json", "checked.json", "train.json", "train.u8"]
 
 
 def count_decoded(folder: Path, cache_dir: Path, ready, answers) -> None:
     """Opens when all are ready, and says which images it decoded itself and what it sees."""
     resident_module._CHUNK_BYTES = 20 * 28 * 28 * 3
     decoded = []
-    decode_to = resident_module._decode_to
-
-    def counted(*arguments):
-        decoded.append(1)
-        return decode_to(*arguments)
-
-    resident_module._decode_to = counted
+    build = resident_module._build
+    resident_module._build = lambda *arguments: decoded.append(build(*arguments))
     ready.wait()
     images = decode(folder, cache_dir).images
     answers.put((len(decoded), int(images.long().sum())))
@@ -168,7 +166,7 @@ def small_disk(tmp_path) -> Iterator[Path]:
 def test_a_full_disk_is_named_with_what_is_needed(foreseen, small_set, small_disk, monkeypatch):
     if not foreseen:
         # As if another program had filled the disk after the look at its free space.
-        monkeypatch.setattr(resident_module, "require_free_space", lambda path, need: None)
+        monkeypatch.setattr(resident_module, "make_room", lambda path, need: None)
     with pytest.raises(UserError) as caught:
         decode(small_set, small_disk / "cache")
     message = str(caught.value)
@@ -186,7 +184,7 @@ def test_a_cache_folder_that_cannot_be_made_is_named(small_set, tmp_path):
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
-def test_a_world_writable_folder_of_another_user_is_refused(small_set, tmp_path):
+def test_a_folder_that_a_stranger_laid_out_is_refused(small_set, tmp_path):
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache").chmod(0o777)
     os.chown(tmp_path / "cache", 12345, 12345)
@@ -204,7 +202,7 @@ def test_a_world_writable_folder_of_another_user_is_refused(small_set, tmp_path)
         ({"HOME": "/h"}, "/h/.cache/mnistm_dist"),
     ],
 )
-def test_the_cache_folder_is_chosen_from_the_environment(variables, place, monkeypatch):
+def test_the_place_of_the_cache(variables, place, monkeypatch):
     for name in ("MNISTM_DIST_CACHE", "SLURM_JOB_ID", "SLURM_TMPDIR", "TMPDIR", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
@@ -212,30 +210,30 @@ def test_the_cache_folder_is_chosen_from_the_environment(variables, place, monke
     assert choose_cache_dir(None) == Path(place)
 
 
-def test_the_command_lists_and_clears(door, small_set, tmp_path):
+def test_the_command_lists_and_clears(here, small_set, tmp_path):
     cache_dir = tmp_path / "cache"
     pack(tiny_source(), tmp_path / "set")
     for folder in (small_set, tmp_path / "set"):
         decode(folder, cache_dir)
-    listed = worked(door("cache", "list", "--cache-dir", cache_dir))
+    listed = worked(here(cache.main, "list", "--cache-dir", cache_dir))
     assert str(small_set) in listed
     assert "2 entries" in listed
-    rows = json.loads(worked(door("cache", "list", "--json", "--cache-dir", cache_dir)))
+    rows = json.loads(worked(here(cache.main, "list", "--json", "--cache-dir", cache_dir)))
     assert [row["source"] for row in rows] == [str(tmp_path / "set"), str(small_set)]
     assert rows[1]["bytes"] > TRAIN * 28 * 28 * 3
-    assert "nowhere: no such entry" in refused(door("cache", "clear", "nowhere", "--cache-dir", cache_dir))
-    assert "removed 1 entries" in worked(door("cache", "clear", rows[1]["name"][:8], "--cache-dir", cache_dir))
+    assert "nowhere: no such entry" in refused(here(cache.main, "clear", "nowhere", "--cache-dir", cache_dir))
+    assert "removed 1 entries" in worked(here(cache.main, "clear", rows[1]["name"][:8], "--cache-dir", cache_dir))
     assert [entry.about["source"] for entry in entries(cache_dir)] == [str(tmp_path / "set")]
     with cache_entry(cache_dir, "sets", rows[0]["name"], {"source": str(tmp_path / "set")}):
-        assert "a process is writing it" in refused(door("cache", "clear", "--cache-dir", cache_dir))
-    assert "removed 1 entries" in worked(door("cache", "clear", "--cache-dir", cache_dir))
+        assert "a process is writing it" in refused(here(cache.main, "clear", "--cache-dir", cache_dir))
+    assert "removed 1 entries" in worked(here(cache.main, "clear", "--cache-dir", cache_dir))
     assert not entries(cache_dir)
 
 
-def test_a_mapped_split_survives_clearing(small_set, tmp_path, door):
+def test_what_is_mapped_outlives_a_clearing(small_set, tmp_path, here):
     resident = decode(small_set, tmp_path)
     before = int(resident.images.long().sum())
-    worked(door("cache", "clear", "--cache-dir", tmp_path))
+    worked(here(cache.main, "clear", "--cache-dir", tmp_path))
     assert int(resident.images.long().sum()) == before
     decode(small_set, tmp_path)
 

@@ -153,7 +153,7 @@ def test_a_missing_package_is_named_with_its_remedy(trained_run, here, monkeypat
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["nowhere", "--to", "torch", "--out", "m.pt2"], "nowhere: no run folder"),
+        (["nowhere", "--to", "torch", "--out", "m.pt2"], "nowhere: not a run folder"),
         (["RUN", "--to", "torch", "--out", "."], "--out ."),
         (["RUN", "--to", "keras", "--out", "m"], "--to"),
         (["RUN", "--to", "onnx"], "--out"),
@@ -161,7 +161,7 @@ def test_a_missing_package_is_named_with_its_remedy(trained_run, here, monkeypat
         (["RUN", "--to", "torch", "--out", "file/m.pt2"], "m.pt2"),
     ],
 )
-def test_a_mistake_is_one_line(trained_run, here, tmp_path, arguments, named):
+def test_a_user_error_is_one_line(trained_run, here, tmp_path, arguments, named):
     (tmp_path / "file").touch()
     before = set(tmp_path.iterdir())
     assert named in refused(here(main, *(trained_run if a == "RUN" else a for a in arguments)))

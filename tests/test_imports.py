@@ -12,7 +12,7 @@ import mnistm_dist
 
 PACKAGE = Path(mnistm_dist.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-BOTTOM = {"errors", "config", "files", "run_files", "__version__"}
+BOTTOM = {"errors", "config", "cli", "files", "__version__"}
 ALLOWED = {
     "data": {"data"} | BOTTOM,
     "training": {"training", "data"} | BOTTOM,
@@ -75,7 +75,7 @@ def test_help_answers_in_under_half_a_second(door):
         done = subprocess.run([sys.executable, "-m", f"mnistm_dist.{door}", "--help"], capture_output=True, text=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.startswith("usage: ")
+        assert f"mnistm_dist.{door}" in done.stdout
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     # Of the processor, and the best of three: what else runs on the machine is not the door's.

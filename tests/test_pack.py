@@ -14,19 +14,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Door, refused, worked
+from conftest import refused, worked
 from packed_sets import ARCHIVE, names_in, write_official
+from trained_run import Here
 
+from mnistm_dist import pack
 from mnistm_dist.data.packing.statistics import OFFICIAL_PIXELS
 from mnistm_dist.data.shards import ShardSet
-from mnistm_dist.data.sources.detect import KNOWN_LAYOUTS
+from mnistm_dist.data.sources.catalog import KNOWN_LAYOUTS
 
+pytest_plugins = ["trained_run"]
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_pack_writes_a_set_and_prints_a_summary(tmp_path: Path, door: Door) -> None:
+def test_pack_writes_a_set_and_prints_a_summary(tmp_path: Path, here: Here) -> None:
     write_official(tmp_path / "in")
-    printed = worked(door("pack", "in", "--out", "shards/mine", "--num-shards", 4, "--split-size", 3, "--seed", 7))
+    printed = worked(here(pack.main, "in", "--out", "shards/mine", "--num-shards", 4, "--split-size", 3, "--seed", 7))
     manifest = ShardSet.open(tmp_path / "shards" / "mine").manifest
     assert [(split.count, len(split.shards)) for split in manifest.splits.values()] == [(20, 4), (3, 1), (7, 1)]
     assert (manifest.seed, manifest.lineage) == (7, "unknown")
@@ -39,26 +42,26 @@ def test_pack_writes_a_set_and_prints_a_summary(tmp_path: Path, door: Door) -> N
     ("arguments", "named"),
     [
         (["here/none", "--out", "here/new"], "here/none"),
-        (["here/in", "--out", "here/in"], "here/in: already exists"),
+        (["here/in", "--out", "here/in"], "here/in: exists already"),
         (["here/in"], "--out"),
         (["--out", "here/new"], "SOURCE"),
         (["here/in", "--out", "here/new", "--num-shards", "many"], "many"),
-        (["here/in", "--out", "here/new", "--num-shards", "0"], "--num-shards: '0' is not accepted"),
+        (["here/in", "--out", "here/new", "--num-shards", "0"], "--num-shards: found '0'; should be greater than 0"),
         (["here/in", "--out", "here/new", "--unknown"], "--unknown"),
-        (["here/in", "--out", "here/new", "--layout", "none"], "none"),
+        (["here/in", "--out", "here/new", "--layout", "some"], "some"),
     ],
 )
 def test_a_user_error_is_one_line_and_nothing_is_written(
-    tmp_path: Path, door: Door, arguments: list[str], named: str
+    tmp_path: Path, here: Here, arguments: list[str], named: str
 ) -> None:
     write_official(tmp_path / "here" / "in")
     before = sorted((tmp_path / "here").rglob("*"))
-    assert named in refused(door("pack", *arguments))
+    assert named in refused(here(pack.main, *arguments))
     assert sorted((tmp_path / "here").rglob("*")) == before
 
 
-def test_layouts_lists_every_layout_with_its_structure(door: Door) -> None:
-    lines = worked(door("pack", "--layouts")).splitlines()
+def test_layouts_lists_every_layout_with_its_structure(here: Here) -> None:
+    lines = worked(here(pack.main, "--layouts")).splitlines()
     assert [line.split(maxsplit=1) for line in lines] == [[name, text] for name, text in KNOWN_LAYOUTS.items()]
 
 
@@ -121,7 +124,7 @@ def official(tmp_path_factory: pytest.TempPathFactory) -> Packed:
     return Packed(shards=shards, seconds=seconds, peak_kilobytes=int(done.stdout.split()[-1]))
 
 
-def test_the_official_set_has_the_known_hashes_counts_and_moments(official: Packed) -> None:
+def test_the_official_set_is_known_by_its_sums(official: Packed) -> None:
     manifest = official.shards.manifest
     assert (manifest.lineage, manifest.pixels_sha256) == ("official", OFFICIAL_PIXELS)
     train, val, test = manifest.splits.values()

@@ -1,4 +1,4 @@
-"""``plan`` names the images that training sees."""
+"""``plan`` names the images that training uses."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from mnistm_dist.data.fetch import open_shards
 from mnistm_dist.data.loader import open_reader, train_batches
 from mnistm_dist.data.order import choose_reading, create_order
 
+pytest_plugins = ["trained_run"]
+
 
 def run_folder(place: Path, shards: Path, **fields: object) -> Path:
-    """A run folder with nothing in it but its configuration, settled as a launch settles it."""
+    """A run folder that holds only its configuration, resolved as at the first launch."""
     config = configuration.replace(
         configuration.Config(), shards=str(shards), **{"batch_size": 48, "seed": 11, **fields}
     )
@@ -34,12 +36,12 @@ def run_folder(place: Path, shards: Path, **fields: object) -> Path:
 @pytest.mark.parametrize(
     ("order", "reading"), [("full", "resident"), ("windowed", "resident"), ("windowed", "streaming")]
 )
-def test_plan_names_what_every_rank_is_given(world_size, order, reading, door, small_set, cache_dir, tmp_path):
+def test_plan_names_what_every_rank_is_given(world_size, order, reading, here, small_set, cache_dir, tmp_path):
     run = run_folder(tmp_path / "run", small_set, order=order, reader=reading, shuffle_streams=8, shuffle_window=20)
     config = configuration.load(run / "config.yaml")
     shards = open_shards(str(small_set), cache_dir=cache_dir)
     reader = open_reader(shards, "train", config.data, cache_dir=cache_dir, device="cpu", threads=2)
-    step = 2 * TRAIN // 48  # within it, an epoch ends
+    step = 2 * TRAIN // 48  # an epoch ends within this step
     ranks = []
     for rank in range(world_size):
         (share,) = train_batches(
@@ -53,25 +55,27 @@ def test_plan_names_what_every_rank_is_given(world_size, order, reading, door, s
             stop_step=step + 1,
         )
         ranks.append(shards.keys("train", np.concatenate([batch.ids for batch in share])))
-    told = json.loads(worked(door("plan", "--run", run, "--step", step, "--world-size", world_size, "--json")))
-    assert told == {"step": step, "epoch": step * 48 // TRAIN, "ranks": ranks}
+    result = json.loads(worked(here(plan.main, run, "--step", step, "--world-size", world_size, "--json")))
+    assert result == {"step": step, "epoch": step * 48 // TRAIN, "ranks": ranks}
 
 
-def test_plan_of_shards_begins_a_run_of_the_default_recipe(door, small_set, tmp_path):
-    given = ["plan", "--shards", small_set, "--step", 3, "--json"]
-    told = json.loads(worked(door(*given)))
+def test_plan_of_shards_is_that_of_a_new_run_of_the_default_recipe(here, small_set, tmp_path):
+    given = ["--shards", small_set, "--step", 3, "--json"]
+    result = json.loads(worked(here(plan.main, *given)))
     recipe = configuration.build("fast", configuration.read_recipe("fast"))
-    assert len(told["ranks"][0]) == recipe.steps.batch_size
-    chosen = json.loads(worked(door(*given, "--batch-size", 48, "--seed", 11)))
+    assert len(result["ranks"][0]) == recipe.steps.batch_size
+    chosen = json.loads(worked(here(plan.main, *given, "--batch-size", 48, "--seed", 11)))
     run = run_folder(tmp_path / "run", small_set)
-    assert json.loads(worked(door("plan", "--run", run, "--step", 3, "--json"))) == chosen
-    other = json.loads(worked(door(*given, "--batch-size", 48, "--seed", 11, "--order", "windowed", "--world-size", 2)))
+    assert json.loads(worked(here(plan.main, run, "--step", 3, "--json"))) == chosen
+    other = json.loads(
+        worked(here(plan.main, *given, "--batch-size", 48, "--seed", 11, "--order", "windowed", "--world-size", 2))
+    )
     assert [len(keys) for keys in other["ranks"]] == [24, 24]
     assert [*other["ranks"][0], *other["ranks"][1]] != chosen["ranks"][0]
 
 
-def test_words_for_a_person(door, small_set):
-    text = worked(door("plan", "--shards", small_set, "--step", 1, "--batch-size", 12, "--world-size", 2))
+def test_without_json_it_prints_lines_of_80_columns(here, small_set):
+    text = worked(here(plan.main, "--shards", small_set, "--step", 1, "--batch-size", 12, "--world-size", 2))
     lines = text.splitlines()
     assert lines[0] == "step 1 of epoch 0: 12 images, full order, seed 0"
     assert sum(line.startswith("rank ") for line in lines) == 2
@@ -81,34 +85,34 @@ def test_words_for_a_person(door, small_set):
 def test_saved_images_are_those_of_the_step(small_set, tmp_path, capsys):
     for name, extra in (("plain", {}), ("shifted", {"shift": 4.0, "invert": 1.0})):
         run = run_folder(tmp_path / name, small_set, image_size=(32,), batch_size=12, **extra)
-        assert plan.main(["--run", str(run), "--step", "2", "--save", f"{tmp_path / name}.png"]) == 0
+        assert plan.main([str(run), "--step", "2", "--save", f"{tmp_path / name}.png"]) == 0
         assert f"images: {tmp_path / name}.png" in capsys.readouterr().out
     plain, shifted = (np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB")) for name in ("plain", "shifted"))
     assert plain.shape == shifted.shape
     assert plain.shape[1] == 800
     assert (plain != shifted).mean() > 0.2
     again = tmp_path / "again.png"
-    plan.main(["--run", str(tmp_path / "plain"), "--step", "2", "--world-size", "4", "--save", str(again)])
+    plan.main([str(tmp_path / "plain"), "--step", "2", "--world-size", "4", "--save", str(again)])
     assert np.array_equal(np.asarray(Image.open(again).convert("RGB")), plain)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--shards", "nowhere", "--step", "1"], "nowhere: no such folder"),
-        (["--run", "nowhere", "--step", "1"], "run nowhere: no such folder"),
-        (["--run", ".", "--step", "1"], "config.yaml: cannot be read"),
-        (["--run", ".", "--step", "1", "--seed", "3"], "--seed: a run has its own"),
-        (["--step", "1"], "one of the arguments --run --shards is required"),
+        (["nowhere", "--step", "1"], "nowhere/config.yaml: cannot be read"),
+        ([".", "--step", "1", "--seed", "3"], "--seed: . has its own"),
+        ([".", "--shards", "SET", "--step", "1"], "--shards: . has its own"),
+        (["--step", "1"], "name a run folder, or a packed set with --shards"),
         (["--shards", "SET"], "--step"),
-        (["--shards", "SET", "--step", "-1"], "whole number from 0"),
-        (["--shards", "SET", "--step", "many"], "whole number from 0"),
-        (["--shards", "SET", "--step", "1", "--batch-size", "0"], "whole number from 1"),
+        (["--shards", "SET", "--step", "-1"], "--step: found '-1'; should be greater than or equal to 0"),
+        (["--shards", "SET", "--step", "many"], "--step: found 'many'"),
+        (["--shards", "SET", "--step", "1", "--batch-size", "0"], "--batch-size: found '0'"),
         (["--shards", "SET", "--step", "1", "--batch-size", "256", "--world-size", "3"], "255 and 258"),
-        (["--shards", "SET", "--step", "1", "--save", "batch.jpeg"], ".png, .svg, .pdf"),
-        (["--shards", "SET", "--step", "1", "--save", "no/such/folder/batch.png"], "no folder no/such/folder"),
+        (["--shards", "SET", "--step", "1", "--save", "batch.jpeg"], "--save: found 'batch.jpeg'"),
+        (["--shards", "SET", "--step", "1", "--save", "no/such/folder/batch.png"], "no/such/folder/batch.png"),
         (["--shards", "pipe:cat", "--step", "1"], "https://"),
     ],
 )
-def test_mistakes_are_told_in_one_line(arguments, said, door, small_set):
-    assert said in refused(door("plan", *(str(small_set) if a == "SET" else a for a in arguments)))
+def test_a_user_error_is_one_line(arguments, message, here, small_set):
+    assert message in refused(here(plan.main, *(str(small_set) if a == "SET" else a for a in arguments)))

@@ -79,15 +79,15 @@ def test_in_a_terminal_there_is_a_table(trained_run, val, here, monkeypatch):
     assert "\x1b[1m" in shown
 
 
-def test_a_broken_file_is_named_and_passed_over(trained_run, val, here, tmp_path):
+def test_a_broken_file_is_named_and_skipped(trained_run, val, here, tmp_path):
     good = sorted(val.iterdir())[:2]
     (tmp_path / "broken.png").write_bytes(good[0].read_bytes()[:200])
     done = here(main, trained_run, good[0], "broken.png", "missing.png", good[1], "--json")
     assert done.returncode == 1
     assert [row["file"] for row in json.loads(done.stdout)] == [str(file) for file in good]
     assert [line.split(": ")[:2] for line in done.stderr.splitlines()] == [
-        ["passed over", "broken.png"],
-        ["passed over", "missing.png"],
+        ["skipped", "broken.png"],
+        ["skipped", "missing.png"],
     ]
 
 
@@ -120,7 +120,7 @@ def test_a_files_name_is_never_obeyed_or_lost(trained_run, val, here, tmp_path):
     assert sorted(os.fsencode(row["file"]) for row in found) == sorted(b"odd/" + name for name in names)
 
 
-def test_a_reader_that_stops_early_is_no_mistake(trained_run, val, environment):
+def test_a_reader_that_closes_the_pipe_is_no_error(trained_run, val, environment):
     command = [sys.executable, "-m", "mnistm_dist.predict", str(trained_run), str(val), "--json"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
     assert process.stdout is not None
@@ -133,18 +133,18 @@ def test_a_reader_that_stops_early_is_no_mistake(trained_run, val, environment):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["nowhere", "VAL"], "nowhere: no run folder"),
+        (["nowhere", "VAL"], "nowhere: not a run folder"),
         (["RUN", "nowhere.png"], "nowhere.png: cannot be read (No such file"),
         (["RUN", "nowhere.png", "neither.png"], "and 1 more"),
         (["RUN", "empty"], "empty: no pictures in it"),
         (["RUN", "VAL", "--checkpoint", "nowhere"], "nowhere"),
         (["RUN", "VAL", "--batch-size", "0"], "--batch-size"),
-        (["RUN", "VAL", "--batch-size", "x"], "--batch-size"),
-        (["RUN", "VAL", "--json", "--csv"], "--csv"),
+        (["RUN", "VAL", "--batch-size", "x"], "--batch-size: found 'x'; should be a valid integer"),
+        (["RUN", "VAL", "--json", "--csv"], "--json and --csv: choose one"),
         (["RUN"], "IMAGE|FOLDER"),
     ],
 )
-def test_a_mistake_is_one_line(trained_run, val, here, tmp_path, arguments, named):
+def test_a_user_error_is_one_line(trained_run, val, here, tmp_path, arguments, named):
     (tmp_path / "empty").mkdir()
     places = {"RUN": trained_run, "VAL": val}
     done = here(main, *(places.get(argument, argument) for argument in arguments))

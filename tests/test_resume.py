@@ -244,7 +244,7 @@ def test_a_finished_run_says_so(door, reference):
 def test_a_run_that_its_max_steps_ended_says_how_it_goes_on(door, small_set, tmp_path):
     worked(door("train", "--shards", small_set, "--run-dir", "run", "--max-steps", 3, *FLAGS))
     done = door("train", "--resume", "run")
-    assert "--resume run/checkpoints/step-00000003 goes on" in worked(done) + done.stderr
+    assert "to train beyond its --max-steps: --resume run/checkpoints/step-00000003" in worked(done) + done.stderr
     worked(door("train", "--resume", "run/checkpoints/step-00000003", "--max-steps", 5))
     assert read_state(tmp_path / "run") == {"state": "finished", "step": 5, "reason": None}
 
@@ -271,7 +271,7 @@ def test_a_best_checkpoint_that_is_gone_does_not_keep_a_run_from_its_end(door, t
     shutil.copytree(reference, run)
     path = sorted(run.glob("checkpoints/step-*"))[-2]
     state = json.loads((path / "state.json").read_text())
-    state["scalars"]["past"]["best"] = {"step": 7, "accuracy": 1.0, "image_size": 28}
+    state["scalars"]["history"]["best"] = {"step": 7, "accuracy": 1.0, "image_size": 28}
     (path / "state.json").write_text(json.dumps(state))
     worked(door("train", "--resume", path))
     assert json.loads((run / "summary.json").read_text())["checkpoint"]["step"] > state["step"]
@@ -287,14 +287,14 @@ def test_a_resume_on_other_shards_is_refused(door, tmp_path, reference):
     pack(part_of_the_sample({"train": 320, "val": 31}), tmp_path / "other")
     shutil.copytree(reference, tmp_path / "run")
     (tmp_path / "run" / "state.json").write_text('{"state": "preempted", "step": 40, "reason": "SIGTERM"}')
-    assert "another set" in refused(door("train", "--resume", "run", "--shards", "other"))
+    assert "not the set that the run was started with" in refused(door("train", "--resume", "run", "--shards", "other"))
 
 
 def test_the_second_run_in_a_folder_is_refused_while_the_first_lives(environment, door, tmp_path, small_set):
     run = tmp_path / "run"
-    process = started(environment, tmp_path, 1, "--shards", small_set, "--run-dir", run, *FLAGS)
+    process = started(environment, tmp_path, 1, "--shards", small_set, "--run-dir", run, *FLAGS, "--epochs", 40)
     wait_for_step(process, run, 4)
     assert "held by a live run" in refused(
-        door("train", "--shards", small_set, "--run-dir", run, "--resume", "auto", *FLAGS)
+        door("train", "--shards", small_set, "--run-dir", run, "--resume", "auto", *FLAGS, "--epochs", 40)
     )
     killed(process, run)

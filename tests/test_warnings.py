@@ -11,7 +11,7 @@ pytest_plugins = ["trained_run"]
 SHORT = ("--batch-size", 32, "--image-size", 16, "--epochs", 1, "--max-steps", 3, "--threads", 1)
 DOORS = {
     "verify": ("verify", "SET"),
-    "plan": ("plan", "--run", "RUN", "--step", 3, "--save", "batch.png"),
+    "plan": ("plan", "RUN", "--step", 3, "--save", "batch.png"),
     "evaluate": ("evaluate", "RUN"),
     "predict": ("predict", "RUN", ROOT / "docs" / "report.png"),
     "export to torch": ("export", "RUN", "--to", "torch", "--out", "model.pt2"),

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from mnistm_dist.config import Config, shown
+from mnistm_dist.config import Config
 from mnistm_dist.reporting import figures, markup
 from mnistm_dist.reporting.curves import learning_curve
 from mnistm_dist.reporting.describe import describe, percent, plural
@@ -223,7 +223,9 @@ def _recipe(run: RunRecord) -> Markup | None:
 def shown_value(value: object) -> str:
     """A value of a configuration or an environment, as a person reads it."""
     if isinstance(value, list | tuple):
-        return ", ".join(shown(part) if isinstance(part, list | tuple | dict) else shown_value(part) for part in value)
+        return ", ".join(
+            f"{part!r:.120}" if isinstance(part, list | tuple | dict) else shown_value(part) for part in value
+        )
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):

@@ -12,7 +12,8 @@ from trained_run import here, trained_run, val_images
 from undisturbed import FLAGS, STEPS, STREAMING, assert_ended_alike, error_lines, mounted, undisturbed
 
 from mnistm_dist.training.checkpoint import open_checkpoint
-from mnistm_dist.training.run_dir import is_locked, read_state
+from mnistm_dist.training.run_dir import read_state
+from mnistm_dist.training.run_lock import is_locked
 
 __all__ = ["here", "mounted", "trained_run", "undisturbed", "val_images"]
 
@@ -148,5 +149,5 @@ def test_a_shards_folder_that_can_only_be_read_takes_no_sample(door, tmp_path, m
     mounted("shards", of=tmp_path / "empty")
     line = refused(door("train", "--run-dir", "run", *FLAGS))
     assert "shards/sample: cannot be written (Read-only file system)" in line
-    assert line.endswith("or name a packed set with --shards")
+    assert line.endswith("or use --shards with a packed set")
     assert not (tmp_path / "run").exists()

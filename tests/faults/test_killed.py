@@ -13,7 +13,8 @@ import pytest
 from undisturbed import FLAGS, STEPS, assert_ended_alike, error_lines, undisturbed
 
 from mnistm_dist.data.parallel import available_cores
-from mnistm_dist.training.run_dir import is_locked, read_state
+from mnistm_dist.training.run_dir import read_state
+from mnistm_dist.training.run_lock import is_locked
 
 __all__ = ["undisturbed"]
 

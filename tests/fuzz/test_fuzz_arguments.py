@@ -1,4 +1,4 @@
-"""Command lines of every door but train's (test_fuzz_recipes.py): any words are taken or refused in a line."""
+"""Command lines of every command: any words are accepted, or refused in one line with exit code 2."""
 
 from __future__ import annotations
 
@@ -13,60 +13,49 @@ from inputs import WORDS
 from packed_sets import tiny_source
 from search import Fuzz
 
-from benchmarks.flags import create_parser
-from mnistm_dist import bench, cache, evaluate, export, pack, plan, predict, report, verify
+from mnistm_dist import cache, evaluate, export, pack, plan, predict, report, train, verify
+from mnistm_dist import config as configuration
 from mnistm_dist.data.packing import writer as packing
 from mnistm_dist.errors import UserError
 
 pytest_plugins = ["counting"]
 
-
-def parse_bench(argv: list[str]) -> int:
-    """The flags of ``bench`` alone: what follows them would measure."""
-    create_parser("bench", bench.__doc__ or "").parse_args(argv)
-    return 0
-
-
-DOORS: dict[str, tuple[Callable[[list[str]], int], str]] = {
-    "pack": (
-        pack.main,
-        "--out --layout --mnist --photos --blends --split-size --num-shards --seed --cache-dir mnist+photos",
-    ),
+FIELDS = " ".join(f"--{name.replace('_', '-')}" for name in configuration.SECTION_OF)
+COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
+    "pack": (pack.main, "--out --layout --mnist --photos --blends --split-size --num-shards --seed mnist+photos"),
     "verify": (verify.main, "set"),
-    "plan": (plan.main, "--run --shards --step --world-size --batch-size --seed --order full windowed --json"),
+    "plan": (plan.main, "--shards --step --world-size --batch-size --seed --order full windowed --json"),
+    "train": (train.main, f"{FIELDS} --recipe --no-report --compile=True auto fast 32,48"),
     "evaluate": (evaluate.main, "--shards --split --checkpoint val test best"),
-    "predict": (predict.main, "--json --csv --checkpoint --batch-size picture.png"),
+    "predict": (predict.main, "--json --csv --checkpoint --batch-size image.png"),
     "report": (report.main, "--out run"),
     "export": (export.main, "--to onnx torch --out --force --checkpoint"),
     "cache": (cache.main, "list clear --cache-dir --json"),
-    "bench": (
-        parse_bench,
-        "loader step ranks startup recipe --rounds --seconds --images --processes --seeds --json --accuracy --threads "
-        "--batch-size --only --recipe --against --steps",
-    ),
 }
-"""Each door, and words that mean something there."""
+"""Each command, and words that it knows."""
+LAST = {"train": ["--shards", "nowhere", "--resume=none", "--tracker", "none", "--threads", "1", "--no-deterministic"]}
+"""What ends every command line: no training starts."""
 
 
-def may_be_said(word: str) -> bool:
-    """No command line holds a NUL; and no word leads out of the folder, since `pack` makes one and `cache` clears."""
-    return (word.isascii() or word.isprintable()) and not any(found in word for found in ("\0", "..", "/"))
+def is_safe(word: str) -> bool:
+    """Whether a word holds no NUL, as on every command line, and does not lead out of the folder."""
+    return (word.isascii() or word.isprintable()) and not any(part in word for part in ("\0", "..", "/"))
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_any_words_are_taken_or_refused_in_a_line(fuzz: Fuzz, door: str) -> None:
-    main, known = DOORS[door]
-    words = known.split()
+@pytest.mark.parametrize("name", COMMANDS)
+def test_any_words_are_accepted_or_refused_in_one_line(fuzz: Fuzz, name: str) -> None:
+    main, known = COMMANDS[name]
     packing.pack(tiny_source(9, 3, size=(8, 8)), Path("set"), num_shards=2)
     Path("run").mkdir()
     Path("run/config.yaml").write_text("recipe: fast\n")
-    Path("picture.png").write_bytes(b"none")
-    told = [*words, *words, *filter(may_be_said, WORDS), "set", "set", "run", "1", "2", "3"]
-    word = st.sampled_from(told) | st.text(max_size=6).filter(may_be_said)
+    Path("image.png").write_bytes(b"none")
+    words = known.split()
+    word = st.sampled_from([*words, *words, *filter(is_safe, WORDS), "set", "set", "run", "1", "2", "3"])
 
     def attempt(argv: list[str]) -> None:
-        at_door(main, *argv, codes=(0, 1) if door == "predict" else (0,))
+        at_door(main, *argv, *LAST.get(name, ()), codes=(0, 1) if name == "predict" else (0,))
 
-    with contextlib.suppress(UserError):
-        attempt(["run"])  # what is loaded at the first call is not an input's
-    fuzz.search(f"words, {door}", 0.0079, st.lists(word, max_size=8), attempt)
+    for argv in ([], ["run"]):
+        with contextlib.suppress(UserError):
+            attempt(argv)  # memory for modules that are loaded at the first call does not count for an input
+    fuzz.search(f"words, {name}", 0.0079, st.lists(word | st.text(max_size=6).filter(is_safe), max_size=8), attempt)

@@ -26,10 +26,9 @@ from pathlib import Path
 from mnistm_dist.errors import UserError
 from mnistm_dist.files import explain_os_errors, file_lock, write_atomic
 
-CACHE_VARIABLE = "MNISTM_DIST_CACHE"
-"""The environment variable that names the cache folder."""
+CACHE_VARIABLE = "MNISTM_DIST_CACHE"  # the environment variable that names the cache folder
+# Kinds of entries: what was made of a packed set here, a packed set from a server, files to be packed.
 KINDS = ("sets", "fetched", "downloads")
-"""Kinds of entries: what was made of a packed set here, a packed set from a server, files to be packed."""
 _ELSEWHERE = f"name another folder with --cache-dir or ${CACHE_VARIABLE}"
 
 

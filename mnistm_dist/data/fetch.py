@@ -26,18 +26,14 @@ from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.errors import UserError
 from mnistm_dist.files import fsync_path, write_atomic
 
-SCHEMES = ("https", "http", "s3")
-"""The schemes of addresses that can be fetched."""
-TRIES = 5
-"""Failures in a row, without a byte received, after which a file is given up."""
-FIRST_PAUSE = 0.2
-"""Seconds before the second try; doubled before each further one."""
+SCHEMES = ("https", "http", "s3")  # the schemes of addresses that can be fetched
+TRIES = 5  # failures in a row, without a byte received, after which a file is given up
+FIRST_PAUSE = 0.2  # seconds before the second try; doubled before each further one
 
 _PIECE = 1 << 20
 _S3_BLOCK = 8 << 20
 _CONNECT_SECONDS, _SILENCE_SECONDS = 20, 60
-_MAX_BYTES = 16 << 30
-"""Largest file of unknown size: a server that never stops sending is cut off."""
+_MAX_BYTES = 16 << 30  # largest file of unknown size: a server that never stops sending is cut off
 _MAX_MANIFEST = 256 << 20
 _CONNECTIONS = 8
 _PAGES = (b"<!doctype", b"<html", b"<?xml", b"<head", b"{")

@@ -20,8 +20,8 @@ from PIL.PngImagePlugin import PngImageFile
 from mnistm_dist.data.decode_errors import explain_decode_errors
 from mnistm_dist.errors import UserError
 
+# Largest accepted height and width, pixels: a larger header is refused before anything is decompressed.
 MAX_SIDE = 1024
-"""Largest accepted height and width, pixels: a larger header is refused before anything is decompressed."""
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _COLOUR_TYPES = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGB with alpha"}
@@ -107,15 +107,15 @@ def encode_png(pixels: np.ndarray) -> bytes:
     return target.getvalue()
 
 
+# Accepted formats, by Pillow's names. Others are not tried: some of them run a program (EPS).
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF", "JPEG2000")
-"""Accepted formats, by Pillow's names. Others are not tried: some of them run a program (EPS)."""
+# Suffixes of file names, in lower case, that make a file in a folder a picture.
 SUFFIXES = (
     *(".avif", ".bmp", ".gif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff"),
     ".webp",
 )
-"""Suffixes of file names, in lower case, that make a file in a folder a picture."""
+# A side of this many pixels or more is averaged down after decoding, to no less than half of this.
 LARGE_SIDE = 4096
-"""A side of this many pixels or more is averaged down after decoding, to no less than half of this."""
 
 
 def find_pictures(paths: Iterable[str | Path], complain: Callable[[str], None]) -> Iterator[Path]:

@@ -22,16 +22,16 @@ from mnistm_dist.data.progress import Progress
 from mnistm_dist.errors import os_error_reason
 from mnistm_dist.files import write_atomic
 
+# Status of a file: as claimed, shorter than claimed, other bytes than claimed, not there.
 OK, TRUNCATED, CHANGED, MISSING = "ok", "truncated", "changed", "missing"
-"""Status of a file: as claimed, shorter than claimed, other bytes than claimed, not there."""
+# Status of a tar or index that the manifest does not list: a reader that takes all tars would take it too.
 EXTRA = "extra"
-"""Status of a tar or index that the manifest does not list: a reader that takes all tars would take it too."""
 
+# Absolute path -> stamp and sha256 of the file when it was last found to be as claimed.
 Record = dict[str, tuple[list[int], str]]
-"""Absolute path -> stamp and sha256 of the file when it was last found to be as claimed."""
+# A file changed less than this before its check is not recorded: another change within the same tick of the clock
+# would leave the same times.
 _MIN_AGE_NS = 100_000_000
-"""A file changed less than this before its check is not recorded: another change within the same tick of the clock
-would leave the same times."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,11 +22,10 @@ from mnistm_dist.data.resident import Resident, open_resident
 from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.data.streaming import Streaming, open_streaming
 
-Reader = Resident | Streaming
-"""A split that is ready to be read."""
+Reader = Resident | Streaming  # A split that is ready to be read
 
+# Positions whose ids are computed at once: a call for one batch takes as long as for a thousand images more.
 _BLOCK_POSITIONS = 16_384
-"""Positions whose ids are computed at once: a call for one batch takes as long as for a thousand images more."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -24,24 +24,22 @@ from pydantic import (
 
 from mnistm_dist.data.decode_errors import explain_decode_errors
 from mnistm_dist.data.image_io import MAX_SIDE
+from mnistm_dist.data.packing.splits import PIXEL_GROUPS
 from mnistm_dist.data.sources.base import SPLITS
 from mnistm_dist.errors import UserError, escape_control
 
 MANIFEST_NAME = "manifest.json"
+# Version of the format. A reader accepts only its own.
 FORMAT_VERSION = 1
-"""Version of the format. A reader accepts only its own."""
-PIXEL_GROUPS = {"train+val": ("train", "val"), "test": ("test",)}
-"""The groups of splits whose pixels are hashed in key order, across the splits of a group."""
-MAX_KEY = 96
-"""Bytes; with its suffix it is the name of a tar's member, of 100 at most."""
+MAX_KEY = 96  # bytes; with its suffix it is the name of a tar's member, of 100 at most
+# What to do about a damaged set: the end of an error message.
 REPAIR = "copy the set again, or pack it again"
-"""What to do about a damaged set: the end of an error message."""
 
 
+# One line without control characters.
 Text = Annotated[str, Field(pattern=r"^[^\p{C}\p{Zl}\p{Zp}]*$")]
-"""One line without control characters."""
+# A plain file name, which leads out of no folder.
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$")]
-"""A plain file name, which leads out of no folder."""
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 Size = Annotated[int, Field(strict=True, ge=1, lt=2**63)]

@@ -21,8 +21,8 @@ from mnistm_dist.errors import UserError
 
 # They separate the keys of one seed; hashing.uniform has 1, packing/writer.py has 5.
 _TAG_FULL, _TAG_SHARDS, _TAG_WINDOWS = 2, 3, 4
+# A training split of more decoded bytes is streamed in windowed order by default.
 RESIDENT_BYTES = 8 << 30
-"""A training split of more decoded bytes is streamed in windowed order by default."""
 MAX_AUTO_STREAMS = 16
 
 
@@ -246,8 +246,7 @@ class WindowedOrder:
         return shards, np.cumsum(lengths) - lengths
 
 
-Order = FullOrder | WindowedOrder
-"""A training order: the id and the epoch of any position."""
+Order = FullOrder | WindowedOrder  # A training order: the id and the epoch of any position
 
 
 def choose_reading(config: DataConfig, manifest: Manifest, *, batch_size: int, world_size: int) -> tuple[str, str, int]:

@@ -16,12 +16,10 @@ from mnistm_dist.errors import UserError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_IN_FLIGHT = 3
-"""Items per worker that are held at once: one in work, one waiting, one coming back."""
-_IMAGES_PER_WORKER = 4096
-"""Images that take about as long as a worker process takes to start."""
+_IN_FLIGHT = 3  # items per worker that are held at once: one in work, one waiting, one coming back
+_IMAGES_PER_WORKER = 4096  # images that take about as long as a worker process takes to start
+# With more workers, the process that feeds them is the bottleneck; each takes some 40 MB.
 _MAX_WORKERS = 8
-"""With more workers, the process that feeds them is the bottleneck; each takes some 40 MB."""
 
 
 def available_cores() -> int:

@@ -2,8 +2,7 @@
 
 from collections.abc import Callable
 
-Progress = Callable[[int, int], None]
-"""Called with (done, total)."""
+Progress = Callable[[int, int], None]  # called with (done, total)
 
 
 def stage(progress: Progress | None, number: int, stages: int) -> Progress:

@@ -26,8 +26,7 @@ from mnistm_dist.data.shard_reader import SplitReader, open_split, set_entry
 from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.files import atomic_path
 
-_CHUNK_BYTES = 4 << 20
-"""Decoded bytes per task and per write."""
+_CHUNK_BYTES = 4 << 20  # decoded bytes per task and per write
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

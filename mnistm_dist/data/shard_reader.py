@@ -24,8 +24,8 @@ from mnistm_dist.data.progress import Progress
 from mnistm_dist.data.shards import Block, ShardSet
 from mnistm_dist.errors import UserError
 
+# torch copies more elements than this in several threads; decoding has threads of its own.
 _SERIAL_COPY = 32_768
-"""torch copies more elements than this in several threads; decoding has threads of its own."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

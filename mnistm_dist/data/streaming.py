@@ -28,13 +28,12 @@ from mnistm_dist.data.shard_reader import SplitReader, open_split, set_entry
 from mnistm_dist.data.shards import Block, ShardSet
 from mnistm_dist.errors import UserError
 
-_TASK_IMAGES = 128
-"""Images that one task decodes."""
+_TASK_IMAGES = 128  # images that one task decodes
 _READING_THREADS = 2
 _STEPS_AHEAD = 2
 
+# (epoch, number): sorts in the order in which a stream reaches its windows.
 _Window = tuple[int, int]
-"""(epoch, number): sorts in the order in which a stream reaches its windows."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

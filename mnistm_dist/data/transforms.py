@@ -15,11 +15,10 @@ from torch.nn import functional
 from mnistm_dist.config import AugmentConfig
 from mnistm_dist.data.hashing import uniform
 
-POINTS = 5
-"""Points per side of the square grid that an elastic deformation displaces."""
+POINTS = 5  # points per side of the square grid that an elastic deformation displaces
+# Random numbers per image: shift x and y, rotation, scale, inversion, whether and how channels are permuted, cutout
+# x and y, shear, displacement in x of each of the points, then in y.
 DRAWS = 60
-"""Random numbers per image: shift x and y, rotation, scale, inversion, whether and how channels are permuted, cutout x
-and y, shear, displacement in x of each of the points, then in y."""
 
 
 class Preprocess:

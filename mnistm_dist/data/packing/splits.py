@@ -7,6 +7,9 @@ import numpy as np
 from mnistm_dist.data.sources.base import Source
 from mnistm_dist.errors import UserError
 
+# The groups of splits whose pixels are hashed in key order, across the splits of a group.
+PIXEL_GROUPS = {"train+val": ("train", "val"), "test": ("test",)}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Part:

@@ -20,10 +20,9 @@ from mnistm_dist.data.sources.base import Sample, Source
 from mnistm_dist.errors import UserError
 from mnistm_dist.files import explain_os_errors
 
-_CHUNK = 128
-"""Images per encoding task, and between two reports of progress."""
+_CHUNK = 128  # images per encoding task, and between two reports of progress
+# Where an image is in the file (bytes; its origin follows its PNG), and its label.
 _PLACE = np.dtype([("offset", np.int64), ("png_size", np.int32), ("origin_size", np.uint16), ("label", np.int32)])
-"""Where an image is in the file (bytes; its origin follows its PNG), and its label."""
 
 
 class Spool:

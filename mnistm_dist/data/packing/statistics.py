@@ -13,22 +13,21 @@ from itertools import groupby, islice
 import numpy as np
 
 from mnistm_dist.data.image_io import check_png, decode_png
-from mnistm_dist.data.manifest import PIXEL_GROUPS
+from mnistm_dist.data.packing.splits import PIXEL_GROUPS
 from mnistm_dist.data.parallel import ordered_map, workers_for
 from mnistm_dist.data.progress import Progress
 
+# sha256 of the pixels of the official training images and test images.
 OFFICIAL_PIXELS = {
     "train+val": "3c689850ded80df111260294d02c79ee0a6e602a9fd634c4e08e1339628f8d33",
     "test": "47415b066fe8a39de3f0e86f65a72d4c4078f1e2557a388ca0a7cfd8dfe90b14",
 }
-"""sha256 of the pixels of the official training images and test images."""
+# sha256 of ``mnist_m_train_labels.txt`` and ``mnist_m_test_labels.txt``.
 OFFICIAL_LABELS = {
     "train+val": "9e1059c2131453bb9638eeea3bbf46dc552358086f3666c038b4047aaf0a6b68",
     "test": "2e8124bc2a92b483930141f677e09cb1c5a3fe99504e05fe59877d92766d7d61",
 }
-"""sha256 of ``mnist_m_train_labels.txt`` and ``mnist_m_test_labels.txt``."""
-_CHUNK_BYTES = 1 << 19
-"""Pixels per decoding task: some 170 images of MNIST-M."""
+_CHUNK_BYTES = 1 << 19  # bytes of pixels per decoding task: some 170 images of MNIST-M
 
 Channels = tuple[float, float, float]
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from mnistm_dist.data.integrity import CHANGED, EXTRA, OK, FileClaim, Finding, examine
-from mnistm_dist.data.manifest import MANIFEST_NAME, PIXEL_GROUPS
+from mnistm_dist.data.manifest import MANIFEST_NAME
+from mnistm_dist.data.packing.splits import PIXEL_GROUPS
 from mnistm_dist.data.packing.statistics import Encoded, PixelStatistics, measure_pixels
 from mnistm_dist.data.packing.writer import TAR_END, tar_member
 from mnistm_dist.data.parallel import ordered_map, workers_for
@@ -24,8 +25,7 @@ from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.errors import UserError, os_error_reason
 
 _PART_SUFFIXES = (".tar", ".index.npy")
-_READ_AT_ONCE = 1024
-"""Images whose bytes are read together; each of their shards is opened once."""
+_READ_AT_ONCE = 1024  # images whose bytes are read together; each of their shards is opened once
 
 
 def inspect(shards: ShardSet, progress: Progress | None = None) -> list[Finding]:

@@ -17,7 +17,6 @@ from mnistm_dist.data.hashing import derive_key, permute
 from mnistm_dist.data.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
-    PIXEL_GROUPS,
     Manifest,
     SetFile,
     Shard,
@@ -26,7 +25,7 @@ from mnistm_dist.data.manifest import (
     parse,
     render,
 )
-from mnistm_dist.data.packing.splits import Part, count_shards, cut_splits
+from mnistm_dist.data.packing.splits import PIXEL_GROUPS, Part, count_shards, cut_splits
 from mnistm_dist.data.packing.spool import Spool
 from mnistm_dist.data.packing.statistics import Encoded, PixelStatistics, find_lineage, measure_pixels
 from mnistm_dist.data.progress import Progress, stage
@@ -34,14 +33,13 @@ from mnistm_dist.data.sources.base import CLASSES, SPLITS, Source
 from mnistm_dist.errors import UserError
 from mnistm_dist.files import explain_os_errors, staged_folder
 
-TRAIN_SHARDS = 64
-"""Default number of shards of the train split; fewer if there are fewer samples."""
-BLOCK = 512
-"""Bytes of a tar header; a member's data is padded to whole blocks."""
+TRAIN_SHARDS = 64  # default number of shards of the train split; fewer if there are fewer samples
+BLOCK = 512  # bytes of a tar header; a member's data is padded to whole blocks
 TAR_END = bytes(2 * BLOCK)
 _OWNER = b"0000644\0" + b"0000000\0" * 2  # mode, user, group
 _TIME = b"00000000000\0"
 _REST = b"0" + bytes(100) + b"ustar\x0000" + bytes(64) + b"0000000\0" * 2 + bytes(167)  # from the type flag on
+_REST_SUM = 8 * ord(" ") + sum(_REST)
 _BUFFER = 1 << 20
 _TAG_STORAGE = 5  # separates the keys of the storage order from those of data/order.py with the same seed
 
@@ -196,6 +194,6 @@ def tar_member(name: bytes, data: bytes) -> bytes:
     """
     assert len(name) <= 100
     start = name.ljust(100, b"\0") + _OWNER + b"%011o\0" % len(data) + _TIME
-    # The checksum is the sum of all bytes of the header, with its own field taken as eight spaces.
-    checksum = b"%06o\0 " % (sum(start) + 8 * ord(" ") + sum(_REST))
+    # The sum of all bytes of the header, with the checksum's own field taken as eight spaces.
+    checksum = b"%06o\0 " % (sum(start) + _REST_SUM)
     return start + checksum + _REST + data + bytes(-len(data) % BLOCK)

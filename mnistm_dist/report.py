@@ -1,4 +1,4 @@
-"""Write the report of a run, or of several beside one another, as one HTML file.
+"""Write the report of a run, or the comparison of several, as one HTML file.
 
 python -m mnistm_dist.report runs/NAME                           writes runs/NAME/report.html
 python -m mnistm_dist.report runs/A runs/B --out compare.html
@@ -13,11 +13,11 @@ from mnistm_dist.cli import ArgumentParser
 from mnistm_dist.errors import run_cli
 
 SEVERAL = Path("report.html")
-"""Where the report of several runs goes, unless --out says otherwise."""
+"""Default path of the comparison of several runs."""
 
 
 def main(argv: list[str]) -> int:
-    """Writes the report and returns the exit code: 0, also where parts of a run are missing, which it names."""
+    """Write the report and return the exit code: 0 even if parts of a run are missing, which are named."""
     parser = ArgumentParser(prog="python -m mnistm_dist.report", description=__doc__)
     parser.add_argument("run", nargs="+", type=Path, metavar="RUN", help="a run folder; several are compared")
     parser.add_argument(
@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
     flags = parser.parse_args(argv)
     # Heavy imports come after the flags, so that --help and a mistyped flag answer at once.
     from mnistm_dist.reporting.console import Console
-    from mnistm_dist.reporting.page import write_report
+    from mnistm_dist.reporting.html import write_report
 
     out = flags.out or (flags.run[0] / "report.html" if len(flags.run) == 1 else SEVERAL)
     missing = write_report(flags.run, out)

@@ -93,9 +93,10 @@ def finish(trainer: Trainer) -> None:
     """The final evaluation of the chosen checkpoint on val and test, the figures, the summary, the report. All ranks
     take part."""
     from mnistm_dist.reporting.curves import learning_curve
-    from mnistm_dist.reporting.page import write_report
+    from mnistm_dist.reporting.html import write_report
+    from mnistm_dist.reporting.predictions import read_predictions
     from mnistm_dist.reporting.style import save
-    from mnistm_dist.reporting.tracked_results import log_results
+    from mnistm_dist.reporting.tracking import log_results
     from mnistm_dist.results import choose_checkpoint, evaluate_checkpoint, tell_result, write_summary
     from mnistm_dist.training.run_dir import writing
     from mnistm_dist.training.trainer import summary_fields
@@ -112,9 +113,11 @@ def finish(trainer: Trainer) -> None:
         curve = learning_curve(folder.rows, f"Learning curve, {escape_control(folder.path.name)}")
         with writing(folder.path):
             save(curve, folder.path / "learning_curve.png")
-        write_report([folder.path], folder.path / "report.html")
+    predictions = {split: read_predictions(folder.path / f"predictions_{split}.csv") for split in results}
+    if trainer.config.run.report:
+        write_report([folder.path], folder.path / "report.html", predictions)
     trainer.tracker.summary(summary)
-    log_results(trainer.tracker, folder.path, folder.steps_done)
+    log_results(trainer.tracker, sorted(folder.path.glob("*.png")), predictions, folder.steps_done)
     if trainer.config.run.upload_checkpoint:
         trainer.tracker.log_checkpoint(checkpoint.path, [str(how["chosen"]).split()[0]])
     tell_result(console, folder.path, summary, list(results), report=trainer.config.run.report)

@@ -24,7 +24,7 @@ from mnistm_dist.data.order_choice import create_order
 from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.data.transforms import Augment, Preprocess
 from mnistm_dist.errors import EXIT_PREEMPTED, UserError
-from mnistm_dist.reporting.console import Console, TrainingBar
+from mnistm_dist.reporting.console import Bar, Console
 from mnistm_dist.reporting.metrics import measure
 from mnistm_dist.reporting.tracking import open_tracker
 from mnistm_dist.training import checkpoint as checkpoints
@@ -273,7 +273,7 @@ class Trainer:
         self.window.add(step, losses)
         self.steps_done = self.folder.steps_done = step + 1
 
-    def write_row(self, step: int, bar: TrainingBar) -> None:
+    def write_row(self, step: int, bar: Bar) -> None:
         """A row of the log, of the steps since the last one. All ranks take part, since the losses are all ranks'."""
         # It waits for the device, so that the seconds are those of the steps.
         self.fetch_losses()

@@ -99,13 +99,18 @@ def optimizer(copy: Copy) -> None:
 def metric(copy: Copy) -> None:
     """The mean of the recalls."""
     file = "reporting/metrics.py"
-    field = '    balanced_accuracy: float\n    """Mean recall of the classes that have images, 0 to 1."""\n'
-    copy.replace(file, r"^(    calibration_error: float\n(    \"\"\".*\n))(?=\n    def to_json)", rf"\1{field}")
-    formula = "        balanced_accuracy=float(np.mean([row.recall for row in per_class if row.recall is not None])),\n"
-    copy.replace(file, r"^(        calibration_error=calibration_error,\n)", rf"\1{formula}")
-    tile = 'values.append((percent(metrics.balanced_accuracy), f"{SPLIT_NAMES[split]} balanced accuracy"))\n'
-    anchor = r"^( +)(values\.append\(\(percent\(metrics\.accuracy\).*\n)"
-    copy.replace("reporting/page_run.py", anchor, rf"\1\2\1{tile}")
+    formula = (
+        "    @property\n"
+        "    def balanced_accuracy(self) -> float:\n"
+        '        """Mean recall of the classes that have images, 0 to 1."""\n'
+        "        return float(np.mean([row.recall for row in self.per_class if row.recall is not None]))\n\n"
+    )
+    copy.replace(file, r"^(    def to_json)", rf"{formula}\1")
+    field = '            "balanced_accuracy": self.balanced_accuracy,\n'
+    copy.replace(file, r'^(            "accuracy": self\.accuracy,\n)', rf"\1{field}")
+    tile = 'tiles.append((percent(metrics.balanced_accuracy), f"{SPLIT_NAMES[split]} balanced accuracy"))\n'
+    anchor = r"^( +)(tiles\.append\(\(percent\(metrics\.accuracy\).*\n)"
+    copy.replace("reporting/html.py", anchor, rf"\1\2\1{tile}")
 
 
 IN_ONE_FILE = '''"""NumPy archives as Keras has them: one file with x_train, y_train, x_test and y_test."""

@@ -1,1 +1,1 @@
-"""What ``python -m benchmarks`` measures, one subject a file."""
+"""What this project measures, and against what. Run from a clone: ``python -m benchmarks --help``."""

@@ -60,11 +60,11 @@ def main(
             lines.append(f"{e.path.name}  {e.kind:<9}  {e.size / 1e6:10,.1f} MB  {used}  {source}")
         write_result("\n".join(lines) + "\n")
         return 0
-    busy = [entry for entry in chosen if not clear(entry)]
-    removed = sum(entry.size for entry in chosen) - sum(entry.size for entry in busy)
-    print(f"removed {len(chosen) - len(busy)} entries, {removed / 1e6:,.1f} MB")
-    if busy:
-        raise UserError(f"{busy[0].path}: a process is writing it; try again when it is done")
+    removed = [entry for entry in chosen if clear(entry)]
+    print(f"removed {len(removed)} entries, {sum(entry.size for entry in removed) / 1e6:,.1f} MB")
+    for entry in chosen:
+        if entry not in removed:
+            raise UserError(f"{entry.path}: a process is writing it; try again when it is done")
     return 0
 
 

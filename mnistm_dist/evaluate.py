@@ -12,6 +12,7 @@ the same bytes at every world size.
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -20,7 +21,7 @@ from tyro.conf import arg
 
 from mnistm_dist.cli import command
 from mnistm_dist.config import OrNone
-from mnistm_dist.errors import UserError, errors_once_per_node, run_cli
+from mnistm_dist.errors import errors_once_per_node, run_cli
 
 
 @command
@@ -42,20 +43,17 @@ def main(
     """
     from mnistm_dist import config as configuration
     from mnistm_dist.reporting.console import Console
-    from mnistm_dist.results import choose_checkpoint, evaluate_checkpoint, read_summary, tell_result, write_summary
+    from mnistm_dist.results import choose_checkpoint, evaluate_checkpoint, print_result, read_summary, write_summary
     from mnistm_dist.training import distributed
     from mnistm_dist.training.hardware import native_precisions
-    from mnistm_dist.training.peer_failure import peer_failures
-    from mnistm_dist.training.preemption import die_with_launcher
-    from mnistm_dist.training.run_dir import is_locked
-    from mnistm_dist.training.setup import open_readers, open_set
+    from mnistm_dist.training.preemption import exit_with_launcher
+    from mnistm_dist.training.run_dir import require_run
+    from mnistm_dist.training.run_lock import RunLock
+    from mnistm_dist.training.setup import EVALUATED_SPLITS, open_evaluation
 
     run_dir = Path(run)
     with errors_once_per_node():
-        if not (run_dir / "config.yaml").is_file():
-            raise UserError(f"{run_dir}: no run folder (no config.yaml); name one, such as runs/NAME")
-        if is_locked(run_dir):
-            raise UserError(f"{run_dir}: a live run holds it; wait for its end")
+        require_run(run_dir)
         config = configuration.load(run_dir / "config.yaml")
         if shards:
             config = configuration.replace(config, shards=shards)
@@ -63,31 +61,25 @@ def main(
     emulated = machine.precision not in ("auto", *native_precisions())
     if emulated:
         machine = replace(machine, precision="fp32")
-    die_with_launcher()
+    exit_with_launcher()
     timeout = config.run.collective_timeout
     with distributed.joined(machine, expect_world_size=None, collective_timeout=timeout) as world:
         console = Console(enabled=world.is_main)
         if emulated:
-            console.warn(f"precision: the run's {config.machine.precision} is not native here; scored in fp32")
-        with console.library_warnings(), peer_failures(timeout):
-            packed = open_set(config.data, world, console)
-            splits = [name for name in ("val", "test") if name in packed.manifest.splits]
-            if split is not None:
-                packed.split(split)
-                splits = [split]
-            has_test = "test" in packed.manifest.splits
-            chosen, how = world.run_on_main(lambda: choose_checkpoint(run_dir, checkpoint, has_test=has_test))
-            readers = open_readers(packed, config.data, splits, world, console)
-            world = world.with_run_timeout()
-            results = evaluate_checkpoint(run_dir, chosen, config, world, console, packed, readers)
+            console.warn(f"precision: {config.machine.precision} is not native here; evaluating in fp32")
+        lock = world.run_on_all_ranks(lambda: RunLock(run_dir) if world.is_main else nullcontext())
+        with lock, console.library_warnings(), distributed.peer_failures(timeout):
+            opened = open_evaluation(config, world, console, run_dir, split)
+            has_test = "test" in opened.shards.manifest.splits
+            chosen, entry = opened.world.run_on_main(lambda: choose_checkpoint(run_dir, checkpoint, has_test=has_test))
+            predictions = evaluate_checkpoint(opened, chosen, console)
             if world.is_main:
                 summary = read_summary(run_dir)
-                if summary.get("checkpoint") != how or shards:
-                    # The other split's numbers are another checkpoint's, or another set's.
-                    summary = {name: value for name, value in summary.items() if name not in ("val", "test")}
-                summary = summary | {"checkpoint": how} | results
-                write_summary(run_dir, summary)
-                tell_result(console, run_dir, summary, list(results))
+                if summary.get("checkpoint") != entry or shards:
+                    # The numbers of the other split are of another checkpoint, or of another set.
+                    summary = {name: value for name, value in summary.items() if name not in EVALUATED_SPLITS}
+                summary = write_summary(run_dir, summary | {"checkpoint": entry}, predictions)
+                print_result(console, run_dir, summary, predictions)
     return 0
 
 

@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tyro.conf import arg
 
 from mnistm_dist.cli import command
-from mnistm_dist.data.files import saying_what_fails, sync
 from mnistm_dist.errors import UserError, run_cli
+from mnistm_dist.files import explain_os_errors, fsync_path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -80,9 +80,9 @@ def main(
     with beside(out, force=force) as temporary:
         with console.library_warnings():
             data = portable.to_onnx(model) if to == "onnx" else portable.to_torch(model)
-        with saying_what_fails(out):
+        with explain_os_errors(out):
             temporary.write_bytes(data)
-            sync(temporary)
+            fsync_path(temporary)
         images, origin = real_images(Path(run))
         exported = portable.run_onnx(temporary) if to == "onnx" else portable.run_torch(temporary)
         difference, count = compare(model, exported, images)
@@ -119,15 +119,15 @@ def beside(out: Path, *, force: bool) -> Iterator[Path]:
     Raises `UserError` where nothing can be written there, or ``out`` has appeared meanwhile.
     """
     temporary = out.with_name(f".{os.getpid()}.{out.name}")
-    with saying_what_fails(out):
+    with explain_os_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
     try:
         yield temporary
         check_out(out, force=force)
-        with saying_what_fails(out):
+        with explain_os_errors(out):
             temporary.replace(out)
-            sync(out.parent)
+            fsync_path(out.parent)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -1,4 +1,4 @@
-"""A trained model in use, with its preprocessing: pictures of any kind in, probabilities out.
+"""A trained model in Python, with its preprocessing: images of any kind in, probabilities out.
 
     from mnistm_dist import load_model
 
@@ -6,8 +6,8 @@
     model.predict(["a.png", "b.jpg"])      float32 (2, 10)
     model.classes[model.predict("a.png").argmax()]
 
-A picture becomes RGB uint8 and then goes the way of every image in training and evaluation, by the run's own numbers:
-resized to what the model saw, whole, so that a long one is squeezed; normalised; classified.
+Every image is converted to uint8 RGB and then processed as in training and evaluation: resized to the image size of the
+checkpoint (without keeping the aspect ratio), normalised, classified.
 """
 
 from __future__ import annotations
@@ -32,79 +32,78 @@ from mnistm_dist.results import choose_checkpoint, read_summary
 from mnistm_dist.training import checkpoint as checkpoints
 from mnistm_dist.training.evaluation import BATCH_SIZE
 from mnistm_dist.training.models import create_model, to_device
+from mnistm_dist.training.run_dir import CONFIG_NAME, require_run
 
-REDUCED = {"bf16": torch.bfloat16, "fp16": torch.float16}
-"""The precisions of a run that need autocast."""
-LAST_BIAS = "fc.3.bias"
-"""The model's last parameter, as long as there are classes."""
+AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
-Picture = np.ndarray | Tensor | Image.Image | str | Path
+AnyImage = np.ndarray | Tensor | Image.Image | str | Path
 """uint8 (H, W, 3), RGB; a PIL image of any mode; or the path of a file."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedModel:
-    """A checkpoint's model, ready to classify. `load_model` makes it."""
+    """The model of a checkpoint, ready to classify. `load_model` creates it."""
 
     module: nn.Module = field(repr=False)
     """Takes normalised float32 (B, 3, size, size), gives logits; in evaluation mode."""
     preprocess: Preprocess = field(repr=False)
     image_size: int
-    """What the model sees, pixels."""
+    """Size of the model's input, pixels."""
     classes: tuple[str, ...]
     """Names, in the order of the probabilities."""
     device: torch.device
     autocast: torch.dtype | None
-    """The run's reduced precision, where the device has it."""
+    """The run's reduced precision, if the device supports it natively."""
     checkpoint: Path
     step: int
     """Steps trained."""
 
-    def predict(self, pictures: Picture | Iterable[Picture], *, batch_size: int = BATCH_SIZE) -> np.ndarray:
-        """The probability of each class for each picture: float32 (N, C), on the CPU.
+    def predict(self, images: AnyImage | Iterable[AnyImage], *, batch_size: int = BATCH_SIZE) -> np.ndarray:
+        """Return the probability of each class for each image: float32 (N, C), on the CPU.
 
-        ``pictures`` is one picture, a list or other iterable of them (sizes and kinds may differ), or an array or
-        tensor uint8 (N, H, W, 3). Files are read as they come to their turn. Raises `UserError` for a file that cannot
-        be read and for an array of another shape or type.
+        ``images``: one image, an iterable of images (sizes and kinds may differ), or an array or tensor uint8
+        (N, H, W, 3). Files are read batch by batch. Raise `UserError` for a file that cannot be read and for an array
+        of another shape or type.
         """
-        if isinstance(pictures, str | Path | Image.Image) or getattr(pictures, "ndim", 4) == 3:
-            pictures = [pictures]  # type: ignore[list-item]  # one picture, by the line above
+        if isinstance(images, str | Path | Image.Image) or getattr(images, "ndim", 4) == 3:
+            images = [images]  # type: ignore[list-item]  # one image, by the line above
         results = []
-        iterator = enumerate(pictures)
+        iterator = enumerate(images)
         while chunk := list(itertools.islice(iterator, batch_size)):
-            prepared = torch.cat([self.prepare(picture, f"picture {index}") for index, picture in chunk])
+            prepared = torch.cat([self.prepare(image, f"image {index}") for index, image in chunk])
             results.append(self.classify(prepared, batch_size=batch_size))
         return np.concatenate(results) if results else np.empty((0, len(self.classes)), np.float32)
 
     @torch.inference_mode()
-    def prepare(self, picture: Picture, origin: str = "picture") -> Tensor:
-        """One picture as the model sees it: float32 (1, 3, size, size) on the device.
+    def prepare(self, image: AnyImage, origin: str = "image") -> Tensor:
+        """Return the model's input for one image: float32 (1, 3, size, size) on the device.
 
-        Raises `UserError`, naming the file or else ``origin``.
+        Raise `UserError` that names the file, or else ``origin``.
         """
-        if isinstance(picture, str | Path):
-            pixels: np.ndarray | Tensor = read_picture(picture)
-        elif isinstance(picture, Image.Image):
-            pixels = to_rgb(picture, origin)
+        if isinstance(image, str | Path):
+            pixels: np.ndarray | Tensor = read_picture(image)
+        elif isinstance(image, Image.Image):
+            pixels = to_rgb(image, origin)
         else:
-            pixels = picture
+            pixels = image
         if not isinstance(pixels, np.ndarray | Tensor):
             raise UserError(f"{origin}: found {type(pixels).__name__}; accepted are arrays, PIL images and paths")
-        shape, kind = tuple(pixels.shape), str(pixels.dtype).removeprefix("torch.")
-        if kind != "uint8" or len(shape) != 3 or shape[2] != 3 or 0 in shape:
-            raise UserError(f"{origin}: found {kind} {shape}; accepted is uint8 (height, width, 3), RGB")
+        shape, dtype = tuple(pixels.shape), str(pixels.dtype).removeprefix("torch.")
+        if dtype != "uint8" or len(shape) != 3 or shape[2] != 3 or 0 in shape:
+            raise UserError(f"{origin}: found {dtype} {shape}; accepted is uint8 (height, width, 3), RGB")
         if isinstance(pixels, np.ndarray):
-            # A copy: torch takes no negative strides (OpenCV's [..., ::-1]) and warns of what is read-only.
+            # A copy: torch refuses negative strides (OpenCV's [..., ::-1]) and warns of read-only arrays.
             pixels = torch.from_numpy(np.array(pixels, order="C"))
         return self.preprocess(pixels[None].to(self.device), self.image_size)
 
     @torch.inference_mode()
     def classify(self, prepared: Tensor, *, batch_size: int = BATCH_SIZE) -> np.ndarray:
-        """The probabilities float32 (N, C) of one batch of `prepare`'s images, at most ``batch_size`` of them."""
+        """Return the probabilities, float32 (N, C), of one batch of `prepare`'s images, at most ``batch_size`` of
+        them."""
         count = len(prepared)
         if self.device.type != "cpu" and count < batch_size:
-            # A GPU picks its kernels by the batch's shape, and in TF32 or bfloat16 that shows in the third decimal: a
-            # picture's result must not depend on how many others come with it.
+            # A GPU chooses its kernels by the batch size, which in TF32 or bfloat16 shows in the third decimal: the
+            # result of an image must not depend on the number of images beside it.
             prepared = torch.cat([prepared, prepared[-1:].expand(batch_size - count, -1, -1, -1)])
         with self._precision():
             logits = self.module(prepared)
@@ -117,51 +116,39 @@ class TrainedModel:
 def load_model(
     run: str | Path, checkpoint: str | Path = "chosen", device: str | torch.device | None = None
 ) -> TrainedModel:
-    """The model of a run.
+    """Return the model of a run.
 
     Args:
         run: a run folder.
-        checkpoint: ``best`` on val, ``last``, a checkpoint's folder, or ``chosen``: the run's own choice, which is the
-            best where a test split gives an honest result, else the last.
+        checkpoint: ``best`` on val, ``last``, the folder of a checkpoint, or ``chosen``: the best if there is a test
+            split to give an unbiased result, else the last.
         device: by default a GPU if there is one, else the CPU.
 
     Raises:
-        UserError: there is no such run or checkpoint, or it is damaged or of another version.
+        UserError: the run or the checkpoint does not exist, is damaged, or is of another version.
     """
     run_dir = Path(run)
-    if not (run_dir / "config.yaml").is_file():
-        raise UserError(f"{run_dir}: no run folder (no config.yaml); name one, such as runs/NAME")
-    machine = configuration.load(run_dir / "config.yaml").machine
-    summary = read_summary(run_dir)
-    found, _ = choose_checkpoint(run_dir, str(checkpoint), has_test="test" in summary)
-    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    last_bias = checkpoints.load_tensors(found.path / checkpoints.MODEL).get(LAST_BIAS, torch.empty(1))
-    module = create_model(len(last_bias), seed=0)
+    require_run(run_dir)
+    machine = configuration.load(run_dir / CONFIG_NAME).machine
+    has_test = "test" in read_summary(run_dir)
+    found, _ = choose_checkpoint(run_dir, str(checkpoint), has_test=has_test)
+    scalars, target = found.scalars, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    module = create_model(len(scalars.classes), seed=0)
     checkpoints.load_model(found.path, module)
     return TrainedModel(
         module=to_device(module, target, machine.memory_format).eval(),
-        preprocess=Preprocess(found.state["mean"], found.state["std"], target),
-        image_size=found.state["image_size"],
-        classes=class_names(summary, count=len(last_bias)),
+        preprocess=Preprocess(scalars.mean, scalars.std, target),
+        image_size=scalars.image_size,
+        classes=tuple(scalars.classes),
         device=target,
-        autocast=native_precision(machine.precision, target),
+        autocast=native_autocast(machine.precision, target),
         checkpoint=found.path,
         step=found.step,
     )
 
 
-def class_names(summary: dict[str, Any], *, count: int) -> tuple[str, ...]:
-    """The names in a run's ``summary.json``, or digits where it has none for ``count`` classes."""
-    for split in ("val", "test"):
-        scores = summary.get(split)
-        names = scores.get("classes") if isinstance(scores, dict) else None
-        if isinstance(names, list) and len(names) == count:
-            return tuple(map(str, names))
-    return tuple(map(str, range(count)))
-
-
-def native_precision(precision: str, device: torch.device) -> torch.dtype | None:
-    """The reduced precision in which a run was evaluated, if ``device`` has it too; None: float32."""
+def native_autocast(precision: str, device: torch.device) -> torch.dtype | None:
+    """Return the reduced precision of a run if ``device`` supports it natively, else None (float32)."""
     if device.type != "cuda" or (precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False)):
         return None
-    return REDUCED.get(precision)
+    return AUTOCAST_DTYPES.get(precision)

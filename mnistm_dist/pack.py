@@ -78,13 +78,13 @@ def main(
 
     Args:
         source: sample, mnist+photos, or a path in a known layout.
-        layout: Layout of the path. none: detected.
+        layout: Input layout. none: detected.
         download: Instead of SOURCE: official, or the URL of a copy. The official set is verified by checksum.
         cache_dir: Folder for downloads. none: the same as in training.
         layouts: List the known layouts, and exit.
     """
     if layouts:
-        from mnistm_dist.data.sources.detect import KNOWN_LAYOUTS
+        from mnistm_dist.data.sources.catalog import KNOWN_LAYOUTS
 
         width = max(map(len, KNOWN_LAYOUTS))
         write_result("".join(f"{name:{width}}  {structure}\n" for name, structure in KNOWN_LAYOUTS.items()))
@@ -95,10 +95,10 @@ def main(
         raise UserError("--out: none is named; name the new folder of the packed set")
 
     from mnistm_dist.data.cache import choose_cache_dir
-    from mnistm_dist.data.packing.staging import refuse_existing
     from mnistm_dist.data.packing.writer import pack
     from mnistm_dist.data.sources.catalog import open_source
     from mnistm_dist.data.sources.download import download as fetch
+    from mnistm_dist.files import refuse_existing
     from mnistm_dist.reporting.console import Console
 
     refuse_existing(target.out)  # before anything long begins

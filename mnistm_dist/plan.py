@@ -76,8 +76,8 @@ def main(
     import numpy as np
 
     from mnistm_dist.data.cache import choose_cache_dir
-    from mnistm_dist.data.order import step_positions, steps_for
-    from mnistm_dist.data.order_choice import choose_reading, create_order, open_shards
+    from mnistm_dist.data.fetch import open_shards
+    from mnistm_dist.data.order import choose_reading, create_order, step_positions, steps_for
 
     shards = open_shards(str(config.data.shards), cache_dir=choose_cache_dir(config.data.cache_dir))
     batch_size = config.steps.batch_size
@@ -134,10 +134,10 @@ def save_images(
     import numpy as np
     import torch
 
-    from mnistm_dist.data.files import saying_what_fails
     from mnistm_dist.data.image_io import decode_png
     from mnistm_dist.data.order import part_of_run
     from mnistm_dist.data.transforms import Augment, Preprocess
+    from mnistm_dist.files import explain_os_errors
     from mnistm_dist.reporting.figures import batch_grid
     from mnistm_dist.reporting.style import save
 
@@ -154,7 +154,7 @@ def save_images(
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (split.mean, split.std))
     seen = (255 * (floats * std + mean)).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
     captions = [f"{key}\n{shards.manifest.classes[label]}" for key, label in zip(keys, labels, strict=True)]
-    with saying_what_fails(path):
+    with explain_os_errors(path):
         save(batch_grid(list(seen), captions, title), path)
 
 

@@ -31,7 +31,7 @@ def main(runs: Annotated[tuple[str, ...], arg(metavar="RUN")], /, *, out: OrNone
         raise UserError("RUN: at least one run folder is required")
     # Heavy imports come after the flags, so that --help and a mistyped flag answer at once.
     from mnistm_dist.reporting.console import Console
-    from mnistm_dist.reporting.page import write_report
+    from mnistm_dist.reporting.html import write_report
 
     folders = [Path(run) for run in runs]
     out = out or (folders[0] if len(folders) == 1 else Path()) / "report.html"

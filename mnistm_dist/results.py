@@ -1,4 +1,7 @@
-"""A checkpoint of a run: chosen, scored on the splits, its figures drawn, the result written and told."""
+"""What a run reports: its header, and the results of a checkpoint: predictions, figures, ``summary.json``.
+
+`train` writes results at the end of a run, `evaluate` at any time after it.
+"""
 
 from __future__ import annotations
 
@@ -9,150 +12,196 @@ from typing import Any
 
 import numpy as np
 
-from mnistm_dist.config import Config
 from mnistm_dist.data.loader import Reader
+from mnistm_dist.data.order import accumulation
 from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.data.transforms import Preprocess
 from mnistm_dist.errors import UserError
+from mnistm_dist.files import write_atomic
 from mnistm_dist.reporting.console import Console
 from mnistm_dist.reporting.describe import describe
-from mnistm_dist.reporting.metrics import Metrics
-from mnistm_dist.reporting.predictions import mistakes, read_predictions
+from mnistm_dist.reporting.predictions import Predictions, mistakes, read_predictions
 from mnistm_dist.training import checkpoint as checkpoints
-from mnistm_dist.training.checkpoint import Checkpoint, check_state, write_durably
-from mnistm_dist.training.distributed import World
-from mnistm_dist.training.evaluation import Predictions, predict_split, write_predictions
-from mnistm_dist.training.models import create_model, to_device
+from mnistm_dist.training.checkpoint import Checkpoint
+from mnistm_dist.training.environment import device_name
+from mnistm_dist.training.evaluation import SplitOutputs, predict_split, write_predictions
+from mnistm_dist.training.models import count_parameters, create_model, to_device
 from mnistm_dist.training.run_dir import writing
+from mnistm_dist.training.schedule import Schedule
+from mnistm_dist.training.setup import RunSetup
+from mnistm_dist.training.train_state import TrainState
+
+SUMMARY_NAME = "summary.json"
 
 
 def choose_checkpoint(run_dir: Path, which: str, *, has_test: bool) -> tuple[Checkpoint, dict[str, Any]]:
-    """A checkpoint and, for ``summary.json``, which one it is.
+    """Return a checkpoint and the entry ``checkpoint`` of ``summary.json``.
 
-    ``which`` is best, last, a path, or chosen: the best on val where a test split gives an honest result, else the
-    last. Raises `UserError` where there is no such checkpoint.
+    ``which`` is best, last, a path, or chosen: the best on val if there is a test split to give an unbiased result,
+    else the last. Raise `UserError` if there is no such checkpoint.
     """
     if which not in ("best", "last", "chosen"):
-        found, chosen = checkpoints.open_checkpoint(Path(which)), "named"
+        checkpoint, chosen = checkpoints.open_checkpoint(Path(which)), "named"
     else:
-        complaints: list[str] = []
-        last = checkpoints.latest(run_dir, complaints.append)
+        warnings: list[str] = []
+        last = checkpoints.latest(run_dir, warnings.append)
         if last is None:
-            told = f" ({complaints[0]})" if complaints else ""
-            raise UserError(f"{run_dir}: no whole checkpoint in it{told}; train --resume {run_dir} makes one")
-        check_state(last)
-        best = last.state["past"]["best"]
-        found, chosen = last, "last"
+            reason = f" ({warnings[0]})" if warnings else ""
+            raise UserError(f"{run_dir}: no complete checkpoint{reason}; train with --resume {run_dir}")
+        checkpoint, chosen, best = last, "last", last.scalars.history.best
         if which == "best" and best is None:
             raise UserError(
-                f"{run_dir}: nothing was evaluated on val, so there is no best checkpoint; use --checkpoint last"
+                f"{run_dir}: val was never evaluated, so there is no best checkpoint; use --checkpoint last"
             )
         if best is not None and (which == "best" or (which == "chosen" and has_test)):
             chosen = "best on val"
-            if best["step"] != last.step:
-                found = checkpoints.open_checkpoint(checkpoints.checkpoint_dir(run_dir, best["step"]))
-    check_state(found)
-    how = {
-        "step": found.step,
+            if best.step != last.step:
+                checkpoint = checkpoints.open_checkpoint(checkpoints.checkpoint_dir(run_dir, best.step))
+    entry = {
+        "step": checkpoint.step,
         "chosen": chosen,
-        "averaged": found.state["averaged"],
-        "image_size": found.state["image_size"],
+        "averaged": checkpoint.scalars.averaged,
+        "image_size": checkpoint.scalars.image_size,
     }
-    return found, how
+    return checkpoint, entry
 
 
-def evaluate_checkpoint(
-    run_dir: Path,
-    checkpoint: Checkpoint,
-    config: Config,
-    world: World,
-    console: Console,
-    shards: ShardSet,
-    readers: dict[str, Reader],
-) -> dict[str, Any]:
-    """Predicts every split that has a reader and writes what it shows; gives the splits' numbers on rank 0. All ranks
-    take part."""
-    classes = shards.manifest.classes
-    model = to_device(create_model(len(classes), config.steps.seed), world.device, config.machine.memory_format)
-    # Rank 0 alone reads it: on a network's file system another node may see what was just written a minute later.
+def evaluate_checkpoint(run: RunSetup, checkpoint: Checkpoint, console: Console) -> dict[str, Predictions]:
+    """Evaluate a checkpoint on every split of ``run.readers`` but train; write predictions and figures.
+
+    Return the predictions of each split on rank 0, nothing elsewhere. All ranks take part.
+    """
+    config, world, scalars = run.config, run.world, checkpoint.scalars
+    initial = create_model(len(run.shards.manifest.classes), config.steps.seed)
+    model = to_device(initial, world.device, config.machine.memory_format)
+    # Only rank 0 reads it: on a network file system other nodes may see a new file a minute later.
     world.run_on_main(lambda: checkpoints.load_model(checkpoint.path, model))
     world.broadcast(model.parameters())
-    # Normalised as in training, also where the images of another set are scored.
-    preprocess = Preprocess(checkpoint.state["mean"], checkpoint.state["std"], world.device)
-    results: dict[str, Any] = {}
-    for split, reader in readers.items():
+    # Normalised as in training, also if another set is evaluated.
+    preprocess = Preprocess(scalars.mean, scalars.std, world.device)
+    results: dict[str, Predictions] = {}
+    for split, reader in run.readers.items():
+        if split == "train":
+            continue
         with console.progress(f"evaluating {split}", reader.size) as bar:
-            predictions = predict_split(
-                world,
-                model,
-                preprocess,
-                reader,
-                image_size=checkpoint.state["image_size"],
-                progress=bar,
-            )
-        metrics = world.run_on_all_ranks(functools.partial(write_split, run_dir, split, predictions, shards))
-        if metrics is not None:
-            results[split] = metrics.to_json()
+            outputs = predict_split(world, model, preprocess, reader, image_size=scalars.image_size, progress=bar)
+        predictions = world.run_on_all_ranks(functools.partial(write_split, run.path, split, outputs, run.shards))
+        if predictions is not None:
+            results[split] = predictions
         if config.run.report:
-            world.run_on_all_ranks(functools.partial(draw_split, run_dir, split, metrics, reader))
+            world.run_on_all_ranks(functools.partial(draw_split, run.path, split, predictions, reader))
     return results
 
 
-def write_split(run_dir: Path, split: str, predictions: Predictions | None, shards: ShardSet) -> Metrics | None:
-    """A split's ``predictions_SPLIT.csv`` and the metrics of it; nothing on other ranks than 0, which hold none.
-
-    Raises `UserError` where the run folder cannot be written.
-    """
-    if predictions is None:
+def write_split(run_dir: Path, split: str, outputs: SplitOutputs | None, shards: ShardSet) -> Predictions | None:
+    """Write ``predictions_SPLIT.csv`` on rank 0 and return what is read back from it: every number and figure comes
+    from the file. Raise `UserError` if the run folder cannot be written."""
+    if outputs is None:
         return None
-    classes = shards.manifest.classes
-    path = run_dir / f"predictions_{split}.csv"
+    path, classes = run_dir / f"predictions_{split}.csv", shards.manifest.classes
     with writing(run_dir):
-        write_predictions(path, shards.keys(split, np.arange(len(predictions.labels))), predictions, classes)
-    # Every number and figure comes from the file that was written.
-    return read_predictions(path, classes).measure()
+        write_predictions(path, shards.keys(split, np.arange(len(outputs.labels))), outputs, classes)
+    return read_predictions(path, classes)
 
 
-def draw_split(run_dir: Path, split: str, metrics: Metrics | None, reader: Reader) -> None:
-    """The figures of a split from its predictions file; nothing on other ranks than 0, which hold no metrics.
-
-    Raises `UserError` where the run folder cannot be written.
-    """
-    if metrics is None:
+def draw_split(run_dir: Path, split: str, predictions: Predictions | None, reader: Reader) -> None:
+    """Draw the figures of a split on rank 0. Raise `UserError` if the run folder cannot be written."""
+    if predictions is None:
         return
-    # They bring matplotlib, which a prediction does not need.
+    # matplotlib takes a second to import, and a prediction does not need it.
     from mnistm_dist.reporting import figures
     from mnistm_dist.reporting.style import save
 
-    wrong = mistakes(read_predictions(run_dir / f"predictions_{split}.csv", metrics.classes))
+    wrong = mistakes(predictions)
     shown = wrong[: figures.MOST_MISTAKES]
     images = list(reader.gather(np.array([m.id for m in shown], dtype=np.int64))[0].cpu().numpy()) if shown else []
+    matrix = figures.confusion_matrix(predictions.metrics, f"Confusion matrix, {split}")
     with writing(run_dir):
-        save(figures.confusion_matrix(metrics, f"Confusion matrix, {split}"), run_dir / f"confusion_matrix_{split}.png")
+        save(matrix, run_dir / f"confusion_matrix_{split}.png")
         save(figures.mistakes(images, shown, len(wrong), f"Mistakes, {split}"), run_dir / f"mistakes_{split}.png")
 
 
+def header_rows(run: RunSetup, state: TrainState, schedule: Schedule) -> dict[str, str]:
+    """Return the rows of the header that the console shows before training."""
+    config, world, manifest = run.config, run.world, run.shards.manifest
+    micro_batch = int(config.steps.micro_batch)
+    k = accumulation(batch_size=config.steps.batch_size, world_size=world.size, micro_batch=micro_batch)
+    counts = ", ".join(f"{split.count:,} {name}" for name, split in manifest.splits.items())
+    steps = f"{schedule.total_steps:,} steps, {config.steps.epochs} epochs"
+    if schedule.last_step < schedule.total_steps:
+        steps = f"{schedule.last_step:,} of {steps}"
+    if state.steps_done:
+        steps = f"resuming at step {state.steps_done:,} of {steps}"
+    return {
+        "run": str(run.path),
+        "recipe": config.recipe,
+        "world size": str(world.size),
+        "device": device_name(world.device),
+        "precision": f"{config.machine.precision}, {config.machine.memory_format}",
+        "threads": f"{config.machine.threads} per process",
+        "model": f"pruned ResNet18, {count_parameters(state.model):,} parameters",
+        "shards": f"{run.shards.root} ({manifest.lineage}: {counts})",
+        "data": f"{config.data.reader} reader, {config.data.order} order",
+        "batch": f"{config.steps.batch_size} = {world.size} x {k} x {micro_batch} (processes x micro-batches x images)",
+        "image size": ", ".join(f"{size} px" for size in dict.fromkeys(config.steps.image_size)),
+        "training": steps,
+    }
+
+
+def summary_fields(run: RunSetup, state: TrainState) -> dict[str, Any]:
+    """Return the fields of ``summary.json`` that describe the training; those of the splits are added to them."""
+    config, manifest = run.config, run.shards.manifest
+    history = state.history
+    images, seconds = state.steps_done * config.steps.batch_size, history.train_seconds
+    return {
+        "recipe": config.recipe,
+        "world_size": run.world.size,
+        "micro_batch": config.steps.micro_batch,
+        "batch_size": config.steps.batch_size,
+        "precision": config.machine.precision,
+        "threads": config.machine.threads,
+        "device": run.world.device.type,
+        "seed": config.steps.seed,
+        "steps": state.steps_done,
+        "epochs": round(images / run.shards.split("train").count, 4),
+        "train_seconds": round(seconds, 3),
+        "evaluate_seconds": round(history.evaluate_seconds, 3),
+        "save_seconds": round(history.save_seconds, 3),
+        "images_per_second": round(images / seconds, 2) if seconds else None,
+        "parameters": count_parameters(state.model),
+        "data": {
+            "path": str(run.shards.root),
+            "lineage": manifest.lineage,
+            "identity": manifest.identity,
+            "counts": {name: split.count for name, split in manifest.splits.items()},
+            "pixels_sha256": manifest.pixels_sha256,
+        },
+    }
+
+
 def read_summary(run_dir: Path) -> dict[str, Any]:
-    """``summary.json``, or nothing where there is none yet."""
+    """Return the content of ``summary.json``, empty if it is missing or damaged."""
     try:
-        found = json.loads((run_dir / "summary.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
+        summary = json.loads((run_dir / SUMMARY_NAME).read_bytes())
+    except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return summary if isinstance(summary, dict) else {}
 
 
-def write_summary(run_dir: Path, summary: dict[str, Any]) -> None:
-    """``summary.json``, whole or not at all."""
+def write_summary(run_dir: Path, summary: dict[str, Any], results: dict[str, Predictions]) -> dict[str, Any]:
+    """Write ``summary.json`` with the metrics of the splits; return its content."""
+    summary = summary | {split: predictions.metrics.to_json() for split, predictions in results.items()}
     with writing(run_dir):
-        write_durably(run_dir / "summary.json", json.dumps(summary, indent=1).encode())
+        write_atomic(run_dir / SUMMARY_NAME, json.dumps(summary, indent=1))
+    return summary
 
 
-def tell_result(
-    console: Console, run_dir: Path, summary: dict[str, Any], splits: list[str], *, report: bool = False
+def print_result(
+    console: Console, run_dir: Path, summary: dict[str, Any], results: dict[str, Predictions], *, report: bool = False
 ) -> None:
-    """The result on the console: accuracy, the worst confusions in words, the paths, the report's if it was written."""
-    words = "\n\n".join(f"{split}: {describe(Metrics.from_json(summary[split]))}" for split in splits)
-    paths = {f"predictions, {split}": str(run_dir / f"predictions_{split}.csv") for split in splits}
+    """Print accuracy, the most common confusions and the paths of what was written."""
+    text = "\n\n".join(f"{split}: {describe(predictions.metrics)}" for split, predictions in results.items())
+    paths = {f"predictions, {split}": str(run_dir / f"predictions_{split}.csv") for split in results}
     if report:
         paths = {"report": str(run_dir / "report.html"), **paths}
-    console.result(summary, words, {"run folder": str(run_dir), **paths})
+    console.result(summary, text, {"run folder": str(run_dir), **paths})

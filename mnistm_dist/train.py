@@ -5,15 +5,19 @@
     sbatch slurm/train.sh --recipe fast --shards shards/official            a cluster
 
 1. The configuration: defaults, recipe, flags; at a resume, the run's own.
-2. The processes join; the data is opened; every ``auto`` is settled.
-3. The run folder is taken; model, optimizer and, at a resume, their state.
-4. The loop: step, log, evaluation, checkpoint; a signal saves and leaves.
+2. The processes join, the data is opened, every ``auto`` is resolved.
+3. The run folder is locked; model and optimizer are created and, at a resume, restored.
+4. The loop (training/trainer.py): step, log, evaluation, checkpoint; a signal saves and exits.
 5. The final evaluation, the figures, the report.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from mnistm_dist.cli import parse_train_flags
@@ -22,102 +26,149 @@ from mnistm_dist.errors import EXIT_PREEMPTED, errors_once_per_node, escape_cont
 if TYPE_CHECKING:
     from mnistm_dist.config import Config
     from mnistm_dist.reporting.console import Console
+    from mnistm_dist.reporting.tracking import Tracker
     from mnistm_dist.training.checkpoint import Checkpoint
     from mnistm_dist.training.distributed import World
     from mnistm_dist.training.preemption import StopRequest
-    from mnistm_dist.training.trainer import Trainer
+    from mnistm_dist.training.run_dir import RunDir
+    from mnistm_dist.training.setup import RunSetup
+    from mnistm_dist.training.train_state import TrainState
 
 
 def main(argv: list[str]) -> int:
-    """Trains, and returns the exit code: 0 finished, 2 a person's mistake, 75 saved and left after a signal."""
+    """Train. Return the exit code: 0 finished, 2 user error, 75 saved and exited after a signal."""
     request = parse_train_flags(argv)
     # Heavy imports come after the flags, so that --help and a mistyped flag answer at once.
     from mnistm_dist.reporting.console import Console
     from mnistm_dist.training import distributed
-    from mnistm_dist.training.peer_failure import peer_failures
-    from mnistm_dist.training.preemption import StopRequest, die_with_launcher, parse_signals
-    from mnistm_dist.training.setup import choose_start
+    from mnistm_dist.training.preemption import StopRequest, exit_with_launcher, parse_signals
+    from mnistm_dist.training.resume import choose_start
 
     with errors_once_per_node():
-        config, checkpoint = choose_start(request)
-    if config is None:
+        start = choose_start(request)
+    if start is None:
         return 0
-    stop = StopRequest()
+    config, checkpoint = start
+    timeout, stop = config.run.collective_timeout, StopRequest()
     stop.install(parse_signals(config.run.signals))
     try:
-        die_with_launcher()
+        exit_with_launcher()
         with distributed.joined(
-            config.machine,
-            expect_world_size=config.run.expect_world_size,
-            collective_timeout=config.run.collective_timeout,
+            config.machine, expect_world_size=config.run.expect_world_size, collective_timeout=timeout
         ) as world:
             console = Console(enabled=world.is_main)
-            with console.library_warnings(), peer_failures(config.run.collective_timeout):
+            with console.library_warnings(), distributed.peer_failures(timeout):
                 return train(config, checkpoint, world, console, stop)
     finally:
         stop.close(process_ends=__name__ == "__main__")
 
 
 def train(config: Config, checkpoint: Checkpoint | None, world: World, console: Console, stop: StopRequest) -> int:
-    """Steps 2 to 5 of a run. All ranks take part."""
-    from mnistm_dist.training.peer_failure import peer_failures
-    from mnistm_dist.training.setup import acquire_run_dir, agree, choose_run_dir, open_readers, open_set, resolve
-    from mnistm_dist.training.trainer import Preempted, Trainer
+    """Steps 2 to 5 of a run. Return the exit code. All ranks take part."""
+    from mnistm_dist.reporting.run_logger import RunLogger
+    from mnistm_dist.results import header_rows
+    from mnistm_dist.training.distributed import peer_failures
+    from mnistm_dist.training.preemption import Preempted
+    from mnistm_dist.training.resume import agree_on_start, restore_state
+    from mnistm_dist.training.schedule import Schedule
+    from mnistm_dist.training.setup import acquire_run_dir, open_run
+    from mnistm_dist.training.train_state import create_train_state
+    from mnistm_dist.training.trainer import Trainer
 
-    checkpoint = agree(config, checkpoint, world)
-    shards = open_set(config.data, world, console)
-    config = world.run_on_all_ranks(lambda: resolve(config, world, shards.manifest))
-    readers = open_readers(shards, config.data, shards.manifest.splits, world, console)
-    world = world.with_run_timeout()
-    run_dir = world.run_on_main(lambda: choose_run_dir(config))
-    folder = world.run_on_all_ranks(
-        lambda: acquire_run_dir(run_dir, resume=config.run.resume, checkpoint=checkpoint, active=world.is_main)
-    )
-    with folder, peer_failures(config.run.collective_timeout):
-        trainer = Trainer(config, world, console, folder, shards, readers, stop)
-        trainer.begin(checkpoint)
+    checkpoint = agree_on_start(config, checkpoint, world)
+    run = open_run(config, world, console)
+    world = run.world
+    run_dir = world.run_on_all_ranks(lambda: acquire_run_dir(run, checkpoint))
+    with run_dir, peer_failures(run.config.run.collective_timeout):
+        classes, schedule = run.shards.manifest.classes, Schedule.of(run.config, run.shards.split("train").count)
+        state = create_train_state(run.config, world, len(classes))
+        if checkpoint is not None:
+            world.run_on_all_ranks(lambda: restore_state(state, checkpoint, run, console.warn))
+        world.run_on_all_ranks(lambda: write_start(run, run_dir, state, "start" if checkpoint is None else "resume"))
         try:
-            with trainer.tracking():
-                if config.run.sanity_checks and checkpoint is None:
-                    trainer.check()
-                trainer.train()
-                finish(trainer)
+            with tracking(run, console) as tracker:
+                console.header("mnistm_dist", header_rows(run, state, schedule))
+                logger = RunLogger(console, tracker, run_dir.log, classes)
+                trainer = Trainer(run, run_dir, state, schedule, logger, stop)
+                if run.config.run.sanity_checks and checkpoint is None:
+                    trainer.check_model()
+                trainer.fit()
+                finish(run, run_dir, state, console, tracker)
         except Preempted as preempted:
-            console.line(f"{preempted.reason}: saved after step {folder.steps_done}; --resume {run_dir} goes on")
+            resume = f"python -m mnistm_dist.train --resume {shlex.quote(str(run.path))}"
+            console.line(f"{preempted.reason}: saved at step {state.steps_done}. Resume with: {resume}")
             return EXIT_PREEMPTED
-        folder.tell("finished")
+        run_dir.set_state("finished")
     return 0
 
 
-def finish(trainer: Trainer) -> None:
-    """The final evaluation of the chosen checkpoint on val and test, the figures, the summary, the report. All ranks
-    take part."""
-    from mnistm_dist.reporting.curves import learning_curve
-    from mnistm_dist.reporting.page import write_report
-    from mnistm_dist.reporting.style import save
-    from mnistm_dist.reporting.tracked_results import log_results
-    from mnistm_dist.results import choose_checkpoint, evaluate_checkpoint, tell_result, write_summary
-    from mnistm_dist.training.run_dir import writing
-    from mnistm_dist.training.trainer import summary_fields
+def write_start(run: RunSetup, run_dir: RunDir, state: TrainState, kind: str) -> None:
+    """Write the files that a run folder has from the start. Rank 0 writes."""
+    from mnistm_dist import config as configuration
+    from mnistm_dist.training import checkpoint as checkpoints
+    from mnistm_dist.training.environment import describe_environment
+    from mnistm_dist.training.models import architecture
 
-    world, folder, console = trainer.world, trainer.folder, trainer.console
-    readers = {split: reader for split, reader in trainer.readers.items() if split != "train"}
-    checkpoint, how = world.run_on_main(lambda: choose_checkpoint(folder.path, "chosen", has_test="test" in readers))
-    results = evaluate_checkpoint(folder.path, checkpoint, trainer.config, world, console, trainer.shards, readers)
-    if not world.is_main:
+    run_dir.open_log(state.steps_done)
+    if run_dir.active:
+        checkpoints.remove_after(run.path, state.steps_done)
+        run_dir.write("config.yaml", configuration.dump(run.config))
+        run_dir.write("environment.json", describe_environment(run.world))
+        run_dir.write("architecture.json", architecture(state.model, max(run.config.steps.image_size)))
+        run_dir.set_state("running")
+        run_dir.log({"kind": kind, "step": state.steps_done, "world_size": run.world.size})
+
+
+@contextmanager
+def tracking(run: RunSetup, console: Console) -> Iterator[Tracker]:
+    """Open the tracker for the block and close it with the run's state: W&B would show a crashed run as finished."""
+    from mnistm_dist.reporting.tracking import open_tracker
+    from mnistm_dist.training.preemption import Preempted
+
+    tracker = open_tracker(
+        run.config.run.tracker if run.world.is_main else "none",
+        run_dir=run.path,
+        config=dataclasses.asdict(run.config),
+        name=run.path.name,
+        group=run.path.name,
+        say=console.line,
+    )
+    try:
+        yield tracker
+    except Preempted:
+        tracker.finish(EXIT_PREEMPTED, "preempted")
+        raise
+    except BaseException:
+        tracker.finish(1, "failed")
+        raise
+    tracker.finish(0, "finished")
+
+
+def finish(run: RunSetup, run_dir: RunDir, state: TrainState, console: Console, tracker: Tracker) -> None:
+    """Evaluate the chosen checkpoint on val and test; write figures, summary and report. All ranks take part."""
+    from mnistm_dist.reporting.curves import learning_curve
+    from mnistm_dist.reporting.html import write_report
+    from mnistm_dist.reporting.style import save
+    from mnistm_dist.reporting.tracking import log_results
+    from mnistm_dist.results import choose_checkpoint, evaluate_checkpoint, print_result, summary_fields, write_summary
+    from mnistm_dist.training.run_dir import writing
+
+    has_test = "test" in run.readers
+    checkpoint, entry = run.world.run_on_main(lambda: choose_checkpoint(run.path, "chosen", has_test=has_test))
+    predictions = evaluate_checkpoint(run, checkpoint, console)
+    if not run.world.is_main:
         return
-    summary = {**summary_fields(trainer), "checkpoint": how, **results}
-    write_summary(folder.path, summary)
-    if trainer.config.run.report:
-        curve = learning_curve(folder.rows, f"Learning curve, {escape_control(folder.path.name)}")
-        with writing(folder.path):
-            save(curve, folder.path / "learning_curve.png")
-        write_report([folder.path], folder.path / "report.html")
-    trainer.tracker.summary(summary)
-    log_results(trainer.tracker, folder.path, folder.steps_done)
-    if trainer.config.run.upload_checkpoint:
-        trainer.tracker.log_checkpoint(checkpoint.path, [str(how["chosen"]).split()[0]])
-    tell_result(console, folder.path, summary, list(results), report=trainer.config.run.report)
+    summary = write_summary(run.path, {**summary_fields(run, state), "checkpoint": entry}, predictions)
+    if run.config.run.report:
+        curve = learning_curve(run_dir.rows, f"Learning curve, {escape_control(run.path.name)}")
+        with writing(run.path):
+            save(curve, run.path / "learning_curve.png")
+        write_report([run.path], run.path / "report.html", predictions)
+    tracker.summary(summary)
+    log_results(tracker, sorted(run.path.glob("*.png")), predictions, state.steps_done)
+    if run.config.run.upload_checkpoint:
+        tracker.log_checkpoint(checkpoint.path, [str(entry["chosen"]).split()[0]])
+    print_result(console, run.path, summary, predictions, report=run.config.run.report)
 
 
 if __name__ == "__main__":

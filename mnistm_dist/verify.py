@@ -2,9 +2,9 @@
 
     python -m mnistm_dist.verify shards/official
 
-One line per file: whole, cut, changed, missing, extra (a tar or index that the
-manifest does not list) or foreign (any other file, which is harmless). Exit
-code 0: the set is complete and intact; 2: it is not.
+Prints one line if the set is intact (exit code 0), otherwise a line for each
+file that is truncated, changed, missing or extra: a tar or index that the
+manifest does not list (exit code 2).
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ def main(shards: Annotated[str, arg(metavar="SHARDS")], /) -> int:
     Args:
         shards: folder of a packed set.
     """
+    from mnistm_dist.data.integrity import OK
+    from mnistm_dist.data.manifest import REPAIR
     from mnistm_dist.data.packing.verify import inspect
-    from mnistm_dist.data.progress import AGAIN
     from mnistm_dist.data.shards import ShardSet
     from mnistm_dist.reporting.console import Console
 
@@ -36,17 +37,17 @@ def main(shards: Annotated[str, arg(metavar="SHARDS")], /) -> int:
     count = sum(split.count for split in manifest.splits.values())
     with console.progress("verify", count, "images") as bar:
         findings = inspect(packed, bar)
-    for finding in findings:
-        console.line(f"{finding.status:<8} {finding.name}: {finding.detail}")
-    damaged = [finding for finding in findings if finding.damaged]
+    damaged = [finding for finding in findings if finding.status != OK]
+    for finding in damaged:
+        console.line(f"{finding.status:<9} {finding.name}: {finding.detail}")
     if damaged:
         first = damaged[0]
         raise UserError(
             f"{packed.root}: {len(damaged)} of {len(findings)} files are damaged, the first is {first.name} "
-            f"({first.status}: {first.detail}): {AGAIN}"
+            f"({first.status}: {first.detail}); {REPAIR}"
         )
     splits = ", ".join(f"{split.count:,} {split.name}" for split in manifest.splits.values())
-    console.line(f"{packed.root} is whole: {splits}; lineage {manifest.lineage}")
+    console.line(f"{packed.root} is intact: {splits}; lineage {manifest.lineage}")
     return 0
 
 

@@ -1,14 +1,15 @@
-"""Small packed sets of real MNIST-M, and the package's doors run as a person runs them."""
+"""Small packed sets of real MNIST-M, and the package's commands run as a person runs them."""
 
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from packed_sets import tiny_source
 from processes import Command, Started
 
-from benchmarks.__main__ import stay_on, usable_cores
 from mnistm_dist.data.packing.writer import pack
 from mnistm_dist.data.sources.base import Sample, Source
 from mnistm_dist.data.sources.catalog import open_source
@@ -44,20 +45,26 @@ def part_of_the_sample(counts: dict[str, int]) -> Source:
     return Source(layout="sample", description="part of the sample", counts=counts, read=read, lineage="regenerated")
 
 
-@pytest.fixture(autouse=True)
-def cores_put_back() -> Iterator[None]:
-    """A bench that ran in this process stays on its cores, and what is started later would inherit that."""
-    cores = usable_cores()
-    yield
-    stay_on(cores)
-
-
 @pytest.fixture(scope="session")
 def small_set(tmp_path_factory) -> Path:
     """A packed set of 320 + 97 + 53 images."""
     out = tmp_path_factory.mktemp("shards") / "small"
     pack(part_of_the_sample({"train": TRAIN, "val": VAL, "test": TEST}), out, num_shards=8)
     return out
+
+
+@pytest.fixture(scope="session")
+def tiny_set(tmp_path_factory) -> Path:
+    """A packed set of 21 + 2 + 7 images of noise in 3 + 1 + 1 shards; read only."""
+    out = tmp_path_factory.mktemp("tiny") / "set"
+    pack(tiny_source(), out, num_shards=3)
+    return out
+
+
+@pytest.fixture
+def tiny_copy(tiny_set, tmp_path) -> Path:
+    """A copy of `tiny_set` that a test may change."""
+    return Path(shutil.copytree(tiny_set, tmp_path / "set"))
 
 
 @pytest.fixture(scope="session")
@@ -74,7 +81,7 @@ def environment(cache_dir) -> dict[str, str]:
     return {**kept, "MNISTM_DIST_CACHE": str(cache_dir), "PYTHONPATH": str(ROOT), "WANDB_MODE": "disabled"}
 
 
-Door = Callable[..., subprocess.CompletedProcess[str]]
+RunCommand = Callable[..., subprocess.CompletedProcess[str]]
 Start = Callable[..., Started]
 
 
@@ -98,8 +105,8 @@ def start(environment, tmp_path) -> Iterator[Start]:
 
 
 @pytest.fixture
-def door(start) -> Door:
-    """Runs a door to its end."""
+def run_command(start) -> RunCommand:
+    """Runs a run_command to its end."""
 
     def run(name: str, *arguments: object, timeout: float = 300, **more: object) -> subprocess.CompletedProcess[str]:
         return start(name, *arguments, **more).wait(timeout)
@@ -115,16 +122,16 @@ def launcher(world_size: int) -> list[str]:
     return ["-m", "accelerate.commands.launch", *several]
 
 
-def worked(done: subprocess.CompletedProcess[str]) -> str:
-    """The output of a door that ended well, and in which no library's ``UserWarning``, or the like, was shown."""
+def output_of(done: subprocess.CompletedProcess[str]) -> str:
+    """Return the output of a command that succeeded and showed no Python warning."""
     assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
     said = done.stdout + done.stderr
     assert "Warning" not in said, said[-5000:]
     return done.stdout
 
 
-def refused(done: subprocess.CompletedProcess[str]) -> str:
-    """The one line in which a door refused what a person got wrong."""
+def error_of(done: subprocess.CompletedProcess[str]) -> str:
+    """The one line in which a run_command refused what a person got wrong."""
     assert done.returncode == 2, f"exit {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
     lines = done.stderr.splitlines()
     assert len(lines) == 1, done.stderr

@@ -1,4 +1,4 @@
-"""Faults that a test puts under a run, in its own process: `processes.py` calls one of these before the door."""
+"""Faults that a test puts under a run, in its own process: `processes.py` calls one of these before the run_command."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from typing import Any
 from mnistm_dist import results as scoring
 from mnistm_dist.data import resident
 from mnistm_dist.errors import UserError
-from mnistm_dist.reporting import figures, page
-from mnistm_dist.training import checkpoint, evaluation
+from mnistm_dist.reporting import figures, html
+from mnistm_dist.training import checkpoint, evaluation, preemption
 from mnistm_dist.training import trainer as loop
 
 CLONE_NEWNS, MS_RDONLY, MS_REC, MS_PRIVATE = 0x20000, 1, 0x4000, 0x40000
@@ -67,7 +67,7 @@ def a_folder_for_each_rank() -> None:
 def a_second_a_look() -> None:
     """The clock of the training loop goes on by a second whenever it is looked at, and else stands still."""
     seconds = itertools.count()
-    loop.time = SimpleNamespace(monotonic=lambda: float(next(seconds)))  # type: ignore[attr-defined]
+    preemption.time = SimpleNamespace(monotonic=lambda: float(next(seconds)))  # type: ignore[attr-defined]
 
 
 # Mistakes
@@ -75,14 +75,14 @@ def a_second_a_look() -> None:
 
 def mistake_on_one_rank() -> None:
     """Rank FAULT_RANK finds a mistake where the others find none, in the middle of the training."""
-    original = loop.Trainer.write_row
+    original = loop.Trainer.log_training
 
-    def write_row(self: loop.Trainer, *arguments: Any) -> None:
+    def log_training(self: loop.Trainer, *arguments: Any) -> None:
         original(self, *arguments)
         if self.world.rank == int(os.environ["FAULT_RANK"]):
             raise UserError(f"a mistake that only rank {self.world.rank} finds")
 
-    loop.Trainer.write_row = write_row  # type: ignore[method-assign]
+    loop.Trainer.log_training = log_training  # type: ignore[method-assign]
 
 
 # What happens to one rank when it comes to a phase
@@ -92,14 +92,14 @@ FAULT, RANK, PHASE = "FAULT", "FAULT_RANK", "FAULT_PHASE"
 
 PHASES: dict[str, tuple[Any, str, int]] = {
     "opening": (resident, "set_entry", 1),
-    "decoding": (resident, "_write_card", 1),
+    "decoding": (resident, "_save_stamp", 1),
     "training": (loop, "train_step", 9),
     "saving": (checkpoint, "_digest", 3),
     "evaluating": (evaluation, "_predict", 1),
     "predicting": (scoring, "write_split", 1),
     "drawing": (figures, "mistakes", 1),
     "summing up": (scoring, "write_summary", 1),
-    "reporting": (page, "write_report", 1),
+    "reporting": (html, "write_report", 1),
 }
 """Of each phase a function in the middle of it, and at which of its calls the fault comes: the 9th step, say, or the
 first file of the second checkpoint."""

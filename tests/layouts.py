@@ -63,8 +63,8 @@ def image_folder_files(parts: Parts) -> Files:
     }
 
 
-def course_files(parts: Parts) -> Files:
-    """One folder of images, and CSVs; the test split is given as val."""
+def csv_files(parts: Parts) -> Files:
+    """One folder of images, and CSV files; the test split is named val."""
     files: Files = {}
     for split, part in parts.items():
         name = {"test": "val"}.get(split, split)
@@ -102,6 +102,10 @@ def write_zip(path: Path, files: Files) -> Path:
         for name, data in files.items():
             archive.writestr(name, data)
     return path
+
+
+WRITE: Mapping[str, Callable[[Path, Files], Path]] = {"folder": write_folder, "tar": write_tar, "zip": write_zip}
+"""By the kind of tree."""
 
 
 def write_parquet(folder: Path, parts: Parts) -> Path:
@@ -205,7 +209,7 @@ WRITERS: Mapping[str, Callable[[Path, Parts], Path]] = {
     "image-folder": lambda folder, parts: write_folder(folder, image_folder_files(parts)),
     "image-tar": lambda folder, parts: write_tar(folder.with_suffix(".tar"), image_folder_files(parts), "w"),
     "image-zip": lambda folder, parts: write_zip(folder.with_suffix(".zip"), image_folder_files(parts)),
-    "course": lambda folder, parts: write_folder(folder, course_files(parts)),
+    "csv": lambda folder, parts: write_folder(folder, csv_files(parts)),
     "parquet": write_parquet,
     "pt": write_pt,
     "npz": write_npz,

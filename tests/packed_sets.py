@@ -155,7 +155,7 @@ def damage_by_pipe(path: Path) -> None:
 
 
 DAMAGES = {
-    "cut by a byte": (damage_by_cut, "cut"),
+    "cut by a byte": (damage_by_cut, "truncated"),
     "one byte changed": (damage_by_flip, "changed"),
     "one byte changed, mtime put back": (damage_by_flip_with_times_put_back, "changed"),
     "grown": (damage_by_growth, "changed"),
@@ -164,4 +164,4 @@ DAMAGES = {
     "a pipe": (damage_by_pipe, "missing"),
 }
 
-"""What can happen to a file, and what it is then found to be."""
+"""What can happen to a file, and the status it then has."""

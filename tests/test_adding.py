@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT, Door, worked
+from conftest import ROOT, RunCommand, output_of
 from layouts import noise, write_folder, write_tar
 from packed_sets import tiny_source
 
@@ -99,13 +99,18 @@ def optimizer(copy: Copy) -> None:
 def metric(copy: Copy) -> None:
     """The mean of the recalls."""
     file = "reporting/metrics.py"
-    field = '    balanced_accuracy: float\n    """Mean recall of the classes that have images, 0 to 1."""\n'
-    copy.replace(file, r"^(    calibration_error: float\n(    \"\"\".*\n))(?=\n    def to_json)", rf"\1{field}")
-    formula = "        balanced_accuracy=float(np.mean([row.recall for row in per_class if row.recall is not None])),\n"
-    copy.replace(file, r"^(        calibration_error=calibration_error,\n)", rf"\1{formula}")
-    tile = 'values.append((percent(metrics.balanced_accuracy), f"{SPLIT_NAMES[split]} balanced accuracy"))\n'
-    anchor = r"^( +)(values\.append\(\(percent\(metrics\.accuracy\).*\n)"
-    copy.replace("reporting/page_run.py", anchor, rf"\1\2\1{tile}")
+    formula = (
+        "    @property\n"
+        "    def balanced_accuracy(self) -> float:\n"
+        '        """Mean recall of the classes that have images, 0 to 1."""\n'
+        "        return float(np.mean([row.recall for row in self.per_class if row.recall is not None]))\n\n"
+    )
+    copy.replace(file, r"^(    def to_json)", rf"{formula}\1")
+    field = '            "balanced_accuracy": self.balanced_accuracy,\n'
+    copy.replace(file, r'^(            "accuracy": self\.accuracy,\n)', rf"\1{field}")
+    tile = 'tiles.append((percent(metrics.balanced_accuracy), f"{SPLIT_NAMES[split]} balanced accuracy"))\n'
+    anchor = r"^( +)(tiles\.append\(\(percent\(metrics\.accuracy\).*\n)"
+    copy.replace("reporting/html.py", anchor, rf"\1\2\1{tile}")
 
 
 IN_ONE_FILE = '''"""NumPy archives as Keras has them: one file with x_train, y_train, x_test and y_test."""
@@ -113,29 +118,25 @@ IN_ONE_FILE = '''"""NumPy archives as Keras has them: one file with x_train, y_t
 from __future__ import annotations
 
 import zipfile
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from mnistm_dist.data.sources.arrays import ArraySplit, arrays_source, check_images, check_labels, reading
+from mnistm_dist.data.decode_errors import explain_decode_errors
 from mnistm_dist.data.sources.base import Source
+from mnistm_dist.data.sources.data_files import array_source
 
 
 def is_keras(file: Path) -> bool:
-    """Whether a file is a NumPy archive with the names of this layout."""
+    """Return whether a file is a NumPy archive with the names of this layout."""
     return zipfile.is_zipfile(file) and {"x_train.npy", "y_train.npy"} <= set(zipfile.ZipFile(file).namelist())
 
 
 def open_keras(file: Path) -> Source:
-    """Opens such an archive. Raises UserError for anything else."""
-    splits = {}
-    with reading(str(file), "the arrays x_train and y_train"), np.load(file, allow_pickle=False) as arrays:
-        for split in ("train", "test"):
-            images, origin = arrays[f"x_{split}"], f"{file}: x_{split}"
-            labels = check_labels(origin, arrays[f"y_{split}"], check_images(origin, images.shape, images.dtype))
-            splits[split] = ArraySplit(origin=origin, labels=labels, images=partial(np.asarray, images))
-    return arrays_source("keras", f"{file}, NumPy arrays", splits)
+    """Open such an archive. Raises `UserError` for anything else."""
+    with explain_decode_errors(file, "the arrays x_train and y_train"), np.load(file, allow_pickle=False) as arrays:
+        splits = {s: (f"{file}: {s}", arrays[f"x_{s}"], arrays[f"y_{s}"]) for s in ("train", "test")}
+    return array_source("keras", splits)
 '''
 
 
@@ -143,45 +144,39 @@ IN_FOLDERS = '''"""PNGs whose names say all: SPLIT_NUMBER_LABEL.png, in a folder
 
 from __future__ import annotations
 
-from collections import Counter
-from functools import partial
-
-from mnistm_dist.data.sources.labels import Place, image_names, parse_label, read_places
 from mnistm_dist.data.sources.archives import Tree
-from mnistm_dist.data.sources.base import SPLITS, Source
+from mnistm_dist.data.sources.base import Source, parse_label
+from mnistm_dist.data.sources.image_files import Labelled, image_names, image_source
 
 
 def is_named(tree: Tree, top: str) -> bool:
-    """Whether a folder of a tree holds such images."""
-    return any(name.startswith("train_") and name.endswith(".png") for name in tree.listing(top).files)
+    """Return whether a folder of a tree holds such images."""
+    return any(name.startswith("train_") and name.endswith(".png") for name in tree.listing(top)[1])
 
 
 def open_named(tree: Tree, top: str) -> Source:
-    """Opens the images of a folder of a tree. Raises UserError for a foreign file and for a label that is no class."""
-    places: dict[str, Place] = {}
-    counts: Counter[str] = Counter()
+    """Open the images of a folder of a tree. Raises `UserError` for anything else in it."""
+    splits: dict[str, Labelled] = {}
     for name in image_names(tree, top):
         split, _, label = name.removesuffix(".png").split("_")
-        places[f"{top}/{name}".lstrip("/")] = Place(split, counts[split], parse_label(tree.origin(name), label))
-        counts[split] += 1
-    order = {split: counts[split] for split in SPLITS if split in counts}
-    return Source(layout="named", description=str(tree.path), counts=order, read=partial(read_places, tree, places))
+        splits.setdefault(split, []).append((f"{top}{name}", parse_label(tree.origin(name), label)))
+    return image_source(tree, layout="named", splits=splits)
 '''
 
 
 def layout(copy: Copy) -> None:
     """A ``.npz`` with other names in it, and images that are named by split and label."""
-    copy.make("data/layouts/keras.py", IN_ONE_FILE)
-    copy.make("data/layouts/named.py", IN_FOLDERS)
-    file = "data/layouts/detection.py"
+    copy.make("data/sources/keras.py", IN_ONE_FILE)
+    copy.make("data/sources/named.py", IN_FOLDERS)
+    file = "data/sources/catalog.py"
     imported = "".join(
-        f"from mnistm_dist.data.layouts.{name} import is_{name}, open_{name}\n" for name in ("keras", "named")
+        f"from mnistm_dist.data.sources.{name} import is_{name}, open_{name}\n" for name in ("keras", "named")
     )
-    copy.replace(file, r"^(from mnistm_dist\.data\.layouts\.kinds import .*\n)", rf"{imported}\1")
+    copy.replace(file, r"^(from mnistm_dist\.data\.sources\.pickles import .*\n)", rf"{imported}\1")
     known = '    "keras": "one .npz: x_train, y_train, x_test, y_test",\n    "named": "SPLIT_NUMBER_LABEL.png",\n'
     copy.replace(file, r"^(    \"pickle\": \"one .*\n)", rf"\1{known}")
-    copy.replace(file, r"^(    \"mat\": .*open_mat\),\n)", r'\1    "keras": ((".npz",), is_keras, open_keras),' + "\n")
-    copy.replace(file, r"^(    \"course\": \(is_.*\n)", r'\1    "named": (is_named, open_named),' + "\n")
+    copy.replace(file, r"^(    \"mat\": .*open_mat\),\n)", r'\1    "keras": (is_keras, open_keras),' + "\n")
+    copy.replace(file, r"^(    \"csv\": \(is_.*\n)", r'\1    "named": (is_named, open_named),' + "\n")
 
 
 ADDITIONS: dict[str, Callable[[Copy], None]] = {
@@ -208,7 +203,7 @@ def added(tmp_path: Path) -> Callable[[str], Copy]:
         ADDITIONS[what](copy)
         files = dict(TABLE.findall((ROOT / "CONTRIBUTING.md").read_text()))[what]
         named = {name.removeprefix("mnistm_dist/") for name in re.findall(r"`([\w/]+\.(?:py|yaml))`", files)}
-        kind = {re.sub(r"(recipes|layouts)/(taste|keras|named)\.", r"\1/NAME.", file) for file in copy.touched}
+        kind = {re.sub(r"(recipes|sources)/(taste|keras|named)\.", r"\1/NAME.", file) for file in copy.touched}
         assert kind == named
         assert len(named) <= 2
         return copy
@@ -217,12 +212,12 @@ def added(tmp_path: Path) -> Callable[[str], Copy]:
 
 
 @pytest.fixture
-def trained(door: Door, tmp_path: Path, few: Path) -> Callable[..., Path]:
+def trained(run_command: RunCommand, tmp_path: Path, few: Path) -> Callable[..., Path]:
     """Trains with a copy of the package, and returns the run folder."""
 
     def train(copy: Copy, name: str, *flags: object, before: str = "test_adding:take_the_copy") -> Path:
         flags = ("--shards", few, "--run-dir", tmp_path / name, *flags)
-        worked(door("train", *flags, before=before, PYTHONPATH=str(copy.root)))
+        output_of(run_command("train", *flags, before=before, PYTHONPATH=str(copy.root)))
         return tmp_path / name
 
     return train
@@ -237,7 +232,7 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def take_the_copy() -> None:
-    """In the process of a door, before it: the package is the one of PYTHONPATH."""
+    """In the process of a run_command, before it: the package is the one of PYTHONPATH."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "mnistm_dist"]:
         del sys.modules[name]
     sys.path.insert(0, os.environ["PYTHONPATH"])
@@ -313,7 +308,7 @@ def test_a_metric_takes_a_field_with_its_formula_and_a_place_on_the_page(added, 
     assert "validation balanced accuracy" in (run / "report.html").read_text()
 
 
-def test_a_layout_takes_a_reader_and_what_tells_it_apart(added, door: Door, tmp_path) -> None:
+def test_a_layout_takes_a_reader_and_a_row_of_the_catalog(added, run_command: RunCommand, tmp_path) -> None:
     copy, parts = added("layout of MNIST-M"), noise()
     source = tmp_path / "source"
     source.mkdir()
@@ -333,7 +328,9 @@ def test_a_layout_takes_a_reader_and_what_tells_it_apart(added, door: Door, tmp_
     pixels = []
     for name, path in sources.items():
         out = tmp_path / f"set of {name}"
-        worked(door("pack", path, "--out", out, before="test_adding:take_the_copy", PYTHONPATH=str(copy.root)))
+        output_of(
+            run_command("pack", path, "--out", out, before="test_adding:take_the_copy", PYTHONPATH=str(copy.root))
+        )
         manifest = json.loads((out / "manifest.json").read_text())
         assert manifest["layout"] == name.partition(",")[0]
         assert manifest["splits"]["test"]["count"] == len(parts["test"].labels)

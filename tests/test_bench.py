@@ -1,206 +1,150 @@
-"""The benches measure what they say, at tiny sizes; nothing here is about how fast anything is."""
+"""The benchmarks measure what they claim, at tiny sizes. Nothing here is about how fast anything is."""
 
-import gzip
 import json
 import os
 import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import TRAIN, worked
+from conftest import TRAIN
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import other_formats, ranks, recipe, rounds
-from benchmarks.launches import peak_megabytes
-from benchmarks.rounds import Contender, Measured, Result
-from benchmarks.setting import Setting, has_compiler
-from mnistm_dist import bench
-from mnistm_dist import config as configuration
-from mnistm_dist.data.shards import ShardSet
-from mnistm_dist.errors import UserError
-from mnistm_dist.reporting.console import Console
-from mnistm_dist.training.diagnostics import traced
-from mnistm_dist.training.run_dir import read_log
+from benchmarks import __main__ as command
+from benchmarks import measure, runs, steps
+from benchmarks.loader import OtherReaders, loader
+from benchmarks.measure import Contender
+from benchmarks.options import Loader, Options, Ranks, Recipe, Rounds, Startup, Step
+from mnistm_dist.errors import UserError, run_cli
+
+# Of torchvision 0.29, in whose decoder WebDataset is measured.
+pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding:DeprecationWarning")
 
 ROW = {"name", "output", "images_per_second", "ratio", "against", "spread"}
-TINY = ("--batch-size", 16, "--image-size", 16, "--steps", 2, "--threads", 1)
+TINY = {"batch_size": 16, "image_size": 16, "steps": 2, "threads": 1, "rounds": 1}
 
 
 @pytest.fixture
-def measure(door, environment, small_set, tmp_path, monkeypatch, capsys):
-    """Runs a bench on the small set and gives its document, whose schema is right.
-
-    In a process of its own where the bench pins its cores or joins a world, else in this one.
-    """
-
-    def run(name: str, *flags: object) -> dict:
-        arguments = [name, "--shards", str(small_set), "--json", "out.json", *map(str, flags)]
-        if name in ("loader", "step"):
-            out = worked(door("bench", *arguments, OMP_NUM_THREADS="1"))
-        else:
-            monkeypatch.chdir(tmp_path)
-            for variable in ("PYTHONPATH", "MNISTM_DIST_CACHE", "WANDB_MODE"):
-                monkeypatch.setenv(variable, environment[variable])
-            assert bench.main(arguments) == 0
-            out = capsys.readouterr().out
-        document = json.loads((tmp_path / "out.json").read_text())
-        assert set(document) == {"bench", "rows", "conditions"}
-        assert document["bench"] == name
-        for row in document["rows"]:
-            assert set(row) == ROW
-            assert row["output"] in ("uint8", "model-ready")
-            assert row["spread"] >= 0
-            assert row["name"] in out
-        conditions = document["conditions"]
-        assert {"machine", "cores", "versions", "threads", "load_average_before", "load_average_after"} <= {*conditions}
-        assert conditions["counts"]["train"] == TRAIN
-        assert len(conditions["details"]) == len({row["name"] for row in document["rows"]})
-        return document
-
+def common(small_set, cache_dir, tmp_path, monkeypatch, environment):
+    """The options of a benchmark of the small set, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    # The last is set by the command.
+    for variable, value in {**environment, "WDS_SECURE": "1"}.items():
+        monkeypatch.setenv(variable, value)
     threads = torch.get_num_threads()
-    yield run
+    yield {"shards": str(small_set), "cache_dir": cache_dir}
     torch.set_num_threads(threads)
 
 
-def pairs(document: dict) -> set[tuple[str, str]]:
-    """What was compared with what."""
-    return {(row["name"], row["against"]) for row in document["rows"]}
+def checked(result: measure.Result) -> measure.Result:
+    """Check the format of a result."""
+    assert set(result) == {"rows", "conditions"}
+    for row in result["rows"]:
+        assert set(row) == ROW
+        assert row["output"] in ("uint8", "model-ready")
+        assert row["spread"] >= 0
+    assert {"machine", "versions", "threads", "load_average_after", "set"} <= {*result["conditions"]}
+    assert result["conditions"]["counts"]["train"] == TRAIN
+    assert {*result["conditions"]["details"]} == {row["name"] for row in result["rows"]}
+    return result
 
 
-def test_loader_compares_readers_in_two_groups_on_one_core(measure):
-    document = measure("loader", "--rounds", 1, "--seconds", 0.01, "--images", 40, "--batch-size", 16)
+def pairs(result: measure.Result) -> set[tuple[str, str]]:
+    """Return what was compared with what."""
+    return {(row["name"], row["against"]) for row in result["rows"]}
+
+
+def test_loader_compares_readers_in_two_groups(common):
+    result = checked(loader(Loader(**common, rounds=1, seconds=0.01, images=40, batch_size=16)))
     groups = {"uint8": "WebDataset, to uint8", "model-ready": "WebDataset, as its docs show it"}
-    assert all(row["against"] == groups[row["output"]] and row["ratio"] > 0 for row in document["rows"])
-    names = {output: {row["name"] for row in document["rows"] if row["output"] == output} for output in groups}
-    assert names["uint8"] == {
+    assert all(row["against"] == groups[row["output"]] and row["ratio"] > 0 for row in result["rows"])
+    assert {row["name"] for row in result["rows"]} >= {
         *("resident, uint8", "streaming, uint8", "first launch, uint8"),
         *("WebDataset, to uint8", "WebDataset, to uint8 by torchvision"),
-    }
-    assert names["model-ready"] == {
         *("resident", "streaming", "WebDataset, as its docs show it", "ImageFolder and DataLoader"),
-        *other_formats.installed(),
     }
-    assert (len(document["conditions"]["cores"]), document["conditions"]["threads"]) == (1, 1)
+    assert not list(common["cache_dir"].glob("bench-*"))
 
 
-def test_step_compares_the_trainer_with_a_bare_loop_and_a_plain_script(measure):
-    document = measure("step", *TINY, "--rounds", 2, "--no-compile")
-    assert pairs(document) >= {
+def test_the_other_readers_return_the_packed_images(common, tmp_path):
+    options = Loader(**common, batch_size=16, images=40, image_size=16)
+    readers = OtherReaders(options, measure.open_set(options), str(tmp_path)).by_output()
+    for read in readers["model-ready"].values():
+        batch = next(read())
+        assert (batch.shape, batch.dtype) == ((16, 3, 16, 16), torch.float32)
+    for read in readers["uint8"].values():
+        batch = next(read())
+        assert (batch.numel(), batch.dtype) == (16 * 3 * 28 * 28, torch.uint8)
+
+
+def test_step_compares_a_bare_loop_with_a_plain_script_and_with_its_variants(common):
+    result = checked(steps.step(Step(**common, **TINY, compile=False, only=("bare", "plain"))))
+    assert pairs(result) >= {
         ("plain script", "plain script"),
         ("bare loop", "plain script"),
-        ("trainer", "bare loop"),
-        ("trainer", "plain script"),
         ("bare loop, one prepared batch", "bare loop"),
         ("bare loop, contiguous", "bare loop"),
     }
-    assert all(len(found["rounds"]) == 2 for found in document["conditions"]["details"].values())
-    assert document["conditions"]["compile"] == "not asked for"
-    # Of a training in a process of its own.
-    assert document["conditions"]["trainer_peak_megabytes"] > 100
 
 
-def test_the_peak_of_a_process_is_its_own():
-    with subprocess.Popen(["sleep", "60"]) as process:
-        peaks = [peak_megabytes(pid) for pid in (process.pid, os.getpid())]
-        process.kill()
-    assert 0 < peaks[0] < 50 < peaks[1]
-    assert peak_megabytes(process.pid) == 0
-
-
-@pytest.mark.skipif(not has_compiler(), reason="there is no C++ compiler here")
-@pytest.mark.soak
-def test_step_compiles_where_there_is_a_compiler(measure):
-    document = measure("step", *TINY, "--rounds", 1, "--only", "compiled", "--no-memory")
-    assert pairs(document) == {("bare loop, compiled", "bare loop")}
-    assert document["rows"][0]["ratio"] is None
+@pytest.mark.slow
+def test_step_measures_the_trainer_in_a_process_of_its_own(common):
+    result = checked(steps.step(Step(**common, **TINY, compile=False, only=("trainer",))))
+    assert pairs(result) == {("trainer", "bare loop"), ("trainer", "plain script")}
+    assert result["conditions"]["details"]["trainer"]["peak_megabytes"][0] > 100
 
 
 @pytest.mark.gpu
-def test_step_tells_what_a_gpu_waits_for_and_holds(measure):
-    found = measure("step", *TINY, "--rounds", 1, "--no-memory")["conditions"]["details"]
-    assert 0 <= found["bare loop"]["gpu_waits_share"] <= 1
-    assert found["trainer"]["gpu_peak_megabytes"] > 0
+def test_step_measures_the_idle_time_and_the_memory_of_a_gpu(common):
+    details = steps.step(Step(**common, **TINY))["conditions"]["details"]
+    assert 0 <= details["bare loop"]["gpu_waits_share"][0] <= 1
+    assert details["trainer"]["gpu_peak_megabytes"][0] > 0
 
 
-def test_ranks_run_two_processes_and_tell_the_share_of_communication(measure):
-    document = measure("ranks", *TINY, "--rounds", 1, "--only", "2 processes,plain")
-    assert pairs(document) == {
+@pytest.mark.slow
+def test_ranks_run_two_processes_and_measure_the_share_of_communication(common):
+    result = checked(steps.ranks(Ranks(**common, **TINY, only=("2 processes", "plain"))))
+    assert pairs(result) == {
         ("plain script, 2 threads", "plain script, 2 threads"),
         ("2 processes", "1 process"),
         ("2 processes", "plain script, 2 threads"),
+        ("bare loop, 2 processes", "2 processes"),
     }
-    assert document["conditions"]["details"]["2 processes"]["communication_share"] < 1
+    assert result["conditions"]["details"]["bare loop, 2 processes"]["communication_share"][0] < 1
 
 
-@pytest.mark.parametrize(
-    ("script", "raised", "words"),
-    [
-        ("exit 3", UserError, "ended with 3: it said nothing"),
-        ("echo 'error: no such shards' >&2; exit 1", UserError, "2 processes ended with 1: no such shards"),
-        ("echo '{\"world_size\": 1}' > $FOLDER/result.json", RuntimeError, "asked for 2 processes, .* started 1"),
-    ],
-)
-def test_ranks_take_no_failed_launch_and_no_other_world_size(tmp_path, monkeypatch, script, raised, words):
-    launcher = tmp_path / "launcher"
-    launcher.write_text(f"#!/bin/sh\n{script}\n")
-    launcher.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(launcher))
-    monkeypatch.setenv("FOLDER", str(tmp_path / "launch"))
-    with pytest.raises(raised, match=words):
-        ranks.run_worker(configuration.build("x", {}), tmp_path / "launch", world_size=2, steps=1)
+@pytest.mark.slow
+def test_startup_launches_with_an_empty_and_with_a_full_cache(common):
+    before = sorted(common["cache_dir"].glob("sets/*"))
+    result = checked(runs.startup(Startup(**common, rounds=1, batch_size=16, threads=1, recipe="debug")))
+    assert pairs(result) == {("first launch", "first launch"), ("second launch", "first launch")}
+    for extra in result["conditions"]["details"].values():
+        assert extra["seconds_to_the_first_step"][0] >= extra["seconds_to_the_run_folder"][0] > 0
+        assert extra["peak_megabytes"][0] > 100
+    assert sorted(common["cache_dir"].glob("sets/*")) == before
+    assert not list(common["cache_dir"].glob("bench-*"))
 
 
-def test_startup_launches_with_an_empty_and_with_a_full_cache(measure, cache_dir, tmp_path):
-    (tmp_path / "tiny.yaml").write_text("steps: {epochs: 99, image_size: [16]}")
-    before = sorted(path.name for path in cache_dir.glob("sets/*"))
-    document = measure("startup", "--rounds", 1, "--batch-size", 16, "--threads", 1, "--recipe", "tiny.yaml")
-    assert pairs(document) == {("first launch", "first launch"), ("second launch", "first launch")}
-    for found in document["conditions"]["details"].values():
-        assert found["seconds_to_the_first_step"] >= found["seconds_to_the_run_folder"] > 0
-        assert found["peak_megabytes"] > 100
-    assert sorted(path.name for path in cache_dir.glob("sets/*")) == before
-    assert not list(cache_dir.glob("bench-*"))
-
-
-def test_recipe_trains_to_an_accuracy_and_reads_a_run_that_is_there(measure, small_set, cache_dir, tmp_path):
+@pytest.mark.slow
+def test_recipe_stops_at_the_accuracy_and_reads_an_existing_run(common, tmp_path):
     (tmp_path / "tiny.yaml").write_text("steps: {epochs: 30, batch_size: 32, image_size: [16]}")
-    document = measure(
-        "recipe", "--recipe", "tiny.yaml", "--seeds", "3", "--threads", 1, "--runs", "kept", "--accuracy", 0.01
-    )
-    (row,) = document["rows"]
+    options = Recipe(**common, recipe=("tiny.yaml",), seeds=(3,), threads=1, runs=tmp_path / "kept", accuracy=0.01)
+    result = checked(runs.recipe(options))
+    (row,) = result["rows"]
     assert (row["name"], row["against"], row["ratio"]) == ("tiny.yaml", "tiny.yaml", 1)
-    (run,) = document["conditions"]["details"]["tiny.yaml"]["runs"]
+    (run,) = result["conditions"]["details"]["tiny.yaml"]["runs"]
     assert (run["seed"], run["reached"], run["image_size"], run["images"]) == (3, True, 16, TRAIN)
-    # It was stopped when it had reached it, not after 30 epochs.
     log = tmp_path / "kept" / "tiny-seed3" / "log.jsonl"
     written = log.read_bytes()
-    assert max(row["step"] for row in read_log(log)) < 30 * TRAIN // 32
-
-    def again(name: str, seed: int) -> Result:
-        setting = Setting(
-            shards=str(small_set),
-            cache_dir=cache_dir,
-            rounds=1,
-            threads=1,
-            cores=(0,),
-            batch_size=32,
-            only=(),
-            console=Console(enabled=False),
-        )
-        asked = {"against": None, "seeds": [seed], "accuracy": 0.01, "to_end": False}
-        return recipe.bench(setting, [name], runs=tmp_path / "kept", **asked)
-
-    assert again("tiny.yaml", 3).conditions["details"] == document["conditions"]["details"]
+    assert max(row["step"] for row in runs.read_log(log.parent)) < 30 * TRAIN // 32
+    assert runs.recipe(options)["conditions"]["details"] == result["conditions"]["details"]
     with pytest.raises(UserError, match=r"tiny-seed3: holds a run of tiny\.yaml, seed 3"):
-        again("other/tiny.yaml", 3)
+        runs.train_to_accuracy(options, "other/tiny.yaml", 3, log.parent)
     assert log.read_bytes() == written
 
 
-def test_the_pauses_between_launches_do_not_count(small_set, tmp_path):
-    config = configuration.build("x", {"batch_size": 32, "seed": 4, "threads": 1})
-    (tmp_path / "config.yaml").write_text(configuration.dump(config))
+def test_the_pauses_between_launches_do_not_count(tmp_path):
+    (tmp_path / "config.yaml").write_text("{recipe: x, steps: {seed: 4, batch_size: 32}, machine: {threads: 1}}")
     rows = [
         {"kind": "start", "step": 0, "time": 100.0},
         {"kind": "train", "step": 10, "time": 107.0},
@@ -210,66 +154,86 @@ def test_the_pauses_between_launches_do_not_count(small_set, tmp_path):
         {"kind": "evaluation", "step": 20, "val/accuracy": 0.9, "image_size": 64, "time": 5005.0},
         {"kind": "train", "step": 30, "time": 9000.0},
     ]
-    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    shards = ShardSet.open(small_set)
-    reached = recipe.read_run(tmp_path, shards, accuracy=0.8)
-    assert (reached.reached, reached.seconds, reached.images, reached.image_size) == (True, 15.0, 640, 64)
-    assert reached.epochs == 640 / TRAIN
-    beyond = recipe.read_run(tmp_path, shards, accuracy=0.95)
-    assert (beyond.reached, beyond.accuracy, beyond.images) == (False, 0.9, 960)
-    row = recipe.row("x", [reached, beyond], [reached], "y")
-    assert (row.ratio, row.images_per_second) == (None, None)
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"kind": "tr')
+    reached = runs.read_run(tmp_path, accuracy=0.8, epoch_images=TRAIN)
+    assert {**reached, "seconds": 15.0, "images": 640, "epochs": 2.0, "reached": True, "image_size": 64} == reached
+    beyond = runs.read_run(tmp_path, accuracy=0.95, epoch_images=TRAIN)
+    assert {**beyond, "reached": False, "accuracy": 0.9, "images": 960} == beyond
+    row = runs.compare_recipes("x", [reached, beyond], [reached], "y")
+    assert (row["ratio"], row["images_per_second"]) == (None, None)
 
 
-def test_rounds_are_interleaved_and_the_warm_up_does_not_count():
+def test_a_training_that_fails_is_an_error_with_its_message(common, tmp_path):
+    with pytest.raises(UserError, match=r"exit code 2: .*nowhere"):
+        runs.train(Options(**common), tmp_path / "run", "--recipe", "nowhere", until=lambda rows: False)
+
+
+def test_the_memory_of_a_process_is_its_own():
+    with subprocess.Popen(["sleep", "60"]) as process:
+        peaks = [runs.memory_megabytes(pid)[0] for pid in (process.pid, os.getpid())]
+        process.kill()
+    assert 0 < peaks[0] < 50 < peaks[1]
+    assert runs.memory_megabytes(process.pid)[0] == 0
+
+
+def contender(name: str, values: list[float] | None = None, called: list[str] | None = None) -> Contender:
+    """Return a contender whose rounds give ``values``, and which adds its name to ``called``."""
+    rates = iter(values or [1.0] * 9)
+
+    def one_round() -> measure.Measurement:
+        (called if called is not None else []).append(name)
+        return {"images_per_second": next(rates), "x": 2.0}
+
+    return Contender(name=name, measure=one_round, against=("A",))
+
+
+def test_rounds_are_interleaved_and_the_warm_up_does_not_count(common):
     called: list[str] = []
-
-    def contender(name: str) -> Contender:
-        def one_round() -> Measured:
-            called.append(name)
-            return Measured(images=len(called), seconds=1.0)
-
-        return Contender(name=name, measure=one_round, against=("A",))
-
-    told: list[tuple[int, int]] = []
-    measured = rounds.interleave(
-        [contender(name) for name in "ABC"], rounds=2, warm_up=1, tell=lambda done, total: told.append((done, total))
-    )
+    contenders = [contender(name, [10.0, 2.0, 4.0], called) for name in "ABC"]
+    result = checked(measure.run(Rounds(**common, rounds=2), contenders, warm_up=1, device="x"))
     assert "".join(called) == "ABCABCABC"
-    assert {name: [found.images for found in ones] for name, ones in measured.items()} == {
-        "A": [4, 7],
-        "B": [5, 8],
-        "C": [6, 9],
+    assert result["conditions"]["details"]["B"] == {"images_per_second": [2.0, 4.0], "x": [2.0, 2.0]}
+    assert result["conditions"]["device"] == "x"
+    assert result["rows"][0] == {
+        **{"name": "A", "output": "model-ready", "images_per_second": 3.0, "ratio": 1.0, "against": "A"},
+        "spread": 0.6667,
     }
-    assert told == [(done, 9) for done in range(1, 10)]
 
 
 @given(st.lists(st.floats(0.01, 100), min_size=1, max_size=9), st.floats(0.1, 10))
-def test_a_ratio_is_not_moved_by_what_slows_a_whole_round(slowness, times):
-    """Both contenders of a round are slowed alike, each round otherwise: the ratio stays."""
-    ones = [Contender(name=name, measure=lambda: Measured(images=1, seconds=1), against=("A",)) for name in "AB"]
+def test_a_ratio_does_not_change_when_a_whole_round_is_slower(slowness, times):
     measured = {
-        "A": [Measured(images=100, seconds=slow) for slow in slowness],
-        "B": [Measured(images=100, seconds=slow / times) for slow in slowness],
+        "A": [{"images_per_second": 100 / slow} for slow in slowness],
+        "B": [{"images_per_second": 100 / slow * times} for slow in slowness],
     }
-    a, b = rounds.compare(ones, measured)
-    assert a.ratio == 1
-    assert b.ratio == pytest.approx(times, abs=1e-4)
-    assert a.spread >= 0
+    a, b = measure.compare([contender("A"), contender("B")], measured)
+    assert a["ratio"] == 1
+    assert b["ratio"] == pytest.approx(times, abs=1e-4)
+    assert a["spread"] >= 0
 
 
-def test_only_chooses_by_a_part_of_the_name_and_names_what_there_is():
-    ones = [
-        Contender(name=name, measure=lambda: Measured(images=1, seconds=1), against=("slow",))
-        for name in ("slow", "fast")
-    ]
-    assert [one.name for one in rounds.choose(ones, ["as"])] == ["fast"]
-    assert rounds.choose(ones, []) == ones
-    with pytest.raises(UserError, match=r"'quick'.*slow; fast"):
-        rounds.choose(ones, ["fast", "quick"])
-    found = rounds.result(ones[1:], {"fast": [Measured(images=3, seconds=1, more={"x": 2.0})]}, device="cpu")
-    assert found.rows[0].ratio is None
-    assert found.conditions["details"] == {"fast": {"rounds": [3.0], "x": 2.0}}
+def test_only_selects_by_a_part_of_the_name_and_names_the_choices(common):
+    contenders = [contender(name) for name in ("A", "fast")]
+    (row,) = checked(measure.run(Rounds(**common, only=("as",)), contenders, warm_up=0))["rows"]
+    assert (row["name"], row["ratio"]) == ("fast", None)
+    with pytest.raises(UserError, match=r"'quick'.*A; fast"):
+        measure.run(Rounds(**common, only=("fast", "quick")), contenders, warm_up=0)
+
+
+def test_json_holds_the_rows_and_the_conditions(common, tmp_path, monkeypatch, capsys):
+    pinned: list[list[int]] = []
+    monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cores: pinned.append(cores))
+    flags = ["--shards", common["shards"], "--cache-dir", str(common["cache_dir"]), "--json", "out.json"]
+    only = "first launch,WebDataset, to uint8 by"
+    assert command.main(["loader", *flags, "--rounds", "1", "--seconds", "0.01", "--only", only]) == 0
+    document = json.loads((tmp_path / "out.json").read_text())
+    assert set(document) == {"bench", "rows", "conditions"}
+    assert document["bench"] == "loader"
+    checked({"rows": document["rows"], "conditions": document["conditions"]})
+    assert pinned == [document["conditions"]["cores"]]
+    assert len(pinned[0]) == document["conditions"]["threads"] == 1
+    out = capsys.readouterr().out
+    assert all(row["name"] in out for row in document["rows"])
 
 
 @pytest.mark.parametrize(
@@ -280,43 +244,20 @@ def test_only_chooses_by_a_part_of_the_name_and_names_what_there_is():
         (["loader", "--seconds", "x"], "--seconds"),
         (["loader", "--shards", "nowhere"], "nowhere"),
         (["loader", "--json", "no/folder.json"], "no/folder.json"),
-        (["step", "--recipe", "slow"], "slow"),
-        (["ranks", "--processes", "1,1"], "1,1"),
-        (["recipe", "--accuracy", "97.5"], "0.975"),
+        (["recipe", "--accuracy", "97.5"], "97.5"),
         (["recipe", "--seeds", "a"], "--seeds"),
     ],
 )
-def test_a_mistake_is_one_line(flags, named, tmp_path, monkeypatch, capsys):
+def test_a_mistake_is_named_and_exits_with_2(flags, named, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(bench, "stay_on", lambda cores: cores)
-    from mnistm_dist.errors import run_cli
-
+    monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cores: None)
+    monkeypatch.setenv("WDS_SECURE", "1")
     try:
-        code = run_cli(bench.main, flags)
-    except SystemExit as left:
-        code = left.code
-    (line,) = capsys.readouterr().err.splitlines()
+        code = run_cli(command.main, flags)
+    except SystemExit as error:
+        code = error.code
     assert code == 2
-    assert line.startswith("error: ")
-    assert named in line
-    assert not list(tmp_path.iterdir())
-
-
-def test_profile_writes_a_trace_of_some_steps_after_a_warm_up(door, small_set, tmp_path):
-    flags = ("--shards", small_set, "--recipe", "fast", "--batch-size", 16, "--image-size", 16, "--max-steps", 10)
-    worked(door("train", *flags, "--threads", 1, "--tracker", "none", "--run-dir", "run", "--profile-steps", 2))
-    traces = tmp_path / "run" / "profile"
-    assert {path.name for path in traces.iterdir()} == {"operators-step-00000005.txt", "trace-step-00000005.json.gz"}
-    assert "convolution" in (traces / "operators-step-00000005.txt").read_text()
-    with gzip.open(traces / "trace-step-00000005.json.gz") as file:
-        steps = {event["name"] for event in json.load(file)["traceEvents"] if "ProfilerStep" in event.get("name", "")}
-    assert steps == {"ProfilerStep#5", "ProfilerStep#6"}
-
-
-@pytest.mark.parametrize(("steps", "ranks_folder"), [(0, True), (3, False)])
-def test_without_steps_or_a_folder_nothing_is_traced(tmp_path, steps, ranks_folder):
-    folder = tmp_path / "profile" if ranks_folder else None
-    with traced(folder, steps=steps, first_step=0) as step_traced:
-        for _ in range(20):
-            step_traced()
+    message = capsys.readouterr().err
+    assert named in message
+    assert "Traceback" not in message
     assert not list(tmp_path.iterdir())

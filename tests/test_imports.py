@@ -14,7 +14,7 @@ from mnistm_dist.__main__ import COMMANDS, main
 
 PACKAGE = Path(mnistm_dist.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-FLOOR = {"errors", "config", "files", "run_files", "__version__"}
+FLOOR = {"errors", "config", "files", "__version__"}
 ALLOWED = {
     "data": {"data"} | FLOOR,
     "training": {"training", "data", "cli"} | FLOOR,

@@ -1,49 +1,14 @@
-"""Learning rates as closed forms, optimizers, the average of the weights."""
+"""Optimizers, and the moving average of the weights."""
 
 import math
 from dataclasses import replace
-from itertools import pairwise
 
 import pytest
 import torch
 
 from mnistm_dist.config import OptimConfig
 from mnistm_dist.training.models import create_model
-from mnistm_dist.training.optim import WeightAverage, create_optimizer, learning_rate, orthogonalize
-
-
-def rates(config: OptimConfig, *, steps: int = 100, batch_size: int = 256, per_epoch: int = 10) -> list[float]:
-    return [
-        learning_rate(config, step=s, total_steps=steps, batch_size=batch_size, epoch=s // per_epoch)
-        for s in range(steps)
-    ]
-
-
-def test_the_reports_schedule_falls_from_1e3_to_1e5_in_50_epochs():
-    config = OptimConfig(lr_schedule="exponential", learning_rate=1e-3, decay=0.911)
-    series = rates(config, steps=50, per_epoch=1)
-    assert series[0] == 1e-3
-    assert series[1] == pytest.approx(1e-3 * 0.911)
-    assert 0.9e-5 < series[49] < 1.1e-5
-
-
-def test_one_cycle_rises_to_its_peak_and_falls_to_nothing():
-    series = rates(OptimConfig(lr_schedule="one-cycle", learning_rate=0.01, warmup=0.25))
-    peak = max(range(100), key=series.__getitem__)
-    assert 23 <= peak <= 25
-    assert series[peak] == pytest.approx(0.01, rel=1e-2)
-    assert all(a < b for a, b in pairwise(series[: peak + 1]))
-    assert 0 < series[-1] < 1e-4
-
-
-def test_one_cycle_without_warmup_starts_at_its_peak():
-    assert rates(OptimConfig(lr_schedule="one-cycle", learning_rate=0.01, warmup=0))[0] == pytest.approx(0.01, rel=1e-3)
-
-
-@pytest.mark.parametrize(("scaling", "factor"), [("none", 1), ("linear", 4), ("sqrt", 2)])
-def test_the_rate_scales_with_the_batch(scaling, factor):
-    config = OptimConfig(lr_schedule="constant", learning_rate=0.1, lr_scaling=scaling, base_batch_size=256)
-    assert rates(config, batch_size=1024)[0] == pytest.approx(0.1 * factor)
+from mnistm_dist.training.optim import WeightAverage, create_optimizer, orthogonalize
 
 
 def test_adam_decays_every_parameter_and_the_others_none_of_one_dimension():

@@ -1,4 +1,4 @@
-"""The order: pure, complete, the same everywhere."""
+"""The order: a pure function, complete, the same on every machine."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_every_image_comes_once_per_epoch(given_order, epoch):
 
 @quick
 @given(any_order, st.integers(0, 100_000))
-def test_ranks_are_disjoint_and_make_the_same_global_batch_at_every_world_size(given_order, step):
+def test_the_ranks_shares_make_the_same_global_batch_at_every_world_size(given_order, step):
     order, batch, worlds = given_order
     alone = step_positions(step, batch_size=batch)
     assert alone.tolist() == list(range(step * batch, (step + 1) * batch))
@@ -80,7 +80,7 @@ def test_ranks_are_disjoint_and_make_the_same_global_batch_at_every_world_size(g
 
 @quick
 @given(any_order, st.lists(st.integers(0, 10**6), min_size=1, max_size=20))
-def test_a_position_alone_gives_what_it_gives_among_others(given_order, positions):
+def test_the_id_of_a_position_does_not_depend_on_the_others(given_order, positions):
     order, _, _ = given_order
     together = order.ids(np.array(positions))
     assert together.tolist() == [order.ids(np.array([position]))[0] for position in positions]
@@ -88,15 +88,15 @@ def test_a_position_alone_gives_what_it_gives_among_others(given_order, position
 
 @quick
 @given(windowed_orders(), st.integers(0, 50))
-def test_windows_hold_what_their_positions_say(given_order, epoch):
-    """What a streaming reader reads for a window, place by place, is what the order gives at its positions."""
+def test_a_window_has_the_samples_of_its_positions(given_order, epoch):
+    """The samples of a window, place by place, are those of the order at its positions."""
     order, _, _ = given_order
     positions = np.arange(epoch * order.size, (epoch + 1) * order.size)
     ids, at = order.ids(positions), order.locate(positions)
     seen = 0
     for stream in range(order.streams):
         for window in range(order.windows_of(epoch, stream)):
-            held = np.concatenate([np.arange(*run) for run in order.runs(epoch, stream, window)])
+            held = order.window_ids(epoch, stream, window)
             here = (at.streams == stream) & (at.windows == window)
             assert ids[here].tolist() == held[at.places[here]].tolist()
             assert at.clocks[here].tolist() == list(range(len(held)))
@@ -156,7 +156,7 @@ def test_a_run_of_whole_epochs_ends_with_its_last_epoch(epochs, size, batch):
 
 @quick
 @given(st.integers(1, 64), st.integers(1, 16), st.integers(1, 64))
-def test_accumulation_is_derived_or_refused_with_what_fits(k, world, micro):
+def test_accumulation_is_derived_or_refused_with_the_nearest_values(k, world, micro):
     batch = k * world * micro
     assert accumulation(batch_size=batch, world_size=world, micro_batch=micro) == k
     with pytest.raises(UserError, match=f"batch_size {batch + 1}" if world > 1 else "micro_batch") as caught:
@@ -172,7 +172,7 @@ def test_accumulation_is_derived_or_refused_with_what_fits(k, world, micro):
         ({"batch_size": 2, "world_size": 4, "micro_batch": 1}, "the nearest that fit are 4"),
     ],
 )
-def test_the_nearest_that_fit_are_named(arguments, said):
+def test_the_nearest_values_that_fit_are_named(arguments, said):
     with pytest.raises(UserError, match=said):
         accumulation(**arguments)
 
@@ -269,7 +269,7 @@ def test_uniform_is_uniform_and_its_draws_and_seeds_are_independent():
 
 
 def test_golden_values():
-    """Whatever NumPy, Python or machine, and whatever is changed here, the order and the random numbers stay."""
+    """The order and the random numbers do not depend on NumPy, Python or the machine, and never change."""
     numbers = uniform(0, np.array([0, 1, 10**12]), 2).astype(np.float64) * 2**24
     assert numbers.tolist() == [[12546036, 3398715], [5997234, 3655847], [356051, 6121277]]
     assert derive_key(-1, 5, np.array([0, 7])).tolist() == [0x2A04AF8762CE1B0E, 0xC4BD4A34DD1606EC]

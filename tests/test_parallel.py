@@ -1,4 +1,4 @@
-"""A map over processes: in order, bounded, and gone with its parent."""
+"""A map over processes: in order, bounded, and ended with its parent."""
 
 from __future__ import annotations
 

@@ -1,34 +1,29 @@
-"""A packed set, read: any sample at hand, in any order."""
+"""Reading a packed set: any sample, in any order."""
 
 from __future__ import annotations
 
 import pickle
 import stat
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from packed_sets import DAMAGES, damage_by_flip, damage_by_flip_with_times_put_back, label_of, pixels_of, tiny_source
 
 from mnistm_dist.data.image_io import decode_png
-from mnistm_dist.data.index import index_bytes, index_dtype, open_index
 from mnistm_dist.data.packing.writer import pack
 from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.errors import UserError
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    pack(tiny_source(), tmp_path / "set", num_shards=3)
-    return tmp_path / "set"
+def folder(tiny_copy: Path) -> Path:
+    return tiny_copy
 
 
 def place_of(key: str) -> tuple[str, int]:
-    """The split of the tiny source and the place in it that a key names."""
+    """The split of the tiny source, and the place in it, of a key."""
     return ("test", int(key[1:])) if key[0] == "t" else ("train", int(key))
 
 
@@ -44,24 +39,23 @@ def test_every_sample_is_read_by_its_id_in_any_order(folder: Path) -> None:
             assert label == label_of(source_split, index)
 
 
-def test_ids_may_repeat_be_none_and_must_exist(folder: Path) -> None:
+def test_ids_may_repeat_or_be_empty_but_must_exist(folder: Path) -> None:
     shards = ShardSet.open(folder)
     first, second = shards.read("val", [1, 1])
     assert first == second
     assert shards.read("val", []) == [] == shards.keys("val", [])
-    for ids in ([-1], [shards.split("val").count]):
-        with pytest.raises(IndexError):
-            shards.read("val", ids)
+    with pytest.raises(IndexError):
+        shards.read("val", [shards.split("val").count])
 
 
-def test_an_opened_set_can_be_sent_to_another_process(folder: Path) -> None:
+def test_an_open_set_can_be_pickled(folder: Path) -> None:
     shards = ShardSet.open(folder)
     assert pickle.loads(pickle.dumps(shards)).read("train", [3]) == shards.read("train", [3])
 
 
-def test_a_set_without_a_test_split_says_so(tmp_path: Path) -> None:
+def test_a_missing_split_is_named(tmp_path: Path) -> None:
     pack(tiny_source(test=0), tmp_path / "set")
-    with pytest.raises(UserError, match="no test split; it has train, val"):
+    with pytest.raises(UserError, match="no test split; choose one of train, val"):
         ShardSet.open(tmp_path / "set").labels("test")
 
 
@@ -75,7 +69,7 @@ def test_a_set_without_a_test_split_says_so(tmp_path: Path) -> None:
         ("a" * 300, "too long"),
     ],
 )
-def test_what_is_no_packed_set_is_refused(tmp_path: Path, name: str, found: str) -> None:
+def test_a_path_without_a_packed_set_is_refused(tmp_path: Path, name: str, found: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("text")
     with pytest.raises(UserError, match=found):
@@ -83,12 +77,12 @@ def test_what_is_no_packed_set_is_refused(tmp_path: Path, name: str, found: str)
 
 
 @pytest.mark.parametrize(("damage", "status"), DAMAGES.values(), ids=DAMAGES)
-def test_reading_sees_a_shard_that_is_gone_or_of_another_size(folder: Path, damage: Any, status: str) -> None:
+def test_reading_finds_a_shard_that_is_missing_or_of_another_size(folder: Path, damage: Any, status: str) -> None:
     shards = ShardSet.open(folder)
     everything = range(shards.split("train").count)
     damage(folder / "train-000001.tar")
     if damage in (damage_by_flip, damage_by_flip_with_times_put_back):
-        shards.read("train", everything)  # only `check` sees a changed byte
+        shards.read("train", everything)  # only `check` finds a changed byte
     else:
         with pytest.raises(UserError, match=r"train-000001\.tar"):
             shards.read("train", everything)
@@ -108,26 +102,21 @@ def test_an_index_that_points_outside_is_refused(folder: Path, field: str, value
         shards.labels("train") if field == "label" else shards.read("train", [0])
 
 
-@settings(max_examples=300, deadline=None)
-@given(place=st.integers(0, 127), byte=st.binary(min_size=1, max_size=3))
-def test_an_index_whose_header_is_damaged_is_refused(place: int, byte: bytes) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "val.index.npy"
-        good = index_bytes(np.zeros(5, dtype=index_dtype(8)))
-        path.write_bytes(good[:place] + byte + good[place + len(byte) :])
-        if path.read_bytes()[:128] == good[:128]:
-            assert len(open_index(path, count=5, size=len(good))) == 5
-        else:
-            with pytest.raises(UserError, match=r"val\.index\.npy: not an index of 5 samples"):
-                open_index(path, count=5, size=len(good))
+def test_an_index_whose_rows_overlap_is_refused(folder: Path) -> None:
+    index = np.load(folder / "train.index.npy", mmap_mode="r+")
+    index["offset"][1] = index["offset"][0] + 1
+    index.flush()
+    shards = ShardSet.open(folder)
+    with pytest.raises(UserError, match="does not fit its shards"):
+        shards.read("train", [0, 1])
 
 
 def test_numpy_reads_an_index(folder: Path) -> None:
     for split, entry in ShardSet.open(folder).manifest.splits.items():
-        assert np.array_equal(np.load(folder / entry.index_name), ShardSet.open(folder).index(split))
+        assert np.array_equal(np.load(folder / entry.index.name), ShardSet.open(folder).index(split))
 
 
-def test_a_set_that_may_only_be_read_is_read_and_checked(folder: Path, tmp_path: Path) -> None:
+def test_a_read_only_set_is_read_and_checked(folder: Path, tmp_path: Path) -> None:
     for path in [*folder.iterdir(), folder]:
         path.chmod(path.stat().st_mode & ~(stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH))
     shards = ShardSet.open(folder)

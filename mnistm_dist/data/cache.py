@@ -1,48 +1,41 @@
-"""The cache folder: where decoded and fetched sets lie, once per node, and who may write there.
+"""The cache folder: decoded and fetched sets, once per node, and who may write there.
 
 ::
 
-    CACHE/sets/<identity>/checked.json             which files of a packed set were found whole
-    CACHE/sets/<identity>/train.u8 train.json      a split, decoded, and what is known of the file
+    CACHE/sets/<identity>/checked.json             which files were found intact: shards, and decoded splits
+    CACHE/sets/<identity>/train.u8                 a decoded split
     CACHE/fetched/<address>/...                    a packed set from a server
-    CACHE/downloads/<copy>/...                     a set to be packed, or MNIST, from a public server
-    CACHE/*/*/about.json                           what a person wants to know of it
+    CACHE/downloads/<copy>/...                     a set to pack, or MNIST, from a public server
+    CACHE/*/*/about.json                           a description for `python -m mnistm_dist.cache list`
     CACHE/locks/...                                a lock file for each of them
 
-Processes and jobs wait for one another at a lock file (flock), never in a collective operation: however long
-one of them decodes, no collective times out. The kernel drops a lock with the process that holds it.
+Processes and jobs wait for one another at a lock file, never in a collective operation: no collective times out,
+however long one of them decodes.
 """
 
-from __future__ import annotations
-
-import errno
-import fcntl
 import json
 import os
 import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from mnistm_dist.errors import UserError, os_error_reason
+from mnistm_dist.errors import UserError
+from mnistm_dist.files import explain_os_errors, file_lock, write_atomic
 
-CACHE_VARIABLE = "MNISTM_DIST_CACHE"
-"""The environment variable that names the cache folder."""
+CACHE_VARIABLE = "MNISTM_DIST_CACHE"  # the environment variable that names the cache folder
+# Kinds of entries: what was made of a packed set here, a packed set from a server, files to be packed.
 KINDS = ("sets", "fetched", "downloads")
-"""What an entry of the cache can be: what was made of a packed set here, a packed set from a server, or what is
-to be packed."""
-
 _ELSEWHERE = f"name another folder with --cache-dir or ${CACHE_VARIABLE}"
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 def choose_cache_dir(named: str | Path | None) -> Path:
-    """The cache folder: the one that is named, if any.
+    """Return the cache folder: ``named`` if given.
 
-    Else ``$MNISTM_DIST_CACHE``; in a Slurm job a node-local folder (below ``$SLURM_TMPDIR``, ``$TMPDIR`` or
+    Otherwise ``$MNISTM_DIST_CACHE``; in a Slurm job a node-local folder (below ``$SLURM_TMPDIR``, ``$TMPDIR`` or
     ``/tmp``); else ``$XDG_CACHE_HOME/mnistm_dist`` or ``~/.cache/mnistm_dist``.
     """
     if named:
@@ -55,82 +48,50 @@ def choose_cache_dir(named: str | Path | None) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mnistm_dist"
 
 
-def make_entry(cache_dir: Path, kind: str, name: str, about: dict[str, str]) -> Path:
-    """Makes the folder of one entry, with ``about`` in its about.json; `UserError` where it cannot be written."""
-    folder = cache_dir / kind / name
-    with cache_failures(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        card = folder / "about.json"
-        text = json.dumps(about).encode()
-        if not card.exists() or card.read_bytes() != text:
-            write_whole(card, text)
-        os.utime(card)  # `entries` tells by it when the entry was last used
-    return folder
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Writes a small file beside and renames it: others see the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 @contextmanager
-def entry_lock(cache_dir: Path, kind: str, name: str, *, wait: bool = True) -> Iterator[bool]:
-    """Holds the lock of one entry among all processes of the node; gives whether it is held.
+def cache_entry(cache_dir: Path, kind: str, name: str, about: dict[str, str]) -> Iterator[Path]:
+    """Hold the lock of an entry among all processes of the node, and yield its folder, described by ``about``.
 
-    ``wait=False`` gives False at once where another process holds it. Raises `UserError` where the folder
-    cannot be written, knows no locks, or could have been laid out by a stranger.
+    Raises `UserError` if the cache folder cannot be written or a stranger could have planted files in it.
     """
-    # Locks lie outside of the entries and are never removed: a file that is removed while others wait for it
-    # locks nothing.
-    path = cache_dir / "locks" / f"{kind}-{name}"
-    with cache_failures(cache_dir):
-        cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        state = cache_dir.stat()
-        if state.st_uid != os.getuid() and state.st_mode & stat.S_IWOTH:
-            raise UserError(f"{cache_dir}: it belongs to another user and anyone may write there; {_ELSEWHERE}")
-        path.parent.mkdir(exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        with cache_failures(path):
-            held = _flock(descriptor, wait)
-        yield held
-    finally:
-        os.close(descriptor)
-
-
-def _flock(descriptor: int, wait: bool) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    return True
+    folder = cache_dir / kind / name
+    card, text = folder / "about.json", json.dumps(about)
+    with _entry_lock(cache_dir, kind, name):
+        with explain_cache_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            if not card.exists() or card.read_text() != text:
+                write_atomic(card, text)
+            os.utime(card)  # `entries` takes it for the time of the last use
+        yield folder
 
 
 @contextmanager
-def cache_failures(path: Path, need: int | None = None) -> Iterator[None]:
-    """Turns what the disk refuses into a `UserError` that names the place and, where told, the bytes that it
-    needs."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _NO_ROOM:
-            needs = f", {need / 1e6:,.0f} MB are needed" if need else ""
-            raise UserError(f"{path}: the disk is full{needs}: free some room, or {_ELSEWHERE}") from error
-        raise UserError(f"{path}: {os_error_reason(error)}: {_ELSEWHERE}") from error
+def _entry_lock(cache_dir: Path, kind: str, name: str, *, wait: bool = True) -> Iterator[bool]:
+    locks = cache_dir / "locks"
+    with ExitStack() as stack:
+        with explain_cache_errors(cache_dir):
+            cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            state = cache_dir.stat()
+            if state.st_uid != os.getuid() and state.st_mode & stat.S_IWOTH:
+                raise UserError(f"{cache_dir}: belongs to another user and anyone may write there; {_ELSEWHERE}")
+            locks.mkdir(exist_ok=True)
+            held = stack.enter_context(file_lock(locks / f"{kind}-{name}", wait=wait))
+        yield held
 
 
-def make_room(path: Path, need: int) -> None:
-    """Raises `UserError` unless the disk of the folder ``path`` has ``need`` bytes free."""
-    with cache_failures(path):
-        free = shutil.disk_usage(path).free
+def explain_cache_errors(path: Path, need: int | None = None) -> AbstractContextManager[None]:
+    """Turn an `OSError` of the block into a `UserError` that names ``path`` and the ``need``, bytes on its disk."""
+    needed = f"{need / 1e6:,.0f} MB are needed: " if need else ""
+    return explain_os_errors(path, advice=f"{needed}free some space or {_ELSEWHERE}")
+
+
+def require_free_space(folder: Path, need: int) -> None:
+    """Raise `UserError` unless the disk of ``folder`` has ``need`` bytes free."""
+    with explain_cache_errors(folder):
+        free = shutil.disk_usage(folder).free
     if free < need:
         raise UserError(
-            f"{path}: {free / 1e6:,.0f} MB free, {need / 1e6:,.0f} MB are needed: free some room, or {_ELSEWHERE}"
+            f"{folder}: {free / 1e6:,.0f} MB free, {need / 1e6:,.0f} MB are needed: free some space or {_ELSEWHERE}"
         )
 
 
@@ -146,52 +107,43 @@ class Entry:
     used: float
     """When it was last opened, seconds since 1970."""
     about: dict[str, str]
-    """What was known of it when it was made: ``description``, ``source``, ``identity``."""
+    """What was known when it was made: ``description``, ``source``, ``identity``."""
 
 
 def entries(cache_dir: Path) -> list[Entry]:
-    """Everything in the cache, the last used first."""
+    """Return all entries of the cache, the last used first."""
     found = []
     for kind in KINDS:
-        for folder in sorted((cache_dir / kind).glob("*/")):
-            files = [state for file in folder.rglob("*") if (state := _file_state(file)) is not None]
-            found.append(
-                Entry(
-                    kind=kind,
-                    path=folder,
-                    size=sum(state.st_size for state in files),
-                    used=max((state.st_mtime for state in files), default=0.0),
-                    about=_read_card(folder / "about.json"),
-                )
-            )
-    return sorted(found, key=lambda entry: -entry.used)
+        for folder in (cache_dir / kind).glob("*/"):
+            card = folder / "about.json"
+            size, used = sum(map(_size, folder.rglob("*"))), card.stat().st_mtime if card.exists() else 0.0
+            found.append(Entry(kind=kind, path=folder, size=size, used=used, about=_read_about(card)))
+    return sorted(found, key=lambda entry: (-entry.used, entry.path))
 
 
-def _file_state(path: Path) -> os.stat_result | None:
-    """What stat says of a file; None of a folder, and of what a process has just renamed or removed."""
+def _size(path: Path) -> int:
     try:
         state = path.stat()
     except FileNotFoundError:
-        return None
-    return state if stat.S_ISREG(state.st_mode) else None
+        return 0  # a process has just renamed or removed it
+    return state.st_size if stat.S_ISREG(state.st_mode) else 0
 
 
-def _read_card(path: Path) -> dict[str, str]:
+def _read_about(path: Path) -> dict[str, str]:
     try:
-        card = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        about = json.loads(path.read_bytes())
+    except (OSError, ValueError):
         return {}
-    return {str(name): str(value) for name, value in card.items()} if isinstance(card, dict) else {}
+    return {str(name): str(value) for name, value in about.items()} if isinstance(about, dict) else {}
 
 
 def clear(entry: Entry) -> bool:
-    """Removes one entry; gives False where a process is just filling it. Processes that have mapped it keep
-    what they have.
+    """Remove an entry and return whether it was; an entry that a process is filling is kept.
 
-    Raises `UserError` where it cannot be removed.
+    Processes that have mapped its files keep what they have. Raises `UserError` if it cannot be removed.
     """
-    with entry_lock(entry.path.parents[1], entry.kind, entry.path.name, wait=False) as held:
+    with _entry_lock(entry.path.parents[1], entry.kind, entry.path.name, wait=False) as held:
         if held:
-            with cache_failures(entry.path):
+            with explain_os_errors(entry.path, verb="removed", advice="check its owner and permissions"):
                 shutil.rmtree(entry.path)
     return held

@@ -1,7 +1,7 @@
 """Random numbers and permutations as pure functions of their arguments: a counter-based hash and a keyed bijection.
 
-Everything here is integer arithmetic modulo 2**64 and one correctly rounded square root, so the same numbers come out
-of every version of every library on every machine. A golden test holds them.
+Everything here is integer arithmetic modulo 2**64 and one correctly rounded square root, so the numbers are the same
+with every version of every library on every machine. A golden test holds them.
 """
 
 import numpy as np
@@ -12,12 +12,12 @@ _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
 _U64 = np.uint64
 _ROUNDS = 8
-_SMALL = 1024  # a permutation of fewer values goes through the network twice: tiny halves mix slowly
-_TAG_UNIFORM = 1  # keeps these numbers apart from the keys of the order, which have tags of their own
+_SMALL = 1024  # permutations of fewer values go through the network twice: tiny halves mix slowly
+_TAG_UNIFORM = 1  # separates these numbers from the keys of the order, which have their own tags
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators")."""
+    """Apply the finaliser of splitmix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators")."""
     values = values ^ (values >> _U64(30))
     values *= _MIX_1
     values ^= values >> _U64(27)
@@ -26,8 +26,8 @@ def _mix(values: np.ndarray) -> np.ndarray:
     return values
 
 
-def _words(value: int | np.ndarray) -> np.ndarray:
-    """An integer of any size (taken modulo 2**64) or an array of integers, as uint64 with at least one axis."""
+def _to_uint64(value: int | np.ndarray) -> np.ndarray:
+    """Convert an integer of any size (modulo 2**64) or an array of integers to uint64 with at least one axis."""
     if isinstance(value, int):
         return np.array([value & _MASK], dtype=_U64)
     return np.atleast_1d(value).astype(_U64)
@@ -36,17 +36,17 @@ def _words(value: int | np.ndarray) -> np.ndarray:
 def derive_key(seed: int, *parts: int | np.ndarray) -> np.ndarray:
     """Hash a seed and further integers into keys.
 
-    ``parts`` are integers or integer arrays that broadcast against one another; the answer is uint64 of their common
-    shape, with at least one axis.
+    ``parts`` are integers or integer arrays that broadcast against one another. Returns uint64 of their common shape,
+    with at least one axis.
     """
-    key = _mix(_words(seed) + _U64(_GOLDEN))
+    key = _mix(_to_uint64(seed) + _U64(_GOLDEN))
     for part in parts:
-        key = _mix((key ^ _words(part)) * _U64(_GOLDEN) + _U64(_GOLDEN))
+        key = _mix((key ^ _to_uint64(part)) * _U64(_GOLDEN) + _U64(_GOLDEN))
     return key
 
 
 def uniform(seed: int, positions: np.ndarray, draws: int) -> np.ndarray:
-    """Random numbers for augmentation: a hash of (seed, position, draw), for a whole batch at once.
+    """Return random numbers for augmentation: a hash of (seed, position, draw), for a whole batch at once.
 
     ``positions``: integers, shape (n,). Returns float32 (n, draws) in [0, 1), multiples of 2**-24.
     """
@@ -56,17 +56,17 @@ def uniform(seed: int, positions: np.ndarray, draws: int) -> np.ndarray:
 
 
 def permute(values: np.ndarray, size: int | np.ndarray, key: int | np.ndarray) -> np.ndarray:
-    """Send each of ``values`` through a keyed bijection of ``range(size)``, each by itself.
+    """Map each of ``values`` by a keyed bijection of ``range(size)``, each independently of the others.
 
     ``values``: integers (n,), each in ``range(size)``; ``size`` (up to 2**62) and ``key``: one integer for all, or an
     array with one for each value. Returns int64 (n,).
 
-    A generalised Feistel network (Black and Rogaway 2002, "Ciphers with arbitrary finite domains", method 3): a
-    value is a pair (left, right) of ``range(a) x range(b)``, a being the rounded-up root of the size and b the
-    least that holds all; each round adds a keyed hash of one half to the other, modulo its range. The few pairs
-    beyond ``size`` (fewer than a) walk on along their cycle until they are inside.
+    The bijection is a generalised Feistel network (Black and Rogaway 2002, "Ciphers with arbitrary finite domains",
+    method 3). A value is a pair (left, right) of ``range(a) x range(b)``, where a is the rounded-up square root of the
+    size and b the smallest number with ``a * b >= size``. Each round adds a keyed hash of one half to the other, modulo
+    its range. The few results beyond ``size`` (fewer than a) go through the network again until they are inside.
     """
-    sizes, keys, result = _words(size), _words(key), _words(values)
+    sizes, keys, result = _to_uint64(size), _to_uint64(key), _to_uint64(values)
     result = _walk(result, sizes, keys)
     small = np.broadcast_to(sizes < _SMALL, result.shape)
     if small.all():
@@ -106,7 +106,7 @@ def _feistel(values: np.ndarray, a: np.ndarray, b: np.ndarray, round_keys: np.nd
         total *= left_range
         total >>= shift
         total += left
-        # Modulo left_range: where the sum is below it, the difference wraps round to a huge number.
+        # Modulo left_range: if the sum is below it, the difference wraps around to a huge number.
         np.minimum(total, total - left_range, out=total)
         left, right, left_range, right_range = right, total, right_range, left_range
-    return left + right * a  # an even number of rounds: the halves are in their places again
+    return left + right * a  # after an even number of rounds, the halves are back in place

@@ -1,10 +1,8 @@
-"""Whether files are what a manifest claims: their size, and their sha256 where it is not known yet.
+"""Check that files are what a manifest claims: their size, and their sha256 unless it is already known.
 
-A record of earlier checks spares the hashing of what has not changed. It trusts a file whose size, times of change
-(mtime and ctime) and inode are the recorded ones; ctime also tells of a change by someone who put mtime back.
+A record of earlier checks saves hashing what has not changed. It trusts a file whose size, mtime, ctime and inode are
+as recorded; ctime also reveals a change by someone who restored mtime.
 """
-
-from __future__ import annotations
 
 import contextlib
 import hashlib
@@ -13,26 +11,32 @@ import os
 import stat
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from mnistm_dist.data.cache import write_whole
-from mnistm_dist.data.parallel import available_cores
-from mnistm_dist.data.progress import AGAIN, Progress
-from mnistm_dist.errors import UserError
+from pydantic import TypeAdapter, ValidationError
 
-WHOLE, CUT, CHANGED, MISSING = "whole", "cut", "changed", "missing"
-"""What can be said of a file: as claimed, shorter than claimed, other bytes than claimed, not there."""
+from mnistm_dist.data.parallel import available_cores, thread_pool
+from mnistm_dist.data.progress import Progress
+from mnistm_dist.errors import os_error_reason
+from mnistm_dist.files import write_atomic
 
-_SETTLED_NS = 100_000_000
-"""A file changed less than this before its check is not recorded: within one tick of the clock another change leaves
-the same times behind."""
+# Status of a file: as claimed, shorter than claimed, other bytes than claimed, not there.
+OK, TRUNCATED, CHANGED, MISSING = "ok", "truncated", "changed", "missing"
+# Status of a tar or index that the manifest does not list: a reader that takes all tars would take it too.
+EXTRA = "extra"
+
+# Absolute path -> stamp and sha256 of the file when it was last found to be as claimed.
+Record = dict[str, tuple[list[int], str]]
+# A file changed less than this before its check is not recorded: another change within the same tick of the clock
+# would leave the same times.
+_MIN_AGE_NS = 100_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileClaim:
-    """A file, and what is claimed of it."""
+    """A file and what is claimed of it."""
 
     path: Path
     size: int
@@ -41,89 +45,82 @@ class FileClaim:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FileFinding:
-    """What a file was found to be."""
+class Finding:
+    """The result of checking a file."""
 
-    status: str
-    """`WHOLE`, `CUT`, `CHANGED` or `MISSING`."""
-    detail: str
-    """Why, in words; empty where it is whole."""
+    name: str
+    """File name."""
+    status: str = OK
+    """`OK`, `TRUNCATED`, `CHANGED`, `MISSING` or `EXTRA`."""
+    detail: str = ""
+    """The reason, unless it is ok."""
     stamp: list[int] | None = None
-    """Size, mtime, ctime and inode, where the file is whole."""
+    """`stamp_of` the file if it is ok and old enough to be recorded."""
 
 
-def examine(claim: FileClaim, known: object = None) -> FileFinding:
-    """Finds out whether a file is as claimed; hashes it unless ``known`` is the record of it and still true."""
+def examine(claim: FileClaim, known: tuple[list[int], str] | None = None) -> Finding:
+    """Check one file. It is hashed unless ``known``, its entry of a record, still applies."""
+    finding = partial(Finding, name=claim.path.name)
     try:
         state = claim.path.stat()
         if not stat.S_ISREG(state.st_mode):
-            return FileFinding(status=MISSING, detail="there is no regular file of that name")
+            return finding(status=MISSING, detail="not a regular file")
         if state.st_size != claim.size:
-            status = CUT if state.st_size < claim.size else CHANGED
-            return FileFinding(status=status, detail=f"{state.st_size:,} bytes, the manifest says {claim.size:,}")
+            status = TRUNCATED if state.st_size < claim.size else CHANGED
+            return finding(status=status, detail=f"{state.st_size:,} bytes instead of {claim.size:,}")
         stamp = stamp_of(state)
-        if known == {"stamp": stamp, "sha256": claim.sha256}:
-            return FileFinding(status=WHOLE, detail="", stamp=stamp)
-        settled = time.time_ns() - state.st_ctime_ns > _SETTLED_NS
+        if known == (stamp, claim.sha256):
+            return finding(stamp=stamp)
+        old_enough = time.time_ns() - state.st_ctime_ns > _MIN_AGE_NS
         with claim.path.open("rb", buffering=0) as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != claim.sha256:
-                return FileFinding(status=CHANGED, detail="its sha256 is not the manifest's")
-            settled = settled and stamp_of(os.fstat(file.fileno())) == stamp
-        return FileFinding(status=WHOLE, detail="", stamp=stamp if settled else None)
-    except FileNotFoundError:
-        return FileFinding(status=MISSING, detail="no such file")
+                return finding(status=CHANGED, detail="its sha256 is not that of the manifest")
+            unchanged = stamp_of(os.fstat(file.fileno())) == stamp
+        return finding(stamp=stamp if old_enough and unchanged else None)
     except OSError as error:
-        return FileFinding(status=MISSING, detail=f"cannot be read ({error.strerror})")
+        return finding(status=MISSING, detail=os_error_reason(error))
 
 
-def examine_all(claims: list[FileClaim], known: dict[str, object] | None = None) -> Iterator[FileFinding]:
-    """`examine` in parallel threads, since hashing lets go of the interpreter's lock; findings in the claims' order."""
-    known = known or {}
-    with ThreadPoolExecutor(max_workers=min(16, available_cores())) as pool:
-        yield from pool.map(lambda claim: examine(claim, known.get(str(claim.path.absolute()))), claims)
+def find_damaged(
+    claims: list[FileClaim], *, record: Path | None = None, progress: Progress | None = None
+) -> Iterator[tuple[FileClaim, Finding]]:
+    """Check files in parallel threads and yield those that are not as claimed, in the order of the claims.
 
-
-def check_files(claims: list[FileClaim], *, record: Path | None, progress: Progress | None = None) -> None:
-    """Raises `UserError` naming the first file that is not as claimed, and how many more there are.
-
-    ``record``: see `ShardSet.check` of data/shards.py; one that is missing or damaged is made anew, one that cannot be
-    written is done without. ``progress(done, total)`` counts bytes.
+    ``record`` is a JSON file of earlier checks, updated when all files have been checked; a missing or damaged one is
+    created anew, and one that cannot be written is ignored. ``progress(done, total)`` counts bytes.
     """
-    known = _load_record(record) if record is not None else {}
+    known = load_record(record) if record is not None else {}
+    verified: Record = {}
     total, done = sum(claim.size for claim in claims), 0
-    verified: dict[str, object] = {}
-    damaged: list[tuple[FileClaim, FileFinding]] = []
-    for claim, finding in zip(claims, examine_all(claims, known), strict=True):
-        if finding.status != WHOLE:
-            damaged.append((claim, finding))
-        elif finding.stamp is not None:
-            verified[str(claim.path.absolute())] = {"stamp": finding.stamp, "sha256": claim.sha256}
-        done += claim.size
-        if progress is not None:
-            progress(done, total)
-    if damaged:
-        claim, finding = damaged[0]
-        more = f" ({len(damaged) - 1} more files are damaged)" if len(damaged) > 1 else ""
-        raise UserError(f"{claim.path}: {finding.status}: {finding.detail}{more}: {AGAIN}")
-    if record is not None and any(known.get(path) != entry for path, entry in verified.items()):
-        _save_record(record, {**known, **verified})
+    with thread_pool(min(16, available_cores()), "hash") as pool:
+        findings = pool.map(lambda claim: examine(claim, known.get(str(claim.path.absolute()))), claims)
+        for claim, finding in zip(claims, findings, strict=True):
+            if finding.status != OK:
+                yield claim, finding
+            elif finding.stamp is not None:
+                verified[str(claim.path.absolute())] = (finding.stamp, claim.sha256)
+            done += claim.size
+            if progress is not None:
+                progress(done, total)
+    if record is not None and not verified.items() <= known.items():
+        save_record(record, {**known, **verified})
 
 
 def stamp_of(state: os.stat_result) -> list[int]:
-    """What tells that a file has not changed: size, mtime, ctime and inode; a list, as JSON gives it back."""
+    """Return what shows that a file has not changed: size, mtime, ctime and inode; a list, as JSON gives it back."""
     return [state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino]
 
 
-def _load_record(path: Path) -> dict[str, object]:
+def load_record(path: Path) -> Record:
+    """Read a record; an unreadable one is empty."""
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        return TypeAdapter(Record).validate_json(path.read_bytes())
+    except (OSError, ValidationError):
         return {}
-    return value if isinstance(value, dict) else {}
 
 
-def _save_record(path: Path, entries: dict[str, object]) -> None:
-    # The record only saves time: where it cannot stand, the next launch hashes again.
+def save_record(path: Path, record: Record) -> None:
+    """Write a record. It only saves time: if it cannot be written, the next launch hashes again."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(entries).encode())
+        write_atomic(path, json.dumps(record))

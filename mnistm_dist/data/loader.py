@@ -1,11 +1,9 @@
 """From packed shards to batches of uint8 on the device.
 
 1. `open_reader`: a split, checked and ready, resident or streaming.
-2. `train_batches`: what one rank trains on, step by step: a pure function of (configuration, shards, step).
-3. `evaluation_batches`: a split in manifest order, each image once over all ranks.
+2. `train_batches`: the batches of one rank, step by step: a pure function of (configuration, shards, step).
+3. `evaluation_batches`: a split in storage order, each image once over all ranks.
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,12 +22,10 @@ from mnistm_dist.data.resident import Resident, open_resident
 from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.data.streaming import Streaming, open_streaming
 
-Reader = Resident | Streaming
-"""A split, ready to be read."""
+Reader = Resident | Streaming  # A split that is ready to be read
 
+# Positions whose ids are computed at once: a call for one batch takes as long as for a thousand images more.
 _BLOCK_POSITIONS = 16_384
-"""Positions whose ids are computed at once: a call for one batch costs as much as one for a thousand images
-more."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -41,9 +37,9 @@ class Batch:
     labels: Tensor
     """int64 (m,), on the device."""
     positions: np.ndarray
-    """Places in the endless order, int64 (m,)."""
+    """Positions in the endless order, int64 (m,)."""
     ids: np.ndarray
-    """Samples, int64 (m,)."""
+    """Sample ids, int64 (m,)."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,9 +51,9 @@ class EvalBatch:
     labels: Tensor
     """int64 (batch_size,), on the device."""
     ids: np.ndarray
-    """Samples, int64 (batch_size,)."""
+    """Sample ids, int64 (batch_size,)."""
     count: int
-    """How many of them are no padding."""
+    """How many of them are not padding."""
 
 
 def open_reader(
@@ -70,13 +66,13 @@ def open_reader(
     threads: int,
     progress: Progress | None = None,
 ) -> Reader:
-    """Checks a split and opens it as the configuration, whose ``data`` is settled, says.
+    """Check a split and open it with the reader of the configuration, which must be resolved.
 
-    ``workers: auto`` is ``threads``, this process's share of the cores, for streaming, and every core of the
-    node for the decoding of a resident set, which one process does while the others wait.
-    ``progress(done, total)`` counts images. Raises `UserError`.
+    ``workers: auto`` means ``threads``, this process's share of the cores, for streaming, and all cores of the node for
+    decoding a resident set, which one process does while the others wait. ``progress(done, total)`` counts images.
+    Raises `UserError`.
     """
-    assert config.reader != "auto", "the reading is not settled"
+    assert config.reader != "auto", "reader is not resolved"
     if config.reader == "streaming":
         workers = threads if config.workers == "auto" else config.workers
         return open_streaming(shards, split, cache_dir=cache_dir, device=device, workers=workers, progress=progress)
@@ -95,36 +91,35 @@ def train_batches(
     start_step: int = 0,
     stop_step: int,
 ) -> Iterator[list[Batch]]:
-    """What one rank trains on from ``start_step`` up to ``stop_step``: for each step its k micro-batches, in
-    their order.
+    """Yield the batches of one rank from ``start_step`` up to ``stop_step``: for each step its micro-batches in order.
 
-    The same for both readers, and whatever their workers. Raises `UserError` where batch, micro-batch and world
-    size do not fit, and, while streaming, for shards that have been damaged since the launch.
+    They do not depend on the reader or its workers. Raises `UserError` if batch, micro-batch and world size do not fit,
+    and, while streaming, for shards that were damaged after the launch.
     """
     k = accumulation(batch_size=batch_size, world_size=world_size, micro_batch=micro_batch)
 
     def blocks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        steps = max(1, _BLOCK_POSITIONS // (k * micro_batch))
-        for first in range(start_step, stop_step, steps):
+        block_steps = max(1, _BLOCK_POSITIONS // (k * micro_batch))
+        for first in range(start_step, stop_step, block_steps):
             positions = np.stack(
                 [
                     step_positions(step, batch_size=batch_size, world_size=world_size, rank=rank)
-                    for step in range(first, min(first + steps, stop_step))
+                    for step in range(first, min(first + block_steps, stop_step))
                 ]
             )
             yield positions, order.ids(positions.ravel()).reshape(positions.shape)
 
-    # Two readings of one plan: streaming runs ahead.
-    ours, theirs = tee(blocks())
-    planned = ((p, i) for positions, ids in ours for p, i in zip(positions, ids, strict=True))
-    for (positions, ids), (images, labels) in zip(planned, reader.iter_steps(order, theirs), strict=True):
+    # Two iterators over one plan, since streaming reads ahead.
+    left, right = tee(blocks())
+    steps = ((p, i) for positions, ids in left for p, i in zip(positions, ids, strict=True))
+    for (positions, ids), (images, labels) in zip(steps, reader.iter_steps(order, right), strict=True):
         parts = [slice(first, first + micro_batch) for first in range(0, k * micro_batch, micro_batch)]
         yield [Batch(images=images[at], labels=labels[at], positions=positions[at], ids=ids[at]) for at in parts]
 
 
 def evaluation_batches(reader: Reader, *, batch_size: int, world_size: int = 1, rank: int = 0) -> Iterator[EvalBatch]:
-    """One rank's canonical batches of a split: batch i holds the samples from ``i * batch_size`` on and belongs
-    to rank ``i mod world_size``; the last one is padded. Raises `UserError` for damaged shards."""
+    """Yield one rank's canonical batches of a split: batch i has the samples from ``i * batch_size`` on and belongs to
+    rank ``i mod world_size``; the last one is padded. Raises `UserError` for damaged shards."""
     indices = range(rank, -(-reader.size // batch_size), world_size)
     wanted = [np.arange(i * batch_size, min((i + 1) * batch_size, reader.size)) for i in indices]
     for ids, (images, labels) in zip(wanted, reader.iter_batches(wanted), strict=True):

@@ -1,227 +1,191 @@
-"""``manifest.json`` of a packed set: what stands in it, and a reader that trusts none of it.
+"""The formats of a packed set beside its tars: ``manifest.json`` and ``SPLIT.index.npy``.
 
-The format is written down for people in ``shards/README.md``. `parse` accepts exactly that and raises `UserError` for
-everything else, since a manifest may come from anywhere: names that climb out of the folder, counts that do not add up,
-wrong types.
+``shards/README.md`` documents both. A manifest may come from anywhere, so `parse` accepts only what the models below
+allow: plain file names, counts that add up, and an identity that matches the content.
 """
-
-from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+import reprlib
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, Self
 
+import numpy as np
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from mnistm_dist.data.decode_errors import explain_decode_errors
 from mnistm_dist.data.image_io import MAX_SIDE
-from mnistm_dist.data.json_fields import MAX_INTEGER, Fields, read_json
-from mnistm_dist.data.progress import AGAIN
+from mnistm_dist.data.packing.splits import PIXEL_GROUPS
 from mnistm_dist.data.sources.base import SPLITS
-from mnistm_dist.errors import UserError
+from mnistm_dist.errors import UserError, escape_control
 
 MANIFEST_NAME = "manifest.json"
+# Version of the format. A reader accepts only its own.
 FORMAT_VERSION = 1
-"""Version of the format; a reader takes its own only."""
-LINEAGES = ("official", "regenerated", "unknown")
-PIXEL_GROUPS = {"train+val": ("train", "val"), "test": ("test",)}
-"""The groups of splits whose pixels are summed in key order, across the splits of a group."""
+MAX_KEY = 96  # bytes; with its suffix it is the name of a tar's member, of 100 at most
+# What to do about a damaged set: the end of an error message.
+REPAIR = "copy the set again, or pack it again"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Shard:
+# One line without control characters.
+Text = Annotated[str, Field(pattern=r"^[^\p{C}\p{Zl}\p{Zp}]*$")]
+# A plain file name, which leads out of no folder.
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$")]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
+Size = Annotated[int, Field(strict=True, ge=1, lt=2**63)]
+Side = Annotated[int, Field(strict=True, ge=1, le=MAX_SIDE)]
+Fraction = Annotated[float, Field(strict=True, ge=0, le=1)]
+Channels = tuple[Fraction, Fraction, Fraction]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SetFile(_Model):
+    """A file of the set."""
+
+    name: FileName
+    """File name within the set's folder."""
+    size: Size
+    """Bytes."""
+    sha256: Sha256
+
+
+class Shard(SetFile):
     """One tar."""
 
-    name: str
-    """File name within the set's folder."""
-    size: int
-    """Bytes."""
-    sha256: str
-    count: int
+    count: Count
     """Samples."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Split:
+class Split(_Model):
     """One split: train, val or test."""
 
-    name: str
-    count: int
+    name: str = Field(default="", exclude=True)
+    """Its key in `Manifest.splits`."""
+    count: Count
     """Samples."""
-    class_counts: tuple[int, ...]
+    class_counts: tuple[Count, ...]
     """Samples of each class, in the order of the classes."""
-    mean: tuple[float, float, float]
+    mean: Channels
     """Mean of the pixels per channel (R, G, B), on a scale of 0 to 1."""
-    std: tuple[float, float, float]
+    std: Channels
     """Standard deviation (of the population) of the pixels per channel, on the same scale."""
-    pixels_sha256: str
+    pixels_sha256: Sha256
     """sha256 of all RGB bytes of the split in key order."""
-    index_name: str
-    index_size: int
-    """Bytes."""
-    index_sha256: str
+    index: SetFile
+    """Where each sample is: see `index_dtype`."""
     shards: tuple[Shard, ...]
     """In storage order: the ids of the split's samples count through them."""
 
+    @cached_property
+    def shard_starts(self) -> np.ndarray:
+        """The id of each shard's first sample, followed by the split's count: int64 (shards + 1,)."""
+        return np.cumsum([0, *(shard.count for shard in self.shards)], dtype=np.int64)
 
-@dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """What a packed set says of itself."""
+    @model_validator(mode="after")
+    def _check_counts(self) -> Self:
+        in_shards, in_classes = sum(shard.count for shard in self.shards), sum(self.class_counts)
+        if not 0 < self.count == in_shards == in_classes:
+            raise ValueError(
+                f"counts do not add up: {self.count} samples, {in_shards} in its shards, {in_classes} in its classes"
+            )
+        return self
 
-    format_version: int
-    lineage: str
-    """"official", "regenerated" or "unknown"."""
-    layout: str
+
+class Manifest(_Model):
+    """What ``manifest.json`` says of a packed set."""
+
+    format_version: Annotated[int, Field(strict=True, ge=FORMAT_VERSION, le=FORMAT_VERSION)]
+    lineage: Annotated[str, Field(pattern="^(official|regenerated|unknown)$")]
+    layout: Text
     """The source's layout when it was packed."""
-    description: str
+    description: Text
     """Where it came from, one line."""
-    classes: tuple[str, ...]
-    image_size: tuple[int, int]
+    classes: Annotated[tuple[Annotated[Text, Field(min_length=1)], ...], Field(min_length=1)]
+    image_size: tuple[Side, Side]
     """(height, width) of every image, pixels."""
-    seed: int
-    """Seed of the order of storage."""
-    pixels_sha256: dict[str, str]
-    """sha256 of all RGB bytes in key order: of "train+val" together and, where there is one, of "test"."""
-    splits: dict[str, Split]
+    seed: Count
+    """Seed of the storage order."""
+    pixels_sha256: dict[str, Sha256]
+    """sha256 of all RGB bytes in key order: of "train+val" together and, if there is one, of "test"."""
+    splits: Annotated[dict[str, Split], Field(min_length=1)]
+
+    @field_validator("splits")
+    @classmethod
+    def _name_splits(cls, splits: dict[str, Split]) -> dict[str, Split]:
+        if unknown := splits.keys() - set(SPLITS):
+            raise ValueError(f"unknown split {min(unknown)!r:.60}; accepted are {', '.join(SPLITS)}")
+        return {name: splits[name].model_copy(update={"name": name}) for name in SPLITS if name in splits}
+
+    @model_validator(mode="after")
+    def _check_consistency(self) -> Self:
+        files = [MANIFEST_NAME, *(file.name for split in self.splits.values() for file in (split.index, *split.shards))]
+        if len(set(files)) < len(files):
+            raise ValueError("two files have the same name")
+        if len(set(self.classes)) < len(self.classes):
+            raise ValueError("two classes have the same name")
+        if any(len(split.class_counts) != len(self.classes) for split in self.splits.values()):
+            raise ValueError(f"class_counts must have {len(self.classes)} numbers, one per class")
+        groups = [group for group, names in PIXEL_GROUPS.items() if self.splits.keys() & set(names)]
+        if self.pixels_sha256.keys() != set(groups):
+            raise ValueError(f"pixels_sha256 must have the keys {', '.join(groups)}")
+        return self
 
     @cached_property
     def identity(self) -> str:
-        """sha256 (hex) that names the set: of the canonical JSON of all but layout and description.
+        """sha256 (hex) that names the set: of the canonical JSON of all fields except layout and description.
 
         The same images packed from a folder and from its archive are one set.
         """
-        content = _to_json_without_identity(self)
-        del content["layout"], content["description"]
+        content = self.model_dump(mode="json", exclude={"layout", "description"})
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def render(manifest: Manifest) -> str:
-    """The text of ``manifest.json``."""
-    return json.dumps({**_to_json_without_identity(manifest), "identity": manifest.identity}, indent=1) + "\n"
+    """Return the text of ``manifest.json``."""
+    return json.dumps({**manifest.model_dump(mode="json"), "identity": manifest.identity}, indent=1) + "\n"
 
 
 def parse(data: bytes, where: str) -> Manifest:
-    """Reads the bytes of a ``manifest.json`` and validates all of it; ``where`` names the file in messages.
-
-    Raises `UserError` for what is not JSON, of another version, of wrong types, or does not add up.
-    """
-    top = read_json(data, where)
-    version = top.integer("format_version")
-    if version != FORMAT_VERSION:
-        raise UserError(f"{where}: format version {version}, this program reads {FORMAT_VERSION}: pack the set again")
-    classes = tuple(top.texts("classes"))
-    height, width = top.integers("image_size", 2, 1, MAX_SIDE)
-    splits_value = top.fields("splits")
-    manifest = Manifest(
-        format_version=version,
-        lineage=top.choice("lineage", LINEAGES),
-        layout=top.text("layout"),
-        description=top.text("description"),
-        classes=classes,
-        image_size=(height, width),
-        seed=top.integer("seed"),
-        pixels_sha256={
-            group: top.fields("pixels_sha256").sha256(group)
-            for group, names in PIXEL_GROUPS.items()
-            if any(name in splits_value.value for name in names)
-        },
-        splits={
-            name: _parse_split(name, splits_value.fields(name), len(classes))
-            for name in SPLITS
-            if name in splits_value.value
-        },
-    )
-    top.only(
-        "format_version",
-        "lineage",
-        "layout",
-        "description",
-        "classes",
-        "image_size",
-        "seed",
-        "pixels_sha256",
-        "splits",
-        "identity",
-    )
-    splits_value.only(*SPLITS)
-    top.fields("pixels_sha256").only(*manifest.pixels_sha256)
-    if not manifest.splits:
-        raise UserError(f"{where}: it lists no split: pack the set again")
-    _check_names(manifest, where)
-    if top.sha256("identity") != manifest.identity:
-        raise UserError(f"{where}: its identity does not match its content: it was changed: {AGAIN}")
+    """Read and validate the bytes of a ``manifest.json``; ``where`` names the file in messages. Raises `UserError`."""
+    try:
+        content = TypeAdapter(dict[str, Any]).validate_json(data)
+        identity = content.pop("identity", None)
+        manifest = Manifest.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ": ".join([where, *(escape_control(str(key))[:60] for key in first["loc"])])
+        found = "" if isinstance(first["input"], dict) else f", found {reprlib.repr(first['input'])}"
+        raise UserError(f"{place}: {first['msg'].removeprefix('Value error, ')}{found}; {REPAIR}") from error
+    if identity != manifest.identity:
+        raise UserError(f"{where}: its identity does not match its content: it was changed; {REPAIR}")
     return manifest
 
 
-def _parse_split(name: str, fields: Fields, classes: int) -> Split:
-    index = fields.fields("index")
-    shards = []
-    for number, value in enumerate(fields.items("shards")):
-        shard = Fields(value, f"{fields.where}, shard {number}")
-        shards.append(
-            Shard(
-                name=shard.name("name"),
-                size=shard.integer("size"),
-                sha256=shard.sha256("sha256"),
-                count=shard.integer("count"),
-            )
-        )
-        shard.only("name", "size", "sha256", "count")
-    means, stds = fields.fractions("mean"), fields.fractions("std")
-    split = Split(
-        name=name,
-        count=fields.integer("count"),
-        class_counts=tuple(fields.integers("class_counts", classes, 0, MAX_INTEGER)),
-        mean=means,
-        std=stds,
-        pixels_sha256=fields.sha256("pixels_sha256"),
-        index_name=index.name("name"),
-        index_size=index.integer("size"),
-        index_sha256=index.sha256("sha256"),
-        shards=tuple(shards),
-    )
-    index.only("name", "size", "sha256")
-    fields.only("count", "class_counts", "mean", "std", "pixels_sha256", "index", "shards")
-    in_shards, in_classes = sum(shard.count for shard in shards), sum(split.class_counts)
-    if not split.count == in_shards == in_classes or split.count < 1:
-        raise UserError(
-            f"{fields.where}: its counts do not add up ({split.count} samples, {in_shards} in its shards, "
-            f"{in_classes} in its classes): pack the set again"
-        )
-    return split
+def index_dtype(key_length: int) -> np.dtype:
+    """Return the row of an index: key, offset of the PNG in its shard (bytes), its size (bytes), label."""
+    return np.dtype([("key", f"S{key_length}"), ("offset", "<i8"), ("size", "<i4"), ("label", "<i4")])
 
 
-def _check_names(manifest: Manifest, where: str) -> None:
-    seen = {MANIFEST_NAME}
-    for split in manifest.splits.values():
-        for name in (split.index_name, *(shard.name for shard in split.shards)):
-            if name in seen:
-                raise UserError(f"{where}: it lists {name} twice: pack the set again")
-            seen.add(name)
+def open_index(path: Path, count: int) -> np.ndarray:
+    """Map an index of ``count`` rows read-only: `index_dtype`, shape (count,).
 
-
-def _to_json_without_identity(manifest: Manifest) -> dict[str, Any]:
-    return {
-        "format_version": manifest.format_version,
-        "lineage": manifest.lineage,
-        "layout": manifest.layout,
-        "description": manifest.description,
-        "classes": list(manifest.classes),
-        "image_size": list(manifest.image_size),
-        "seed": manifest.seed,
-        "pixels_sha256": manifest.pixels_sha256,
-        "splits": {
-            name: {
-                "count": split.count,
-                "class_counts": list(split.class_counts),
-                "mean": list(split.mean),
-                "std": list(split.std),
-                "pixels_sha256": split.pixels_sha256,
-                "index": {"name": split.index_name, "size": split.index_size, "sha256": split.index_sha256},
-                "shards": [
-                    {"name": shard.name, "size": shard.size, "sha256": shard.sha256, "count": shard.count}
-                    for shard in split.shards
-                ],
-            }
-            for name, split in manifest.splits.items()
-        },
-    }
+    Raises `UserError` if the file cannot be read or is not such an index. The values of the rows are not checked.
+    """
+    with explain_decode_errors(path, f"an index of {count:,} samples"):
+        index = np.lib.format.open_memmap(path, mode="r")
+        if index.shape == (count,) and index.dtype == index_dtype(min(index.dtype["key"].itemsize, MAX_KEY)):
+            return index
+        raise ValueError(f"{index.dtype} {index.shape}")

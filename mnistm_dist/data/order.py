@@ -1,28 +1,35 @@
-"""Which sample stands where in the endless training order: (seed, position) -> sample id.
+"""The endless training order: (seed, position) -> sample id.
 
-The order is epoch 0's permutation, then epoch 1's, and so on, without a gap. Position ``p`` lies in epoch ``p // N``;
-step ``s`` takes the positions ``[s*B, (s+1)*B)``, B being the global batch. Rank r of W takes the r-th contiguous slice
-of them. An id is a sample's place in storage order: shards in manifest order, samples as they stand in their shard.
+The order is epoch 0's permutation, then epoch 1's, and so on, without a gap. Position ``p`` is in epoch ``p // N``.
+Step ``s`` takes the positions ``[s*B, (s+1)*B)``, where B is the global batch; rank r of W takes the r-th contiguous
+slice of them. A sample's id is its place in storage order: shards in manifest order, samples in their order within the
+shard.
 
-Nothing is read and nothing drawn: the id at any position is a closed form, the same on every machine.
+No state and no random generator: the id at any position is a closed form, the same on every machine.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import numpy as np
 
+from mnistm_dist.config import DataConfig, StepsConfig
 from mnistm_dist.data.hashing import derive_key, permute
+from mnistm_dist.data.manifest import Manifest, Split
 from mnistm_dist.errors import UserError
 
-# They keep the keys of one seed apart; 1 is that of hashing.uniform.
+# They separate the keys of one seed; hashing.uniform has 1, packing/writer.py has 5.
 _TAG_FULL, _TAG_SHARDS, _TAG_WINDOWS = 2, 3, 4
+# A training split of more decoded bytes is streamed in windowed order by default.
+RESIDENT_BYTES = 8 << 30
+MAX_AUTO_STREAMS = 16
 
 
 def step_positions(step: int, *, batch_size: int, world_size: int = 1, rank: int = 0) -> np.ndarray:
-    """The positions of one rank in one step: the rank-th contiguous slice of ``[step*B, (step+1)*B)``.
+    """Return the positions of one rank in one step: the rank-th contiguous slice of ``[step*B, (step+1)*B)``.
 
-    Returns int64 (batch_size / world_size,). Raises UserError where the world size does not divide the batch.
+    int64, shape (batch_size / world_size,). Raises `UserError` if the world size does not divide the batch.
     """
     share = accumulation_share(batch_size=batch_size, world_size=world_size)
     start = step * batch_size + rank * share
@@ -30,7 +37,8 @@ def step_positions(step: int, *, batch_size: int, world_size: int = 1, rank: int
 
 
 def accumulation_share(*, batch_size: int, world_size: int) -> int:
-    """How many images of a step one rank takes. Raises UserError where the world size does not divide the batch."""
+    """Return how many images of a step one rank takes. Raises `UserError` if the world size does not divide the
+    batch."""
     if batch_size % world_size:
         raise UserError(
             f"batch_size {batch_size} is not a multiple of the {world_size} processes; the nearest that fit are "
@@ -40,17 +48,17 @@ def accumulation_share(*, batch_size: int, world_size: int) -> int:
 
 
 def accumulation(*, batch_size: int, world_size: int, micro_batch: int) -> int:
-    """How many micro-batches of ``micro_batch`` images one rank holds in a step: ``B / (W * micro_batch)``.
+    """Return how many micro-batches of ``micro_batch`` images one rank has in a step: ``B / (W * micro_batch)``.
 
-    Raises UserError, naming the nearest values that fit, where that is no whole number.
+    Raises `UserError` with the nearest values that fit if that is not a whole number.
     """
     share = accumulation_share(batch_size=batch_size, world_size=world_size)
     if share % micro_batch:
         raise UserError(
             f"micro_batch {micro_batch} does not divide the {share} images that each of {world_size} processes takes "
             f"of a batch of {batch_size}; the nearest that fit are micro_batch {_nearest_divisors(share, micro_batch)} "
-            f"or batch_size {_nearest_multiples(batch_size, world_size * micro_batch)} (at a resume --micro-batch "
-            "alone)"
+            f"or batch_size {_nearest_multiples(batch_size, world_size * micro_batch)} (a resume can change only "
+            "--micro-batch)"
         )
     return share // micro_batch
 
@@ -67,74 +75,74 @@ def _nearest_divisors(value: int, near: int) -> str:
 
 
 def steps_for(epochs: int, *, size: int, batch_size: int) -> int:
-    """The number of steps of a run of ``epochs`` epochs over ``size`` images: ``ceil(E * N / B)``."""
+    """Return the number of steps in ``epochs`` epochs over ``size`` images: ``ceil(E * N / B)``."""
     return -(-epochs * size // batch_size)
 
 
 def epochs_done(steps: int, *, size: int, batch_size: int) -> int:
-    """How many whole epochs the first ``steps`` steps hold."""
+    """Return how many whole epochs the first ``steps`` steps contain."""
     return steps * batch_size // size
 
 
 def epoch_ends(step: int, *, size: int, batch_size: int) -> bool:
-    """Whether an epoch ends with this step: it is the first with ``(step+1)*B >= (e+1)*N`` for some epoch e."""
+    """Return whether an epoch ends with this step: the first with ``(step+1)*B >= (e+1)*N`` for some epoch e."""
     done = epochs_done(step, size=size, batch_size=batch_size)
     return epochs_done(step + 1, size=size, batch_size=batch_size) > done
 
 
 def part_of_run(epoch: int, *, epochs: int, parts: int) -> int:
-    """Which of ``parts`` equal parts of a run an epoch lies in; epochs beyond its end lie in the last."""
+    """Return which of ``parts`` equal parts of a run an epoch is in; epochs beyond its end are in the last."""
     return min(epoch, epochs - 1) * parts // epochs
 
 
 @dataclass(frozen=True, kw_only=True)
 class FullOrder:
-    """``order: full``: each epoch is one permutation of the whole set; any sample can follow any."""
+    """``order: full``: each epoch is a permutation of the whole set; any sample can follow any other."""
 
     size: int
     """Images in the split."""
     seed: int
 
     def epoch(self, positions: np.ndarray) -> np.ndarray:
-        """The epoch of each position, int64."""
+        """Return the epoch of each position, int64."""
         return np.asarray(positions, dtype=np.int64) // self.size
 
     def ids(self, positions: np.ndarray) -> np.ndarray:
-        """The sample at each position, int64, each in O(1)."""
+        """Return the sample at each position, int64, each in O(1)."""
         positions = np.asarray(positions, dtype=np.int64)
         epochs, places = np.divmod(positions, self.size)
-        # One key for all is faster than one for each.
+        # One key for all positions is faster than one for each.
         one_epoch = epochs.size > 0 and (epochs == epochs[0]).all()
         return permute(places, self.size, derive_key(self.seed, _TAG_FULL, epochs[:1] if one_epoch else epochs))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class OrderPositions:
-    """Where positions of a windowed order come from; every array is int64 (n,)."""
+    """Where positions of a windowed order come from. Every array is int64 (n,)."""
 
     epochs: np.ndarray
     streams: np.ndarray
     counts: np.ndarray
-    """Samples in its stream's segment of the epoch."""
+    """Samples in the stream's segment of the epoch."""
     windows: np.ndarray
     """Number of the window within the segment."""
     clocks: np.ndarray
-    """How many positions of the same window come before."""
+    """How many earlier positions are in the same window."""
     places: np.ndarray
-    """Place within the window as its shards hold it."""
+    """Place within the window in storage order."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class WindowedOrder:
-    """``order: windowed``: for sets that cannot be held; each of S canonical streams reads its shards sequentially.
+    """``order: windowed``, for sets that do not fit in memory: S canonical streams read the shards sequentially.
 
     1. The stream of position p is ``(p mod B) * S // B``: each step takes ``B / S`` images of each stream.
     2. In epoch e, stream j has as many positions as ``[e*N, (e+1)*N)`` has with that stream: a closed form.
     3. The epoch's shards, shuffled and laid end to end, are cut into segments of those lengths, one for each stream.
     4. A segment is permuted in windows of ``window`` samples, so a reader holds a window or two of each stream.
 
-    The stream count belongs to the configuration, not to the launch: W divides S divides B. Raises UserError
-    where S does not divide B.
+    The number of streams belongs to the configuration, not to the launch: W divides S and S divides B. Raises
+    `UserError` if S does not divide B.
     """
 
     shard_counts: Sequence[int]
@@ -144,61 +152,53 @@ class WindowedOrder:
     """Images in a step, over all processes."""
     streams: int
     window: int
-    """Samples that are permuted among themselves."""
-    _first_ids: np.ndarray = field(init=False, repr=False)
-    _layouts: dict[int, tuple[np.ndarray, np.ndarray]] = field(init=False, repr=False, default_factory=dict)
+    """Samples that are permuted together."""
 
     def __post_init__(self) -> None:
         if self.batch_size % self.streams:
             raise UserError(
-                f"streams {self.streams} does not divide batch_size {self.batch_size}; the nearest that fit are "
-                f"{_nearest_divisors(self.batch_size, self.streams)}"
+                f"shuffle_streams {self.streams} does not divide batch_size {self.batch_size}; the nearest that fit "
+                f"are {_nearest_divisors(self.batch_size, self.streams)}"
             )
-        object.__setattr__(self, "_first_ids", np.concatenate([[0], np.cumsum(self.shard_counts, dtype=np.int64)]))
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Images in the split."""
-        return int(self._first_ids[-1])
+        return sum(self.shard_counts)
+
+    @cached_property
+    def _first_ids(self) -> np.ndarray:
+        return np.cumsum([0, *self.shard_counts], dtype=np.int64)
 
     def epoch(self, positions: np.ndarray) -> np.ndarray:
-        """The epoch of each position, int64."""
+        """Return the epoch of each position, int64."""
         return np.asarray(positions, dtype=np.int64) // self.size
 
     def stream(self, positions: np.ndarray) -> np.ndarray:
-        """The stream of each position, int64."""
+        """Return the stream of each position, int64."""
         return np.asarray(positions, dtype=np.int64) % self.batch_size * self.streams // self.batch_size
 
-    def _count_before(self, positions: np.ndarray, stream: np.ndarray) -> np.ndarray:
-        """How many positions of ``[0, position)`` belong to a stream."""
+    def _count_below(self, positions: np.ndarray, stream: np.ndarray) -> np.ndarray:
+        """Return how many positions of ``[0, position)`` belong to the streams below ``stream``."""
+        whole, rest = np.divmod(positions, self.batch_size)
         share = self.batch_size // self.streams
-        return positions // self.batch_size * share + np.clip(positions % self.batch_size - stream * share, 0, share)
+        return whole * share * stream + np.minimum(rest, stream * share)
+
+    def _count_of(self, positions: np.ndarray, stream: np.ndarray) -> np.ndarray:
+        return self._count_below(positions, stream + 1) - self._count_below(positions, stream)
 
     def segment(self, epoch: int | np.ndarray, stream: int | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where a stream's segment starts among the epoch's shards laid end to end, and its length (int64)."""
+        """Return where a stream's segment starts in the epoch's shards laid end to end, and its length (int64)."""
         epoch, stream = np.asarray(epoch, dtype=np.int64), np.asarray(stream, dtype=np.int64)
         first, last = epoch * self.size, (epoch + 1) * self.size
-        share = self.batch_size // self.streams
-
-        def of_streams_below(positions: np.ndarray) -> np.ndarray:
-            whole, rest = np.divmod(positions, self.batch_size)
-            return whole * share * stream + np.minimum(rest, stream * share)
-
-        return (
-            of_streams_below(last) - of_streams_below(first),
-            self._count_before(last, stream) - self._count_before(first, stream),
-        )
-
-    def rank_in_segment(self, positions: np.ndarray) -> np.ndarray:
-        """How many earlier positions of its epoch share a position's stream, int64: the stream's clock."""
-        positions = np.asarray(positions, dtype=np.int64)
-        stream = self.stream(positions)
-        return self._count_before(positions, stream) - self._count_before(self.epoch(positions) * self.size, stream)
+        start = self._count_below(last, stream) - self._count_below(first, stream)
+        return start, self._count_of(last, stream) - self._count_of(first, stream)
 
     def locate(self, positions: np.ndarray) -> OrderPositions:
-        """The window of each position and its place there, each in O(1)."""
+        """Return the window of each position and its place there, each in O(1)."""
         positions = np.asarray(positions, dtype=np.int64)
-        epochs, streams, clock = self.epoch(positions), self.stream(positions), self.rank_in_segment(positions)
+        epochs, streams = self.epoch(positions), self.stream(positions)
+        clock = self._count_of(positions, streams) - self._count_of(epochs * self.size, streams)
         _, counts = self.segment(epochs, streams)
         windows, clocks = np.divmod(clock, self.window)
         sizes = np.minimum(counts - windows * self.window, self.window)
@@ -208,7 +208,7 @@ class WindowedOrder:
         )
 
     def ids(self, positions: np.ndarray) -> np.ndarray:
-        """The sample at each position, int64, each in O(log shards)."""
+        """Return the sample at each position, int64, each in O(log shards)."""
         at = self.locate(positions)
         laid = self.segment(at.epochs, at.streams)[0] + at.windows * self.window + at.places
         ids = np.empty_like(laid)
@@ -217,43 +217,87 @@ class WindowedOrder:
             ids[here] = self.laid_ids(int(epoch), laid[here])
         return ids
 
-    def runs(self, epoch: int, stream: int, window: int) -> list[tuple[int, int]]:
-        """What a window holds: a run ``[first, stop)`` of ids for each shard in it, in the order of the places."""
+    def window_ids(self, epoch: int, stream: int, window: int) -> np.ndarray:
+        """Return the samples of a window in storage order, int64: a run of neighbours for each shard in it."""
         start, count = (int(value) for value in self.segment(epoch, stream))
-        first, last = start + window * self.window, start + min(count, (window + 1) * self.window)
-        shards, starts = self.layout(epoch)
-        begin, end = np.searchsorted(starts, [first, last - 1], side="right")
-        runs = []
-        for shard, shard_start in zip(shards[begin - 1 : end], starts[begin - 1 : end], strict=True):
-            offset = int(self._first_ids[shard]) - int(shard_start)
-            stop = int(self._first_ids[shard + 1])
-            runs.append((max(first, int(shard_start)) + offset, min(last + offset, stop)))
-        return [(run_first, run_stop) for run_first, run_stop in runs if run_first < run_stop]
+        stop = start + min(count, (window + 1) * self.window)
+        return self.laid_ids(epoch, np.arange(start + window * self.window, stop))
 
     def windows_of(self, epoch: int, stream: int) -> int:
-        """How many windows the segment of a stream has in an epoch."""
+        """Return how many windows the segment of a stream has in an epoch."""
         return -(-int(self.segment(epoch, stream)[1]) // self.window)
 
     def laid_ids(self, epoch: int, places: np.ndarray) -> np.ndarray:
-        """The sample at each place among the epoch's shuffled shards laid end to end, int64."""
+        """Return the sample at each place in the epoch's shuffled shards laid end to end, int64."""
         shards, starts = self.layout(epoch)
         at = np.searchsorted(starts, places, side="right") - 1
         return self._first_ids[shards[at]] + places - starts[at]
 
-    def layout(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The epoch's shards in shuffled order, and where each starts when they are laid end to end; both int64."""
-        layout = self._layouts.get(epoch)
-        if layout is None:
-            count = len(self.shard_counts)
-            shards = permute(np.arange(count), count, derive_key(self.seed, _TAG_SHARDS, epoch))
-            lengths = np.diff(self._first_ids)[shards]
-            layout = shards, np.cumsum(lengths) - lengths
-            # A step sees two epochs at most where epochs are longer than a batch: older layouts go.
-            for old in list(self._layouts)[:-1]:
-                self._layouts.pop(old, None)
-            self._layouts[epoch] = layout
-        return layout
+    @cached_property
+    def layout(self) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
+        """epoch -> the epoch's shards in shuffled order, and where each starts when they are laid end to end; int64."""
+        # If epochs are longer than a batch, a step is in two epochs at most.
+        return lru_cache(maxsize=2)(self._layout)
+
+    def _layout(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        count = len(self.shard_counts)
+        shards = permute(np.arange(count), count, derive_key(self.seed, _TAG_SHARDS, epoch))
+        lengths = np.diff(self._first_ids)[shards]
+        return shards, np.cumsum(lengths) - lengths
 
 
-Order = FullOrder | WindowedOrder
-"""A training order: gives the ids and the epoch of any positions."""
+Order = FullOrder | WindowedOrder  # A training order: the id and the epoch of any position
+
+
+def choose_reading(config: DataConfig, manifest: Manifest, *, batch_size: int, world_size: int) -> tuple[str, str, int]:
+    """Resolve ``order``, ``reader`` and ``shuffle_streams``, from the manifest's size, never from the free memory.
+
+    Raises `UserError` if they, the batch and the number of processes do not fit one another.
+    """
+    height, width = manifest.image_size
+    small = _train_split(manifest).count * height * width * 3 <= RESIDENT_BYTES
+    order, reader, streams = config.order, config.reader, config.shuffle_streams
+    if order == "auto":
+        order = "full" if small and reader != "streaming" else "windowed"
+    if reader == "auto":
+        reader = "resident" if small or order == "full" else "streaming"
+    if (order, reader) == ("full", "streaming"):
+        raise UserError("reader streaming requires order windowed: use --order windowed, or --reader resident")
+    fitting = auto_streams(batch_size=batch_size, world_size=world_size)
+    if streams == "auto":
+        streams = fitting
+    elif order == "windowed" and (streams % world_size or batch_size % streams):
+        raise UserError(
+            f"shuffle_streams {streams} does not fit {world_size} processes and a batch of {batch_size}: the number of "
+            f"processes must divide it and it must divide the batch; {fitting} fits"
+        )
+    return order, reader, streams
+
+
+def auto_streams(*, batch_size: int, world_size: int) -> int:
+    """Return the largest number of streams up to 16, or up to a larger world size, that the world size divides and that
+    divides the batch; 1 if the world size does not divide the batch."""
+    limit = max(MAX_AUTO_STREAMS, world_size)
+    return next((s for s in range(limit, 0, -1) if s % world_size == 0 and batch_size % s == 0), 1)
+
+
+def create_order(data: DataConfig, steps: StepsConfig, manifest: Manifest) -> Order:
+    """Create the training order of a configuration in which `choose_reading` has been resolved. Raises `UserError`."""
+    train = _train_split(manifest)
+    if data.order == "full":
+        return FullOrder(size=train.count, seed=steps.seed)
+    assert data.order == "windowed", "order is not resolved"
+    assert data.shuffle_streams != "auto", "shuffle_streams is not resolved"
+    return WindowedOrder(
+        shard_counts=[shard.count for shard in train.shards],
+        seed=steps.seed,
+        batch_size=steps.batch_size,
+        streams=data.shuffle_streams,
+        window=data.shuffle_window,
+    )
+
+
+def _train_split(manifest: Manifest) -> Split:
+    if "train" not in manifest.splits:
+        raise UserError(f"these shards have no train split, only {', '.join(manifest.splits)}; use others for training")
+    return manifest.splits["train"]

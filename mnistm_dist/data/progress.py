@@ -1,21 +1,15 @@
-"""How work in `mnistm_dist.data` tells of its progress: it calls a function that its caller gives; and its advice."""
-
-from __future__ import annotations
+"""The callback by which long work reports its progress."""
 
 from collections.abc import Callable
 
-Progress = Callable[[int, int], None]
-"""Called with (done, total)."""
-
-AGAIN = "copy the set again, or pack it again"
-"""What to do about a packed set that is damaged: the end of a `UserError`."""
+Progress = Callable[[int, int], None]  # called with (done, total)
 
 
 def stage(progress: Progress | None, number: int, stages: int) -> Progress:
-    """Progress within one of several stages that each go once through everything, told as progress of the whole."""
+    """Return a callback for stage ``number`` of ``stages`` over the same items, which reports overall progress."""
 
-    def tell(done: int, total: int) -> None:
+    def report(done: int, total: int) -> None:
         if progress is not None:
             progress((number * total + done) // stages, total)
 
-    return tell
+    return report

@@ -1,41 +1,54 @@
-"""Packed shards, opened: random access to any sample of a set of WebDataset tars, and the check that they are whole.
+"""Packed shards: random access to the samples of a set of WebDataset tars, and the check that its files are intact.
 
-A set is a folder with ``manifest.json``, per split its tars and its index (``train.index.npy``). A sample's id is its
-place in storage order within its split: shards in the manifest's order, samples in their order within the shard.
-Everything downstream uses that id. ``data/packing.py`` writes such a folder; ``shards/README.md`` documents it.
+A set is a folder with ``manifest.json`` and, per split, its tars and its index (``train.index.npy``). A sample's id is
+its place in storage order within its split: shards in the manifest's order, samples in their order within the shard.
+Everything downstream uses that id. ``data/packing`` writes such a folder; ``shards/README.md`` documents it.
 """
 
-from __future__ import annotations
-
 import os
-import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 
-from mnistm_dist.data.index import open_index
-from mnistm_dist.data.integrity import FileClaim, check_files
-from mnistm_dist.data.manifest import MANIFEST_NAME, Manifest, Shard, Split, parse
-from mnistm_dist.data.progress import AGAIN, Progress
-from mnistm_dist.errors import UserError
+from mnistm_dist.data.integrity import FileClaim, find_damaged
+from mnistm_dist.data.manifest import MANIFEST_NAME, REPAIR, Manifest, SetFile, Split, open_index, parse
+from mnistm_dist.data.progress import Progress
+from mnistm_dist.errors import UserError, os_error_reason
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Block:
+    """The encoded images of some samples, with what lies between neighbours in their shards."""
+
+    ids: np.ndarray
+    """The samples, int64 (n,)."""
+    data: np.ndarray
+    """uint8 (bytes,)."""
+    offsets: np.ndarray
+    """Where each PNG starts in ``data``, int64 (n,)."""
+    sizes: np.ndarray
+    """Bytes of each PNG, int64 (n,)."""
+
+    def png(self, place: int) -> bytes:
+        """Return the PNG of the sample ``ids[place]``."""
+        start = int(self.offsets[place])
+        return self.data[start : start + int(self.sizes[place])].tobytes()
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardSet:
-    """A packed set in a local folder, which may be read-only. Holds no open file, so it may be pickled and forked."""
+    """A packed set in a local folder, which may be read-only. Holds no open file, so it can be pickled and forked."""
 
     root: Path
     manifest: Manifest
 
     @staticmethod
-    def open(path: str | Path) -> ShardSet:
-        """Reads and validates the manifest of the set in the folder ``path``; touches no shard.
-
-        Raises `UserError`: no such folder, no manifest in it, or not one that `parse` of data/manifest.py accepts.
-        """
+    def open(path: str | Path) -> "ShardSet":
+        """Read and validate the manifest of the set in the folder ``path``; no shard is opened. Raises `UserError`."""
         root = Path(path)
         where = root / MANIFEST_NAME
         try:
@@ -43,128 +56,127 @@ class ShardSet:
                 return ShardSet(root=root, manifest=parse(where.read_bytes(), str(where)))
             found = "a file" if root.is_file() else f"no {MANIFEST_NAME} in it" if root.exists() else "no such folder"
         except OSError as error:
-            raise UserError(f"{where}: cannot be read ({error.strerror})") from error
-        raise UserError(
-            f"{root}: {found}; a packed set is a folder that python -m mnistm_dist.pack SOURCE --out DIR makes"
-        )
+            found = f"cannot be read ({os_error_reason(error)})"
+        raise UserError(f"{root}: {found}; python -m mnistm_dist.pack SOURCE --out DIR makes a packed set")
 
     def split(self, name: str) -> Split:
-        """The split of that name. Raises `UserError` where the set has none."""
+        """Return the split of that name. Raises `UserError` if the set has none."""
         if name not in self.manifest.splits:
-            raise UserError(
-                f"{self.root}: no {name} split; it has {', '.join(self.manifest.splits)}: choose one of these"
-            )
+            raise UserError(f"{self.root}: no {name} split; choose one of {', '.join(self.manifest.splits)}")
         return self.manifest.splits[name]
 
     def index(self, split: str) -> np.ndarray:
-        """The split's index in storage order, mapped read-only: one row of `index_dtype` per sample, shape (count,).
+        """Map the split's index read-only: a row of `index_dtype` per sample in storage order, shape (count,).
 
-        Raises `UserError` if the file is missing, not of the manifest's size, or no such array. `check` verifies its
-        hash.
+        Raises `UserError` if the file is not such an array. `check` verifies its hash.
         """
         entry = self.split(split)
-        return open_index(self.root / entry.index_name, count=entry.count, size=entry.index_size)
+        return open_index(self.root / entry.index.name, entry.count)
 
-    def keys(self, split: str, ids: Iterable[int] | np.ndarray) -> list[str]:
-        """The keys of the samples ``ids``, in the given order.
+    def keys(self, split: str, ids: Sequence[int] | np.ndarray) -> list[str]:
+        """Return the keys of the samples ``ids``, in their order."""
+        return [key.decode("ascii", "backslashreplace") for key in self.index(split)["key"][_as_ids(ids)].tolist()]
 
-        Raises `UserError` for a key that is no ASCII, `IndexError` for an id that is none.
-        """
-        keys = self.index(split)["key"][_as_ids(ids, self.split(split))].tolist()
-        try:
-            return [key.decode("ascii") for key in keys]
-        except UnicodeDecodeError:
-            where = self.root / self.split(split).index_name
-            raise UserError(f"{where}: it holds keys that are no ASCII: {AGAIN}") from None
-
-    def labels(self, split: str) -> np.ndarray:
-        """The label of every sample in storage order: int64 (count,).
-
-        Raises `UserError` for a label that is no class.
-        """
-        labels = self.index(split)["label"].astype(np.int64)
-        if labels.min() < 0 or labels.max() >= len(self.manifest.classes):
-            raise UserError(f"{self.root / self.split(split).index_name}: it holds labels that are no class: {AGAIN}")
+    def labels(self, split: str, rows: np.ndarray | None = None) -> np.ndarray:
+        """Return the labels of the rows of the index (all by default), int64 (n,). Raises `UserError` for one that is
+        not a class."""
+        labels = (self.index(split) if rows is None else rows)["label"].astype(np.int64)
+        if labels.size and not 0 <= labels.min() <= labels.max() < len(self.manifest.classes):
+            raise self.bad_index(split, "has labels that are not classes")
         return labels
 
-    def shard_starts(self, split: str) -> np.ndarray:
-        """The id of each shard's first sample, and at the end the split's count: int64 (shards + 1,)."""
-        counts = [shard.count for shard in self.split(split).shards]
-        return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+    def read(self, split: str, ids: Sequence[int] | np.ndarray) -> list[bytes]:
+        """Return the PNGs of the samples ``ids``, in their order; each of their shards is opened once.
 
-    def read(self, split: str, ids: Iterable[int] | np.ndarray) -> list[bytes]:
-        """The PNG bytes of the samples ``ids``, in the given order; each shard among them is opened once.
+        Raises `UserError` naming a shard that is missing or not of the manifest's size.
+        """
+        unique, places = np.unique(_as_ids(ids), return_inverse=True)
+        block = self.read_block(split, unique, self.index(split))
+        return list(map(block.png, places.tolist()))
 
-        Raises `UserError` naming the shard if it is missing or not of the manifest's size, `IndexError` for an id that
-        is none.
+    def read_block(
+        self, split: str, ids: np.ndarray, index: np.ndarray, verify: Callable[[int, int], None] | None = None
+    ) -> Block:
+        """Read the PNGs of the samples ``ids``, int64 (n,): neighbours in a shard by one sequential read.
+
+        ``index`` is the mapped index of the split. ``verify(shard, descriptor)`` is called when a shard, given by its
+        number, has been opened. Raises `UserError` as `read`, and if the index does not fit the shards.
         """
         entry = self.split(split)
-        wanted = _as_ids(ids, entry)
-        rows = self.index(split)[wanted]
-        shard_of = np.searchsorted(self.shard_starts(split), wanted, side="right") - 1
-        found: list[bytes] = [b""] * len(wanted)
-        for number in np.unique(shard_of).tolist():
-            places = np.flatnonzero(shard_of == number)
-            spans = zip(rows["offset"][places].tolist(), rows["size"][places].tolist(), strict=True)
-            for place, data in zip(places.tolist(), _read_spans(self.root, entry.shards[number], spans), strict=True):
-                found[place] = data
-        return found
+        shard_of = np.searchsorted(entry.shard_starts, ids, side="right") - 1
+        numbers, inverse = np.unique(shard_of, return_inverse=True)
+        limits = np.array([entry.shards[number].size for number in numbers], dtype=np.int64)[inverse]
+        rows = index[ids]
+        offsets, sizes = rows["offset"].astype(np.int64), rows["size"].astype(np.int64)
+        neighbours = (np.diff(ids) == 1) & (np.diff(shard_of) == 0)
+        # A sum that exceeds an int64 becomes negative.
+        ends = offsets + sizes
+        apart = ~neighbours | (offsets[1:] >= ends[:-1])
+        if not (apart.all() and ((offsets >= 0) & (sizes > 0) & (ends > 0) & (ends <= limits)).all()):
+            raise self.bad_index(split, "does not fit its shards")
+        # Where a run of neighbours starts, and at the end the number of ids; without ids there is no run.
+        edges = np.flatnonzero(np.concatenate([[True], ~neighbours, [True]])[: len(ids) + 1])
+        firsts, lasts = edges[:-1], edges[1:] - 1
+        lengths = ends[lasts] - offsets[firsts]
+        starts = np.cumsum(lengths) - lengths
+        data = np.empty(lengths.sum(), dtype=np.uint8)
+        spans = zip(shard_of[firsts].tolist(), offsets[firsts].tolist(), starts.tolist(), lengths.tolist(), strict=True)
+        for shard, shard_spans in groupby(spans, key=lambda span: span[0]):
+            with self._opened(entry.shards[shard]) as descriptor:
+                if verify is not None:
+                    verify(shard, descriptor)
+                for _, offset, start, length in shard_spans:
+                    _read_into(descriptor, data[start : start + length].data, offset)
+        in_data = offsets + np.repeat(starts - offsets[firsts], np.diff(edges))
+        return Block(ids=ids, data=data, offsets=in_data, sizes=sizes)
+
+    @contextmanager
+    def _opened(self, shard: SetFile) -> Iterator[int]:
+        """Yield the descriptor of a shard. An `OSError` of the block becomes a `UserError` that names the shard."""
+        path = self.root / shard.name
+        try:
+            # O_NONBLOCK: do not hang at a pipe. It has no effect on a regular file.
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            try:
+                size = os.fstat(descriptor).st_size
+                if size != shard.size:
+                    raise UserError(f"{path}: {size:,} bytes instead of {shard.size:,}; {REPAIR}")
+                yield descriptor
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({os_error_reason(error)}); {REPAIR}") from error
 
     def files(self, splits: Iterable[str]) -> list[FileClaim]:
-        """What the manifest claims of each file of the splits: the index first, then the shards in order."""
-        claims = []
-        for split in map(self.split, splits):
-            claims.append(
-                FileClaim(path=self.root / split.index_name, size=split.index_size, sha256=split.index_sha256)
-            )
-            claims += [FileClaim(path=self.root / s.name, size=s.size, sha256=s.sha256) for s in split.shards]
-        return claims
+        """Return what the manifest claims of each file of the splits: per split the index, then the shards in order."""
+        listed = [file for split in map(self.split, splits) for file in (split.index, *split.shards)]
+        return [FileClaim(path=self.root / file.name, size=file.size, sha256=file.sha256) for file in listed]
 
     def check(self, splits: Iterable[str], *, record: Path | None, progress: Progress | None = None) -> None:
-        """Makes sure that every file of the splits is what the manifest says: stats all, hashes again what needs it.
+        """Check that every file of the splits is what the manifest says: see `find_damaged`.
 
-        ``record`` is a JSON file of what was verified earlier, made or brought up to date; a file that has not changed
-        since is not hashed again. None hashes everything. ``progress(done, total)`` counts bytes. Raises `UserError`
-        naming the first file that is missing, cut or changed.
+        ``record`` is a JSON file of earlier checks; None hashes everything. ``progress(done, total)`` counts bytes.
+        Raises `UserError` naming the first file that is missing, truncated or changed.
         """
-        check_files(self.files(splits), record=record, progress=progress)
+        damaged = list(find_damaged(self.files(splits), record=record, progress=progress))
+        if damaged:
+            claim, finding = damaged[0]
+            others = f" ({len(damaged) - 1} more files are damaged)" if len(damaged) > 1 else ""
+            raise UserError(f"{claim.path}: {finding.status}: {finding.detail}{others}; {REPAIR}")
+
+    def bad_index(self, split: str, what: str) -> UserError:
+        """Return the error that the split's index is damaged."""
+        return UserError(f"{self.root / self.split(split).index.name}: {what}; {REPAIR}")
 
 
-def _as_ids(ids: Iterable[int] | np.ndarray, split: Split) -> np.ndarray:
-    wanted = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), dtype=np.int64)
-    if wanted.size and (wanted.min() < 0 or wanted.max() >= split.count):
-        raise IndexError(f"ids of {split.name} are 0 to {split.count - 1}")
-    return wanted
+def _as_ids(ids: Sequence[int] | np.ndarray) -> np.ndarray:
+    return np.asarray(ids, dtype=np.int64)
 
 
-def _read_spans(root: Path, shard: Shard, spans: Iterable[tuple[int, int]]) -> list[bytes]:
-    path, found = root / shard.name, []
-    with opened_shard(path) as descriptor:
-        state = os.fstat(descriptor)
-        if not stat.S_ISREG(state.st_mode) or state.st_size != shard.size:
-            raise UserError(f"{path}: {state.st_size:,} bytes, the manifest says {shard.size:,}: {AGAIN}")
-        for offset, size in spans:
-            if not 0 <= offset <= offset + size <= shard.size:
-                raise UserError(f"{path}: the index points outside of it: {AGAIN}")
-            data = os.pread(descriptor, size, offset)
-            if len(data) != size:
-                raise UserError(f"{path}: cut short while it was read: {AGAIN}")
-            found.append(data)
-    return found
-
-
-@contextmanager
-def opened_shard(path: Path) -> Iterator[int]:
-    """Gives the descriptor of a shard. What the system says against it, in the block too, is a `UserError` that names
-    it."""
-    try:
-        # O_NONBLOCK: a pipe in a shard's place must not hang us; it changes nothing for a regular file.
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
-            yield descriptor
-        finally:
-            os.close(descriptor)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: missing: {AGAIN}") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}): {AGAIN}") from error
+def _read_into(descriptor: int, target: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(target):
+        count = os.preadv(descriptor, [target[done:]], offset + done)
+        if not count:
+            raise OSError("truncated while it was read")
+        done += count

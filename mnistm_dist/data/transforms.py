@@ -1,10 +1,8 @@
-"""uint8 images to what the model sees: whole batches, on the device where they lie.
+"""uint8 images to the model's input: whole batches, on the device where they are.
 
-Every random number comes from (seed, position), so an image is augmented alike on any rank, in any micro-batch, after
-any restart.
+Every random number comes from (seed, position), so an image is augmented in the same way on any rank, in any
+micro-batch, after any restart.
 """
-
-from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
@@ -17,18 +15,17 @@ from torch.nn import functional
 from mnistm_dist.config import AugmentConfig
 from mnistm_dist.data.hashing import uniform
 
-POINTS = 5
-"""Points on a side of the square grid that an elastic deformation displaces."""
+POINTS = 5  # points per side of the square grid that an elastic deformation displaces
+# Random numbers per image: shift x and y, rotation, scale, inversion, whether and how channels are permuted, cutout
+# x and y, shear, displacement in x of each of the points, then in y.
 DRAWS = 60
-"""Random numbers of one image: shift x and y, rotation, scale, inversion, whether and how channels are permuted,
-cutout x and y, shear, displacement in x of each of the points, then in y."""
 
 
 class Preprocess:
-    """Resize and normalise, as evaluation, prediction and export see images.
+    """Normalise and resize, as in evaluation, prediction and export.
 
-    ``mean`` and ``std`` are per channel, of values from 0 to 1. Call it with uint8 (B, H, W, 3); it gives float32
-    (B, 3, size, size) in the memory format channels_last if the input is contiguous.
+    ``mean`` and ``std`` are per channel, of values from 0 to 1. Called with uint8 (B, H, W, 3), it returns float32
+    (B, 3, size, size), in the memory format channels_last if the input is contiguous.
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device | str = "cpu") -> None:
@@ -39,11 +36,10 @@ class Preprocess:
         return resize(self.normalise(images), size)
 
     def normalise(self, images: Tensor) -> Tensor:
-        """uint8 (B, H, W, 3) to float32 (B, 3, H, W) of mean 0 and standard deviation 1, in the memory format
-        channels_last.
+        """Convert uint8 (B, H, W, 3) to float32 (B, 3, H, W) of mean 0 and standard deviation 1, channels_last.
 
-        Before the resizing, which is linear: the same result on a quarter of the pixels. By whole rows, since torch's
-        loop over three channels is short: the same bits in a sixth of the time.
+        It precedes the resizing, which is linear: the same result on a quarter of the pixels. It works on whole rows,
+        since torch is slow at loops over three channels: the same bits in a sixth of the time.
         """
         width = images.shape[2]
         mean, std = (values.flatten().repeat(width) for values in (self.mean, self.std))
@@ -52,7 +48,7 @@ class Preprocess:
 
 
 def resize(images: Tensor, size: int) -> Tensor:
-    """Bilinear, corners not aligned, with antialiasing where it shrinks: float (B, C, H, W) to (B, C, size, size)."""
+    """Resize float (B, C, H, W) to (B, C, size, size): bilinear, corners not aligned, antialiased when shrinking."""
     height, width = images.shape[-2:]
     if (height, width) == (size, size):
         return images
@@ -61,21 +57,20 @@ def resize(images: Tensor, size: int) -> Tensor:
 
 
 class Augment:
-    """`Preprocess` with the random changes of `AugmentConfig`, as training sees images."""
+    """`Preprocess` with the random changes of `AugmentConfig`, as in training."""
 
     def __init__(self, config: AugmentConfig, preprocess: Preprocess, seed: int) -> None:
         self.config, self.preprocess, self.seed = config, preprocess, seed
         self.moves = bool(config.shift or config.rotate or config.scale or config.shear or config.elastic)
 
     def __call__(self, images: Tensor, positions: np.ndarray, size: int) -> Tensor:
-        """uint8 (B, H, W, 3) at training ``positions`` int64 (B,) to float32 (B, 3, size, size)."""
+        """Convert uint8 (B, H, W, 3) at training ``positions`` int64 (B,) to float32 (B, 3, size, size)."""
         config = self.config
         if config == AugmentConfig():
             return self.preprocess(images, size)
         draws = torch.from_numpy(uniform(self.seed, positions, DRAWS)).to(images.device, non_blocking=True)
         if config.invert:
-            # 255 - x is x XOR 255; a photo's inverse blended with a digit is the inverse of the blend's kind: |photo -
-            # digit|.
+            # 255 - x is x XOR 255.
             images = images ^ (draws[:, 4] < config.invert).to(torch.uint8).mul_(255).view(-1, 1, 1, 1)
         if config.permute_channels:
             images = permute_channels(images, draws[:, 5] < config.permute_channels, draws[:, 6])
@@ -87,7 +82,7 @@ class Augment:
         return floats
 
     def warp(self, images: Tensor, draws: Tensor, size: int) -> Tensor:
-        """Slants, rotates, scales and shifts about the centre while it resizes; beyond an edge the image is mirrored.
+        """Shear, rotate, scale and shift about the centre while resizing; the image is mirrored beyond its edges.
 
         The affine map takes output to input coordinates in [-1, 1]: p_in = R(angle) S(slant) p_out / scale + shift,
         with S = ((1, slant), (0, 1)) (torch.nn.functional.affine_grid), plus the elastic displacement of p_out.
@@ -113,11 +108,11 @@ class Augment:
 
 
 def elastic_displacement(draws: Tensor, reach_x: float, reach_y: float, size: int) -> Tensor:
-    """A smooth displacement of every pixel, float (B, size, size, 2), x and y of an affine grid.
+    """Return a smooth displacement of every pixel, float (B, size, size, 2): x and y in units of an affine grid.
 
-    ``draws`` (B, 50) in [0, 1) displace 5 x 5 points by up to ``reach_x`` and ``reach_y``, between which it is bicubic:
-    the elastic deformation of Simard et al. 2003, "Best practices for convolutional neural networks applied to visual
-    document analysis", by a coarse grid in place of a Gaussian filter.
+    ``draws`` (B, 50) in [0, 1) displace 5 x 5 points by up to ``reach_x`` and ``reach_y``; between them it is
+    interpolated, bicubic. This is the elastic deformation of Simard et al. 2003, "Best practices for convolutional
+    neural networks applied to visual document analysis", with a coarse grid instead of a Gaussian filter.
     """
     points = (draws * 2 - 1).view(-1, 2, POINTS, POINTS)
     smooth = functional.interpolate(points, (size, size), mode="bicubic", align_corners=True)
@@ -128,18 +123,17 @@ CHANNEL_ORDERS = tuple(itertools.permutations(range(3)))
 
 
 def permute_channels(images: Tensor, chosen: Tensor, draw: Tensor) -> Tensor:
-    """uint8 (B, H, W, 3) with the channels of ``chosen`` images, bool (B,), in one of six orders, by ``draw`` in [0,
-    1)."""
+    """Permute the channels of the ``chosen`` images, bool (B,), of uint8 (B, H, W, 3), to one of six orders by ``draw``
+    in [0, 1)."""
     orders = torch.tensor(CHANNEL_ORDERS, device=images.device)
     picked = orders[torch.where(chosen, (draw * len(CHANNEL_ORDERS)).long(), 0)]
     return images.gather(3, picked.view(-1, 1, 1, 3).expand_as(images))
 
 
 def cut_out(images: Tensor, centres: Tensor, width: float, height: float) -> Tensor:
-    """float (B, C, H, W) with a rectangle at ``centres`` (B, 2), x and y in [0, 1), set to 0, the mean. Sides are
-    shares of the image.
+    """Set a rectangle of float (B, C, H, W) at ``centres`` (B, 2), x and y in [0, 1), to 0, which is the mean.
 
-    DeVries and Taylor 2017, arXiv 1708.04552.
+    ``width`` and ``height`` are fractions of the image's. DeVries and Taylor 2017, arXiv 1708.04552.
     """
     rows = (torch.arange(images.shape[-2], device=images.device) + 0.5) / images.shape[-2]
     columns = (torch.arange(images.shape[-1], device=images.device) + 0.5) / images.shape[-1]

@@ -1,13 +1,12 @@
-"""Checkpoints: written beside, hashed, fsynced, renamed, and only then are old ones pruned.
+"""Checkpoints: written under a temporary name, hashed, synced and renamed; only then are old ones removed.
 
 ``RUN/checkpoints/step-00000640/`` is the state after 640 steps::
 
-    model.safetensors           the weights to evaluate and to use (the averaged ones where the recipe averages)
-    training_state.safetensors  the optimizer's tensors by parameter name; the trained weights where the model's are
-                                averaged
-    state.json                  step, scalars, and size and sha256 of the two files
+    model.safetensors           the weights to evaluate and to use (the averaged weights if the recipe has them)
+    training_state.safetensors  the optimizer's tensors by parameter name; the trained weights if the model's are
+    averaged state.json                  step, scalars, and size and sha256 of the two files
 
-A folder is whole when state.json is there and both files have their hashes. Nothing random is saved: the order and
+A checkpoint is complete if state.json exists and both files have their hashes. No random state is saved: the order and
 every augmentation are functions of (seed, step).
 """
 
@@ -15,166 +14,124 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mnistm_dist.config import LARGEST_IMAGE_SIZE
-from mnistm_dist.data.files import sync
 from mnistm_dist.errors import UserError, os_error_reason
+from mnistm_dist.files import fsync_path, write_atomic
+from mnistm_dist.training.train_state import TrainingHistory, TrainState
 
-FORMAT = 1
+FORMAT: Literal[1] = 1
 MODEL, TRAINING, STATE = "model.safetensors", "training_state.safetensors", "state.json"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Scalars(_Record):
+    """What a checkpoint holds beside its tensors."""
+
+    history: TrainingHistory
+    shards: str
+    """Identity of the packed set."""
+    classes: list[str] = Field(min_length=1)
+    """Names, in the order of the model's outputs."""
+    micro_batch: int = Field(gt=0)
+    """Images per forward."""
+    threads: int = Field(gt=0)
+    """CPU threads per process."""
+    scaler: dict[str, Any] | None
+    """State of the gradient scaler; None unless the precision is fp16."""
+    averaged: bool
+    """Whether model.safetensors holds the averaged weights."""
+    image_size: int = Field(gt=0, le=1024)
+    """Image size of the last step, pixels: evaluation uses it."""
+    mean: list[float] = Field(min_length=3, max_length=3)
+    """Per channel, for the normalisation, on a scale of 0 to 1."""
+    std: list[float] = Field(min_length=3, max_length=3)
+
+
+class _Digest(_Record):
+    size: int
+    sha256: str
+
+
+class _Document(_Record):
+    format: Literal[1]
+    step: int = Field(ge=0)
+    files: dict[str, _Digest]
+    scalars: Scalars
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A whole checkpoint on disk."""
+    """A complete checkpoint on disk."""
 
     path: Path
     step: int
     """Steps done."""
-    state: dict[str, Any]
-    """What `save` was given as ``scalars``."""
+    scalars: Scalars
 
 
-def save(
-    run_dir: Path,
-    *,
-    step: int,
-    model: nn.Module,
-    averaged: nn.Module | None,
-    optimizer: torch.optim.Optimizer,
-    scalars: dict[str, Any],
-) -> Path:
-    """Writes the state after ``step`` steps and returns its folder. Rank 0 alone.
+def save(run_dir: Path, state: TrainState, scalars: Scalars) -> Path:
+    """Write the state and return the checkpoint's folder. Rank 0 only.
 
-    ``scalars`` is what JSON can hold. Training goes on bit for bit as if nothing had been saved. Raises `UserError`
-    where the disk is full or cannot be written.
+    Saving changes nothing in the training state. Raise `UserError` if the disk is full or cannot be written.
     """
-    tensors = optimizer_tensors(model, optimizer)
-    if averaged is not None:
-        tensors |= {f"model.{name}": value for name, value in model.state_dict().items()}
-    final = checkpoint_dir(run_dir, step)
-    temporary = final.with_name(f".{final.name}.{os.getpid()}")
+    tensors = _optimizer_tensors(state)
+    if state.ema is not None:
+        tensors |= {f"model.{name}": value for name, value in state.model.state_dict().items()}
+    final = checkpoint_dir(run_dir, state.steps_done)
+    temporary = final.with_name(f".{final.name}.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         files = {
-            MODEL: _write_tensors(temporary / MODEL, (averaged or model).state_dict()),
+            MODEL: _write_tensors(temporary / MODEL, state.eval_model.state_dict()),
             TRAINING: _write_tensors(temporary / TRAINING, tensors),
         }
-        document = {"format": FORMAT, "step": step, "files": files, "scalars": scalars}
-        write_durably(temporary / STATE, json.dumps(document, indent=1).encode())
-        sync(temporary)
+        document = _Document(format=FORMAT, step=state.steps_done, files=files, scalars=scalars)
+        # Through json, since every float must be read back as it was.
+        write_atomic(temporary / STATE, json.dumps(document.model_dump(), indent=1))
+        fsync_path(temporary)
         if final.exists():
-            # A checkpoint of this step that a resume found torn or passed over.
-            _discard(final)
+            # A torn checkpoint of this step, or one after the checkpoint that was resumed.
+            _remove(final)
         temporary.rename(final)
-        sync(final.parent)
+        fsync_path(final.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
-            f"checkpoint {final}: cannot be written ({error}); the last good one stands; free the disk and --resume"
+            f"checkpoint {final}: cannot be written ({error}); the last complete one is kept: "
+            "free some space and --resume"
         ) from error
     return final
 
 
-def prune(run_dir: Path, *, keep: int, best: str | None) -> None:
-    """Removes all but the ``keep`` newest checkpoints and the one named ``best``, and what dead runs left
-    half-written."""
-    folder = run_dir / "checkpoints"
-    whole = sorted(path for path in folder.iterdir() if path.name.startswith("step-"))
-    for path in whole[: max(0, len(whole) - keep)]:
-        if path.name != best:
-            _discard(path)
-    for leftover in folder.glob(".*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+def restore(checkpoint: Checkpoint, state: TrainState) -> None:
+    """Load model, averaged weights, optimizer, history and steps done.
 
-
-def discard_after(run_dir: Path, step: int) -> None:
-    """Removes the checkpoints of later steps: torn ones, and those of a run that goes on from an earlier one."""
-    for path in (run_dir / "checkpoints").glob("step-*"):
-        if path.name > checkpoint_dir(run_dir, step).name:
-            _discard(path)
-
-
-def checkpoint_dir(run_dir: Path, step: int) -> Path:
-    """Where the checkpoint of ``step`` lies, if there is one."""
-    return run_dir / "checkpoints" / f"step-{step:08d}"
-
-
-def is_checkpoint_dir(path: Path) -> bool:
-    """Whether a path is, by its name, a checkpoint of a run, not a run."""
-    return path.name.startswith("step-") and path.parent.name == "checkpoints"
-
-
-def latest(run_dir: Path, tell: Callable[[str], None]) -> Checkpoint | None:
-    """The newest whole checkpoint of a run, or None. A torn one is told by ``tell`` and passed over."""
-    folder = run_dir / "checkpoints"
-    candidates = sorted((p for p in folder.glob("step-*") if p.is_dir()), reverse=True) if folder.is_dir() else []
-    for path in candidates:
-        try:
-            return open_checkpoint(path)
-        except UserError as error:
-            tell(f"{error}; passed over")
-    return None
-
-
-def open_checkpoint(path: Path) -> Checkpoint:
-    """A checkpoint whose files have the hashes that its state names. Raises `UserError` where it is torn or of another
-    format."""
-    try:
-        document = json.loads((path / STATE).read_bytes())
-        step, files, scalars = int(document["step"]), dict(document["files"]), dict(document["scalars"])
-        if document["format"] != FORMAT:
-            raise UserError(
-                f"checkpoint {path}: format {document['format']!r}, this version reads {FORMAT}: "
-                "use the version of mnistm_dist that wrote it"
-            )
-        for name in (MODEL, TRAINING):
-            if _digest(path / name) != dict(files[name]):
-                raise UserError(
-                    f"checkpoint {path}: {name} is not what was written (torn or changed); take another one"
-                )
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
-        told = os_error_reason(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
-        raise UserError(f"checkpoint {path}: not whole ({told}); take another one of the run") from error
-    return Checkpoint(path=path, step=step, state=scalars)
-
-
-def load_model(path: Path, model: nn.Module) -> None:
-    """The weights of a checkpoint into ``model``. Raises `UserError` where they are another model's."""
-    _load_weights(model, load_tensors(path / MODEL), path)
-
-
-def restore(
-    checkpoint: Checkpoint, *, model: nn.Module, averaged: nn.Module | None, optimizer: torch.optim.Optimizer
-) -> None:
-    """Model, averaged model and optimizer as they were at the checkpoint. Raises `UserError` where it is another
-    model's."""
+    Raise `UserError` if the checkpoint is of another model.
+    """
     path = checkpoint.path
     tensors = load_tensors(path / TRAINING)
-    if averaged is None:
-        load_model(path, model)
-    else:
-        load_model(path, averaged)
-        _load_weights(model, {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}, path)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = optimizer.state_dict()["param_groups"]
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state: dict[int, dict[str, Tensor]] = {}
+    load_model(path, state.eval_model)
+    if state.ema is not None:
+        weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+        _load_weights(state.model, weights, path)
+    names = {id(parameter): name for name, parameter in state.model.named_parameters()}
+    parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
+    optimizer_state: dict[int, dict[str, Tensor]] = {}
     for index, parameter in enumerate(parameters):
         prefix = f"optimizer.{names[id(parameter)]}."
         for key, value in tensors.items():
@@ -182,18 +139,104 @@ def restore(
                 if value.shape not in (parameter.shape, ()):
                     raise UserError(f"checkpoint {path}: {key} has the shape {tuple(value.shape)}: another model's")
                 if value.shape == parameter.shape:
-                    # In the parameter's memory format, as the optimizer made it: other strides are slower.
+                    # In the parameter's memory format, as the optimizer created it: other strides are slower.
                     value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-                state.setdefault(index, {})[key.removeprefix(prefix)] = value
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+                optimizer_state.setdefault(index, {})[key.removeprefix(prefix)] = value
+    groups = state.optimizer.state_dict()["param_groups"]
+    state.optimizer.load_state_dict({"state": optimizer_state, "param_groups": groups})
+    state.history, state.steps_done = checkpoint.scalars.history, checkpoint.step
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's tensors as ``optimizer.PARAMETER.KEY``."""
+def prune(run_dir: Path, *, keep: int, best_step: int | None) -> None:
+    """Remove all checkpoints but the ``keep`` newest and the one of ``best_step``, and what killed runs left behind."""
+    folder = run_dir / "checkpoints"
+    checkpoints = sorted(path for path in folder.iterdir() if path.name.startswith("step-"))
+    for path in checkpoints[: max(0, len(checkpoints) - keep)]:
+        if best_step is None or path != checkpoint_dir(run_dir, best_step):
+            _remove(path)
+    for leftover in folder.glob(".*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def remove_after(run_dir: Path, step: int) -> None:
+    """Remove the checkpoints of later steps: torn ones, and those after the checkpoint that a run resumes from."""
+    for path in (run_dir / "checkpoints").glob("step-*"):
+        if path.name > checkpoint_dir(run_dir, step).name:
+            _remove(path)
+
+
+def checkpoint_dir(run_dir: Path, step: int) -> Path:
+    """Return the folder of the checkpoint of ``step``."""
+    return run_dir / "checkpoints" / f"step-{step:08d}"
+
+
+def is_checkpoint_dir(path: Path) -> bool:
+    """Return whether a path, by its name, is a checkpoint and not a run."""
+    return path.name.startswith("step-") and path.parent.name == "checkpoints"
+
+
+def latest(run_dir: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+    """Return the latest complete checkpoint of a run, or None.
+
+    ``warn`` is called for each torn one, which is skipped.
+    """
+    for path in sorted((run_dir / "checkpoints").glob("step-*/"), reverse=True):
+        try:
+            return open_checkpoint(path)
+        except UserError as error:
+            warn(f"{error}; skipped")
+    return None
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Return the checkpoint in a folder. Raise `UserError` if it is torn, changed, or of another format."""
+    try:
+        content = json.loads((path / STATE).read_bytes())
+        if isinstance(content, dict) and content.get("format") != FORMAT:
+            raise UserError(
+                f"checkpoint {path}: format {content.get('format')!r}, this version reads {FORMAT}: "
+                "use the version of mnistm_dist that wrote it"
+            )
+        document = _Document.model_validate(content)
+        for name in (MODEL, TRAINING):
+            if _digest(path / name) != document.files[name]:
+                raise UserError(f"checkpoint {path}: {name} is torn or was changed; use another checkpoint of the run")
+    except OSError as error:
+        raise UserError(
+            f"checkpoint {path}: incomplete ({os_error_reason(error)}); use another checkpoint of the run"
+        ) from error
+    except (ValidationError, KeyError) as error:
+        reason = (
+            f"{error.errors()[0]['loc']}: {error.errors()[0]['msg']}" if isinstance(error, ValidationError) else error
+        )
+        raise UserError(
+            f"checkpoint {path}: {STATE} was changed ({reason}); use another checkpoint of the run"
+        ) from error
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"checkpoint {path}: {STATE} is torn ({error}); use another checkpoint of the run") from error
+    return Checkpoint(path=path, step=document.step, scalars=document.scalars)
+
+
+def load_model(path: Path, model: nn.Module) -> None:
+    """Load the weights of a checkpoint into ``model``. Raise `UserError` if they are another model's."""
+    _load_weights(model, load_tensors(path / MODEL), path)
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file, on the CPU. Raise `UserError` if it is damaged."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read as safetensors ({error})") from error
+
+
+def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
     return {
         f"optimizer.{name}.{key}": value
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
+        for name, parameter in state.model.named_parameters()
+        for key, value in state.optimizer.state.get(parameter, {}).items()
         if isinstance(value, Tensor)
     }
 
@@ -206,116 +249,21 @@ def _load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> N
         raise UserError(f"checkpoint {path}: holds the weights of another model ({detail})") from error
 
 
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """A safetensors file on the CPU. Raises `UserError` where it is damaged."""
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read as safetensors ({error})") from error
-
-
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> _Digest:
     # safetensors refuses channels_last tensors; contiguous copies resume bit for bit.
     save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
-    sync(path)
+    fsync_path(path)
     return _digest(path)
 
 
-def _digest(path: Path) -> dict[str, Any]:
+def _digest(path: Path) -> _Digest:
     with path.open("rb") as file:
-        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        return _Digest(size=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
 
 
-def _discard(path: Path) -> None:
-    """Removes a folder that from the first moment on no longer looks like a checkpoint."""
-    doomed = path.with_name(f".{path.name}.old")
-    shutil.rmtree(doomed, ignore_errors=True)
-    path.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    """Writes a file so that after a crash it is there whole or not at all: beside, fsync, rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-@dataclass
-class TrainingHistory:
-    """What of a run's past stands in a checkpoint, beside the weights."""
-
-    train_seconds: float = 0.0
-    """In training steps, over all launches: without evaluation, saving and starting."""
-    evaluate_seconds: float = 0.0
-    """In evaluations on val, over all launches."""
-    save_seconds: float = 0.0
-    """In writing checkpoints and pruning them, over all launches, up to the one before this checkpoint."""
-    best: dict[str, Any] | None = None
-    """The best evaluation on val so far: step, accuracy, image_size."""
-    pending: list[float] = field(default_factory=list)
-    """Losses of the steps since the last row of the log."""
-
-
-def check_state(checkpoint: Checkpoint) -> None:
-    """Raises `UserError` where a field of a run's checkpoint is missing or holds what it cannot: the file was changed,
-    since a run writes it whole."""
-    state = checkpoint.state
-    past = state.get("past")
-    past = past if isinstance(past, dict) else {}
-    best, pending = past.get("best"), past.get("pending")
-    known = {f.name for f in fields(TrainingHistory)}
-    wrong = {
-        "shards": not isinstance(state.get("shards"), str),
-        "micro_batch": not _whole(state.get("micro_batch")),
-        "threads": not _whole(state.get("threads")),
-        "scaler": not isinstance(state.get("scaler"), dict | None),
-        "averaged": not isinstance(state.get("averaged"), bool),
-        "image_size": not _is_side(state.get("image_size")),
-        "mean": not _three_numbers(state.get("mean"), above=-math.inf),
-        "std": not _three_numbers(state.get("std"), above=0),
-        "past": not {"best", "pending"} <= past.keys() <= known,
-        "past.seconds": not all(_is_number(past[key]) for key in past if key.endswith("_seconds")),
-        "past.best": best is not None and not _is_best(best),
-        # A loss that is no number is told by the next step.
-        "past.pending": not (isinstance(pending, list) and all(type(loss) is float for loss in pending)),
-    }
-    for name, is_wrong in wrong.items():
-        if is_wrong:
-            raise UserError(
-                f"checkpoint {checkpoint.path}: {STATE} does not hold what a run writes (scalars: {name}), so it was "
-                "changed; take another checkpoint of the run"
-            )
-
-
-def _is_best(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and value.keys() == {"step", "accuracy", "image_size"}
-        and _whole(value["step"])
-        and _is_number(value["accuracy"])
-        and _is_side(value["image_size"])
-    )
-
-
-def _whole(value: Any) -> bool:
-    return type(value) is int and 0 < value < 2**63
-
-
-def _is_side(value: Any) -> bool:
-    return _whole(value) and value <= LARGEST_IMAGE_SIZE
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e300
-
-
-def _three_numbers(value: Any, *, above: float) -> bool:
-    return isinstance(value, list) and len(value) == 3 and all(_is_number(x) and x > above for x in value)
+def _remove(path: Path) -> None:
+    """Remove a folder; from the first moment on it no longer looks like a checkpoint."""
+    renamed = path.with_name(f".{path.name}.old")
+    shutil.rmtree(renamed, ignore_errors=True)
+    path.rename(renamed)
+    shutil.rmtree(renamed, ignore_errors=True)

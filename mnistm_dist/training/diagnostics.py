@@ -1,8 +1,4 @@
-"""Two checks before a debug run trains: the first loss is that of a guess, and one batch can be learnt by heart.
-
-Karpathy's "A Recipe for Training Neural Networks" (2019) asks for both: a wrong label column, a dead layer or a broken
-normalisation shows here in seconds.
-"""
+"""Diagnostics of a run: sanity checks before the first step, and a profiler trace."""
 
 from __future__ import annotations
 
@@ -17,68 +13,66 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile, schedule
 
-FIRST_LOSS_TOLERANCE = 0.7
-"""How far the first loss may be from ln(classes): BatchNorm in the head gives the untrained logits a spread."""
-STEPS, LEARNT = 60, 0.05
-"""Steps of Adam on one batch, and the loss below which it counts as learnt."""
+INITIAL_LOSS_TOLERANCE = 0.7
+"""Accepted distance of the initial loss from ln(classes): BatchNorm in the head spreads the untrained logits."""
+OVERFIT_STEPS, OVERFIT_LOSS = 60, 0.05
+"""Steps of Adam on one batch, and the loss that they must reach."""
+SKIPPED_STEPS, WARM_UP_STEPS = 4, 1
+"""Steps of a launch before the traced ones: without the profiler (first allocations, compilation), and with it."""
+OPERATORS_SHOWN = 40
 
 
-class CheckFailed(RuntimeError):
-    """A check before training did not hold."""
+class SanityCheckFailed(RuntimeError):
+    """A sanity check failed before training."""
 
 
-def check_model_learns(model: nn.Module, images: Tensor, labels: Tensor, classes: int) -> tuple[float, float]:
-    """Gives the first loss and the last one after `STEPS` steps on one batch; ``model`` itself stays as it was.
+def check_model_learns(model: nn.Module, images: Tensor, labels: Tensor, num_classes: int) -> tuple[float, float]:
+    """Check that the initial loss is ln(classes) and that one batch can be overfitted; ``model`` is not changed.
 
-    ``images`` float (B, 3, H, W), normalised; ``labels`` int64 (B,). Raises `CheckFailed` with the figure that is off.
+    A wrong label column, a dead layer or a broken normalisation shows here in seconds: Karpathy, "A Recipe for Training
+    Neural Networks" (2019). ``images`` float (B, 3, H, W), normalised; ``labels`` int64 (B,). Return the first and the
+    last loss. Raise `SanityCheckFailed` with the value that is off.
     """
     probe_model = copy.deepcopy(model).train()
     optimizer = torch.optim.Adam(probe_model.parameters(), lr=2e-3)
     losses = []
-    for _ in range(STEPS):
+    for _ in range(OVERFIT_STEPS):
         loss = functional.cross_entropy(probe_model(images).float(), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
-    if not abs(losses[0] - math.log(classes)) < FIRST_LOSS_TOLERANCE:
-        raise CheckFailed(
-            f"the first loss is {losses[0]:.3f}, a guess among {classes} classes has {math.log(classes):.3f}"
+    if not abs(losses[0] - math.log(num_classes)) < INITIAL_LOSS_TOLERANCE:
+        raise SanityCheckFailed(
+            f"the initial loss is {losses[0]:.3f}; expected about ln({num_classes}) = {math.log(num_classes):.3f}"
         )
-    if not losses[-1] < LEARNT:
-        raise CheckFailed(f"one batch could not be learnt by heart: loss {losses[-1]:.3f} after {STEPS} steps")
+    if not losses[-1] < OVERFIT_LOSS:
+        raise SanityCheckFailed(f"one batch cannot be overfitted: loss {losses[-1]:.3f} after {OVERFIT_STEPS} steps")
     return losses[0], losses[-1]
 
 
-SKIPPED, WARM_UP = 4, 1
-"""Steps of a launch before the traced ones: without the profiler (first allocations, compilation), and with it
-(its own start)."""
-OPERATORS_SHOWN = 40
-
-
 @contextmanager
-def traced(folder: Path | None, *, steps: int, first_step: int) -> Iterator[Callable[[], None]]:
-    """Gives what the loop calls at the end of each step; traces ``steps`` of them into ``folder``.
+def profile_steps(folder: Path | None, *, steps: int, first_step: int) -> Iterator[Callable[[], None]]:
+    """Trace ``steps`` training steps with torch.profiler; call the yielded function at the end of each step.
 
-    Written there once they are done, named by the first traced step: ``trace-step-00000005.json.gz`` and
-    ``operators-step-00000005.txt``, the operators by their own time. ``first_step`` (from 0) is the launch's first.
-    With no steps, or on a rank without a folder, nothing happens. A run that is too short leaves what it has; one that
-    ends before the traced steps begin leaves nothing.
+    Writes ``trace-step-00000005.json.gz`` (for https://ui.perfetto.dev) and ``operators-step-00000005.txt`` into
+    ``folder``, named by the first traced step. ``first_step`` (from 0) is the first of the launch. With no steps or no
+    folder, nothing is traced.
     """
     if not steps or folder is None:
         yield lambda: None
         return
-    activities, by = [ProfilerActivity.CPU], "self_cpu_time_total"
+    activities, sort_by = [ProfilerActivity.CPU], "self_cpu_time_total"
     if torch.cuda.is_available():
-        activities, by = [*activities, ProfilerActivity.CUDA], "self_device_time_total"
-    name = f"step-{first_step + SKIPPED + WARM_UP:08d}"
+        activities, sort_by = [*activities, ProfilerActivity.CUDA], "self_device_time_total"
+    name = f"step-{first_step + SKIPPED_STEPS + WARM_UP_STEPS:08d}"
 
     def write(profiler: profile) -> None:
         folder.mkdir(exist_ok=True)
         profiler.export_chrome_trace(str(folder / f"trace-{name}.json.gz"))
-        table = profiler.key_averages().table(sort_by=by, row_limit=OPERATORS_SHOWN)
+        table = profiler.key_averages().table(sort_by=sort_by, row_limit=OPERATORS_SHOWN)
         (folder / f"operators-{name}.txt").write_text(table, encoding="utf-8")
 
-    plan = schedule(wait=SKIPPED, warmup=WARM_UP, active=steps, repeat=1)
+    plan = schedule(wait=SKIPPED_STEPS, warmup=WARM_UP_STEPS, active=steps, repeat=1)
     with profile(activities=activities, schedule=plan, on_trace_ready=write) as profiler:
         yield profiler.step

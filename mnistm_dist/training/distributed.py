@@ -1,13 +1,14 @@
-"""The processes of a run: who they are, how they agree, how they leave together.
+"""The processes of a run: how they join, exchange data, agree and shut down.
 
-Accelerate is set up once, here. It prepares the model and the optimizer and nothing else: a prepared loader would be
-sharded twice (accelerate#3547), a prepared scheduler would step once per process (accelerate#2773). Every collective
-of the package stands in this file or says "all ranks take part".
+Accelerate is set up here, once. It prepares the model and the optimizer and nothing else: a prepared loader would be
+sharded twice (accelerate#3547), and a prepared scheduler would step once per process (accelerate#2773). All collective
+operations of the package are in this file; functions that call one say "All ranks take part".
 """
 
 from __future__ import annotations
 
 import os
+import re
 import socket
 import time
 import warnings
@@ -24,7 +25,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import Tensor, nn
 
 from mnistm_dist.config import MachineConfig
-from mnistm_dist.errors import NodeError, RankError, UserError, errors_once_per_node
+from mnistm_dist.errors import NodeError, PeerFailure, RankError, UserError, errors_once_per_node
 from mnistm_dist.training.hardware import (
     Environment,
     Precision,
@@ -38,26 +39,26 @@ from mnistm_dist.training.hardware import (
 T = TypeVar("T")
 
 SETUP_TIMEOUT = timedelta(hours=12)
-"""Limit of the waits until the data is open: one node may decode for long while the others wait for it."""
-HEAD_PATIENCE = 300.0
-"""Seconds in which rank 0 must listen: the processes of a job start together, and a slow disk makes it minutes."""
-FAILURE_PATIENCE = timedelta(seconds=25)
-"""How long a rank that leaves with a person's mistake waits for the others: it may be the only one to have found it.
-Rank 0 comes last, after W&B has been told: up to 20 seconds."""
+"""Limit of each wait until the data is open: one node may decode for hours while the others wait."""
+RENDEZVOUS_SECONDS = 300.0
+"""How long the other ranks wait for rank 0 to listen: on a slow disk, processes start minutes apart."""
+SHUTDOWN_TIMEOUT = timedelta(seconds=25)
+"""How long a rank that exits with an error waits for the others, which may not know of it. Rank 0 may need 20 seconds
+to close its tracker first."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """This process among the others."""
+    """This process and its peers."""
 
     accelerator: Accelerator
     control: dist.ProcessGroup | None
-    """Group on gloo for what the hosts agree on (objects, errors, the action to stop): it never waits for a GPU. None:
-    one process."""
+    """A gloo group for objects, errors and the stop consensus: it never waits for a GPU. None for one process."""
     precision: Precision
     threads: int
+    """CPU threads of this process."""
     collective_timeout: timedelta
-    """How long a collective operation may wait for a process once the data is open; until then `SETUP_TIMEOUT`."""
+    """Limit of each wait for a peer once the data is open; before that it is `SETUP_TIMEOUT`."""
 
     @property
     def rank(self) -> int:
@@ -80,33 +81,37 @@ class World:
         return self.rank == 0
 
     def broadcast_object(self, value: T | None) -> T:
-        """Rank 0's ``value``, on every rank. All ranks take part."""
+        """Return rank 0's ``value`` on every rank. All ranks take part."""
         box = [value]
         if self.control is not None:
             dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]  # type: ignore[return-value]  # rank 0 passes a T
 
-    def run_on_all_ranks(self, work: Callable[[], T]) -> T:
-        """Runs ``work`` on every rank; a person's mistake found on any of them is raised on all. All ranks take part.
+    def run_on_all_ranks(self, function: Callable[[], T]) -> T:
+        """Run ``function`` on every rank; if it raises a `UserError` on one, raise that error on all. All ranks take
+        part.
 
-        Without it the ranks that found nothing wrong would wait for the one that left.
+        Otherwise the ranks without an error would wait for the one that exited.
         """
-        result, mistake = None, None
+        result, message = None, None
         try:
-            result = work()
+            result = function()
         except UserError as error:
-            mistake = str(error)
-        for found in self.gather_objects(mistake):
-            if found is not None:
-                raise UserError(found)
-        return result  # type: ignore[return-value]  # there was no mistake, so work() returned
+            message = str(error)
+        for rank_message in self.gather_objects(message):
+            if rank_message is not None:
+                raise UserError(rank_message)
+        return result  # type: ignore[return-value]  # no error, so function() returned
 
-    def run_on_main(self, work: Callable[[], T]) -> T:
-        """Runs ``work`` on rank 0 and gives its result, or raises its mistake, on every rank. All ranks take part."""
-        return self.broadcast_object(self.run_on_all_ranks(lambda: work() if self.is_main else None))
+    def run_on_main(self, function: Callable[[], T]) -> T:
+        """Run ``function`` on rank 0; return its result, or raise its `UserError`, on every rank.
+
+        All ranks take part.
+        """
+        return self.broadcast_object(self.run_on_all_ranks(lambda: function() if self.is_main else None))
 
     def gather_objects(self, value: T) -> list[T]:
-        """Every rank's ``value`` by rank, on every rank. All ranks take part."""
+        """Return every rank's ``value``, in rank order, on every rank. All ranks take part."""
         if self.control is None:
             return [value]
         values: list[Any] = [None] * self.size
@@ -114,15 +119,18 @@ class World:
         return values
 
     def gather_on_main(self, value: T) -> list[T] | None:
-        """Every rank's ``value`` by rank, on rank 0; None elsewhere. All ranks take part."""
+        """Return every rank's ``value``, in rank order, on rank 0 and None elsewhere. All ranks take part."""
         if self.control is None:
             return [value]
         values: list[Any] | None = [None] * self.size if self.is_main else None
         dist.gather_object(value, values, dst=0, group=self.control)
         return values
 
-    def gather_stacked(self, values: Tensor) -> Tensor:
-        """float (n, k) of every rank as (n, world size * k), rank by rank, on every rank. All ranks take part."""
+    def gather_columns(self, values: Tensor) -> Tensor:
+        """Return float (n, k) of every rank as (n, world size * k), in rank order, on every rank.
+
+        All ranks take part.
+        """
         if self.size == 1:
             return values
         gathered = [torch.empty_like(values) for _ in range(self.size)]
@@ -130,51 +138,57 @@ class World:
         return torch.cat(gathered, dim=1)
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
-        """Rank 0's values into every rank's ``tensors``. All ranks take part."""
+        """Copy rank 0's values into ``tensors`` on every rank. All ranks take part."""
         if self.size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor.detach(), src=0)
 
     def with_run_timeout(self) -> World:
-        """This world once the data is open: from here on no wait for a lost process is longer than
-        ``collective_timeout``. All ranks take part."""
+        """Return this world with ``collective_timeout`` as the limit of every wait. All ranks take part."""
         if self.control is None:
             return self
         return replace(self, control=_control_group(self.collective_timeout))
 
-    def shutdown(self, patience: timedelta | None = None) -> bool:
-        """Ends the process groups once all ranks are here, or after ``patience`` (``collective_timeout`` by default);
-        gives whether all were. All ranks take part."""
+    def shutdown(self, timeout: timedelta | None = None) -> bool:
+        """Destroy the process groups once all ranks are here, or after ``timeout`` (default: ``collective_timeout``).
+
+        Return whether all ranks were here. All ranks take part.
+        """
         if not dist.is_initialized():
             return True
         try:
-            self._wait_for_all(patience or self.collective_timeout)
+            self._barrier(timeout or self.collective_timeout)
             return True
         except RuntimeError:
             return False
         finally:
             dist.destroy_process_group()
 
-    def _wait_for_all(self, patience: timedelta) -> None:
-        """A barrier whose limit holds on every rank: that of torch's monitored_barrier holds on rank 0 alone, and where
-        rank 0 does not come the others would wait for the group's own, of hours."""
+    def _barrier(self, timeout: timedelta) -> None:
+        """Wait for all ranks.
+
+        torch's monitored_barrier applies its limit on rank 0 only, not where rank 0 is missing.
+        """
         token = torch.zeros(1)
         if self.is_main:
             for rank in range(1, self.size):
-                _wait(dist.irecv(token, rank, group=self.control), patience)
+                _wait(dist.irecv(token, rank, group=self.control), timeout)
             for rank in range(1, self.size):
-                _wait(dist.isend(token, rank, group=self.control), patience)
+                _wait(dist.isend(token, rank, group=self.control), timeout)
         else:
-            _wait(dist.isend(token, 0, group=self.control), patience)
-            _wait(dist.irecv(token, 0, group=self.control), patience)
+            _wait(dist.isend(token, 0, group=self.control), timeout)
+            _wait(dist.irecv(token, 0, group=self.control), timeout)
 
-    def shutdown_with_error(self, mistake: UserError) -> UserError:
-        """Leaves with a person's mistake; gives the error to raise, a `RankError` where not all ranks came with it."""
-        return mistake if self.shutdown(FAILURE_PATIENCE) else RankError(str(mistake))
+    def shutdown_with_error(self, error: UserError) -> UserError:
+        """Shut down and return the error to raise: a `RankError` if the other ranks do not have it.
+
+        All ranks take part.
+        """
+        return error if self.shutdown(SHUTDOWN_TIMEOUT) else RankError(str(error))
 
 
 class StopConsensus:
-    """The largest action of any rank, known to all of them one step later.
+    """The largest action that any rank asks for, known to all ranks one step later.
 
     Step s sends this rank's action and reads the answer to step s - 1: no step waits for a message under way, and all
     ranks read the same answer at the same step.
@@ -184,29 +198,27 @@ class StopConsensus:
         self.group = group
         self.pending: tuple[dist.Work, Tensor] | None = None
 
-    def step(self, action: int) -> int:
-        """Sends ``action``; returns the largest of the step before on every rank, 0 at the first; alone, ``action``.
-        All ranks take part."""
+    def exchange(self, action: int) -> int:
+        """Send ``action``; return the largest of the previous step, 0 at the first. For one process, return ``action``.
+
+        All ranks take part.
+        """
         if self.group is None:
             return action
-        agreed = self._receive()
+        agreed = 0
+        if self.pending is not None:
+            work, message = self.pending
+            work.wait()
+            agreed = int(message)
         message = torch.tensor([action], dtype=torch.int32)
         self.pending = (dist.all_reduce(message, op=dist.ReduceOp.MAX, group=self.group, async_op=True), message)
         return agreed
 
-    def _receive(self) -> int:
-        if self.pending is None:
-            return 0
-        work, message = self.pending
-        self.pending = None
-        work.wait()
-        return int(message)
 
+def join(machine: MachineConfig, *, expect_world_size: int | None, collective_timeout: float) -> World:
+    """Join the other processes that the launcher started. All ranks take part.
 
-def start(machine: MachineConfig, *, expect_world_size: int | None, collective_timeout: float) -> World:
-    """Joins the other processes that the launcher started. All ranks take part.
-
-    Raises `UserError` where the world is not what was asked for, or the hardware cannot do what is asked of it.
+    Raise `UserError` if the world size is not the expected one, or if the hardware lacks what was asked for.
     """
     on_gpu = torch.cuda.is_available()
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -216,18 +228,16 @@ def start(machine: MachineConfig, *, expect_world_size: int | None, collective_t
         check_gpus(local_world_size, torch.cuda.device_count())
     if machine.sync_batchnorm and not on_gpu:
         raise UserError(
-            "sync_batchnorm: there is no GPU here, and torch has SyncBatchNorm for GPUs only; use --no-sync-batchnorm"
+            "sync_batchnorm: torch supports SyncBatchNorm on GPUs only, found none; use --no-sync-batchnorm"
         )
     precision = choose_precision(machine.precision, os.environ.get("ACCELERATE_MIXED_PRECISION"), native_precisions())
-    threads = machine.threads
-    if threads == "auto":
-        threads = default_threads(local_world_size, os.environ)
+    threads = default_threads(local_world_size, os.environ) if machine.threads == "auto" else machine.threads
     if machine.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     if world_size > 1:
-        wait_for_head(os.environ, min(collective_timeout, HEAD_PATIENCE))
-    # Else Accelerate chooses 1 for several processes on CPU, and warns of it on each of them.
+        wait_for_rank_0(os.environ, min(collective_timeout, RENDEZVOUS_SECONDS))
+    # Otherwise Accelerate sets it to 1 for several processes on CPU, and each process prints a warning.
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     try:
         accelerator = Accelerator(
@@ -242,12 +252,12 @@ def start(machine: MachineConfig, *, expect_world_size: int | None, collective_t
     except dist.DistError as error:
         raise NodeError(
             f"rendezvous at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}: rank "
-            f"{os.environ.get('RANK')} on {socket.gethostname()} found {str(error).splitlines()[0].rstrip('.')}; "
+            f"{os.environ.get('RANK')} on {socket.gethostname()} failed: {str(error).splitlines()[0].rstrip('.')}; "
             f"check that the port is free and that all {world_size} processes started"
         ) from error
     torch.set_num_threads(threads)
     if accelerator.num_processes != world_size:
-        raise UserError(f"world size: the launcher asked for {world_size}, Accelerate has {accelerator.num_processes}")
+        raise UserError(f"world size: the launcher set {world_size}, Accelerate has {accelerator.num_processes}")
     return World(
         accelerator=accelerator,
         control=_control_group(SETUP_TIMEOUT) if world_size > 1 else None,
@@ -259,10 +269,12 @@ def start(machine: MachineConfig, *, expect_world_size: int | None, collective_t
 
 @contextmanager
 def joined(machine: MachineConfig, *, expect_world_size: int | None, collective_timeout: float) -> Iterator[World]:
-    """The processes that the launcher started, as `start` joins them; at the end of the block they leave together, at a
-    person's mistake too. All ranks take part."""
+    """`join` the other processes for the block and shut down with them afterwards, also after a `UserError`.
+
+    All ranks take part.
+    """
     with errors_once_per_node():
-        world = start(machine, expect_world_size=expect_world_size, collective_timeout=collective_timeout)
+        world = join(machine, expect_world_size=expect_world_size, collective_timeout=collective_timeout)
     try:
         yield world
     except UserError as error:
@@ -270,25 +282,41 @@ def joined(machine: MachineConfig, *, expect_world_size: int | None, collective_
     world.shutdown()
 
 
-def _wait(work: dist.Work | None, patience: timedelta) -> None:
-    assert work is not None, "every rank is a member of the control group"
-    work.wait(patience)
+_PEER_FAILURE = re.compile(
+    r"Connection closed by peer|Connection reset by peer|Broken pipe|Application timeout caused pair closure|"
+    r"Timed out waiting \d+ms|[Ww]atchdog caught collective operation timeout|remote process exited|"
+    r"communicator was aborted"
+)
+"""Error texts of gloo and NCCL when a peer is dead, or silent for longer than a collective operation may take."""
 
 
-def _control_group(timeout: timedelta) -> dist.ProcessGroup:
-    group = dist.new_group(backend="gloo", timeout=timeout)
-    assert isinstance(group, dist.ProcessGroup), "every rank is a member of the control group"
-    return group
+@contextmanager
+def peer_failures(collective_timeout: float) -> Iterator[None]:
+    """Turn the error of a collective operation with a dead or silent peer into a `PeerFailure`.
+
+    ``collective_timeout``, in seconds, is named in the message. Other errors pass through.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        match = _PEER_FAILURE.search(str(error))
+        if match is None:
+            raise
+        raise PeerFailure(
+            f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}: another process of the run was killed, or "
+            f"silent for --collective-timeout {collective_timeout:g} s ({match[0]}); see the log of its node; "
+            "resume from the last checkpoint with --resume auto"
+        ) from error
 
 
-def wait_for_head(environment: Environment, patience: float) -> None:
-    """Returns once rank 0 listens; on rank 0, if its own name is known. Raises `UserError` where the name is unknown or
-    nobody listens within ``patience``, in seconds.
+def wait_for_rank_0(environment: Environment, timeout: float) -> None:
+    """Return when rank 0 listens; on rank 0, when its own name resolves.
 
-    The process group would wait as well, but say what it waited for in forty lines.
+    Raise `UserError` if the name is unknown or nobody listens within ``timeout`` seconds. The process group would wait
+    as well, but its error has forty lines.
     """
     address = environment.get("MASTER_ADDR", "127.0.0.1"), int(environment.get("MASTER_PORT", "29500"))
-    deadline = time.monotonic() + patience
+    deadline = time.monotonic() + timeout
     while True:
         try:
             if environment.get("RANK") == "0":
@@ -300,9 +328,9 @@ def wait_for_head(environment: Environment, patience: float) -> None:
             unknown = isinstance(error, socket.gaierror) and error.errno == socket.EAI_NONAME
             if unknown or time.monotonic() > deadline - 0.5:
                 raise NodeError(
-                    f"head node {address[0]}:{address[1]}: not reached by rank {environment.get('RANK')} on "
-                    f"{socket.gethostname()} ({error}); check that rank 0 started there, MASTER_ADDR, MASTER_PORT and "
-                    "the network between"
+                    f"head node {address[0]}:{address[1]}: rank {environment.get('RANK')} on {socket.gethostname()} "
+                    f"cannot reach it ({error}); check that rank 0 started there, MASTER_ADDR, MASTER_PORT and the "
+                    "network"
                 ) from error
         time.sleep(0.5)
 
@@ -310,19 +338,30 @@ def wait_for_head(environment: Environment, patience: float) -> None:
 def prepare(
     world: World, model: nn.Module, optimizer: torch.optim.Optimizer, machine: MachineConfig
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Model and optimizer for training: on the device, wrapped in DDP where there are several processes. All ranks
-    take part.
+    """Move model and optimizer to the device and wrap the model in DDP if there are several processes. All ranks take
+    part.
 
-    The model's memory format is set before. Gives the model to call in training; the one passed in stays the unwrapped
-    one, with the same parameters.
+    Return the model to call in training; the one passed in stays unwrapped and shares its parameters. Its memory format
+    must be set before.
     """
     prepared: nn.Module
     prepared_optimizer: torch.optim.Optimizer
     with warnings.catch_warnings():
-        # torch 2.14 has a new name for it, which Accelerate 1.15 cannot pass on.
+        # torch 2.14 renamed the argument; Accelerate 1.15 still passes the old name.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         prepared, prepared_optimizer = world.accelerator.prepare(model, optimizer)
     if machine.compile:
-        # Around it, not in place: with one process it is the unwrapped model itself, which evaluation uses as it is.
+        # A compiled copy: with one process, ``prepared`` is ``model`` itself, which evaluation uses uncompiled.
         prepared = cast(nn.Module, torch.compile(prepared))
     return prepared, prepared_optimizer
+
+
+def _wait(work: dist.Work | None, timeout: timedelta) -> None:
+    assert work is not None, "every rank is a member of the control group"
+    work.wait(timeout)
+
+
+def _control_group(timeout: timedelta) -> dist.ProcessGroup:
+    group = dist.new_group(backend="gloo", timeout=timeout)
+    assert isinstance(group, dist.ProcessGroup), "every rank is a member of the control group"
+    return group

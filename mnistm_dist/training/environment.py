@@ -1,4 +1,4 @@
-"""What a run ran on, for whoever wants to repeat it: versions, hardware, job, command."""
+"""The environment of a run, to repeat it: versions, hardware, job, command."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PACKAGES = ("torch", "torchvision", "accelerate", "webdataset", "wandb", "numpy"
 
 
 def describe_environment(world: World) -> dict[str, str | int | None]:
-    """A flat mapping for ``environment.json``. Reads no secret: of the environment's variables only the job's own."""
+    """Return the content of ``environment.json``: a flat mapping without secrets."""
     device = world.device
     return {
         "mnistm_dist": mnistm_dist.__version__,
@@ -44,20 +44,20 @@ def describe_environment(world: World) -> dict[str, str | int | None]:
 
 
 def command_line() -> str:
-    """The command of this process, as a shell takes it."""
+    """Return the command of this process, quoted for a shell."""
     return shlex.join(["python", "-m", "mnistm_dist.train", *sys.argv[1:]])
 
 
 def device_name(device: torch.device) -> str:
-    """What a run computes on, for its header."""
+    """Return the device's name for the header of a run."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     given = os.environ.get("SLURM_GPUS_ON_NODE", "0")
-    return "CPU (no GPU found)" if given == "0" else f"CPU (Slurm gave {given} GPUs, torch finds none)"
+    return "CPU (no GPU found)" if given == "0" else f"CPU (Slurm allocated {given} GPUs, torch finds none)"
 
 
 def processor() -> str:
-    """The CPU's name."""
+    """Return the CPU's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -68,23 +68,18 @@ def processor() -> str:
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout that the package runs from, with ``+`` if its files differ; None for an installed
-    wheel."""
+    """Return the commit of the package's git checkout, with ``+`` if tracked files were changed; None outside of
+    one."""
     root = Path(mnistm_dist.__file__).parents[1]
     if not (root / ".git").exists():
         return None
     try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=5, check=True
-        )
-        changed = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"],
-            cwd=root,
-            capture_output=True,
-            text=True,
-            timeout=5,
-            check=True,
-        )
+        commit = _git(root, "rev-parse", "HEAD")
+        return commit + ("+" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
         return None
-    return commit.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def _git(root: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, timeout=5, check=True)
+    return done.stdout.strip()

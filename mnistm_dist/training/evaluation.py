@@ -1,7 +1,7 @@
 """Exact evaluation: every sample of a split once, the same predictions file at every world size.
 
 Canonical batches of 250 in manifest order, the last one padded to 250; batch i belongs to rank i mod W. Each rank runs
-the unwrapped model with rank 0's buffers, and no collective stands inside the loop, so ranks with unequal numbers of
+the unwrapped model with rank 0's buffers, and the loop has no collective operation, so ranks with unequal numbers of
 batches cannot hang. At the end everything is gathered on rank 0 and unpadded, and rank 0 asserts that each id is there
 exactly once.
 """
@@ -20,18 +20,18 @@ from torch import nn
 from mnistm_dist.data.loader import Reader, evaluation_batches
 from mnistm_dist.data.progress import Progress
 from mnistm_dist.data.transforms import Preprocess
-from mnistm_dist.training.checkpoint import write_durably
+from mnistm_dist.files import write_atomic
 from mnistm_dist.training.distributed import World
 
 BATCH_SIZE = 250
-"""Images in a canonical batch: fixed, since a batch's shape decides bits of its result."""
+"""Images in a canonical batch. It is fixed, since the shape of a batch decides the last bits of its result."""
 DECIMALS = 6
 """Decimals of a written probability."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Predictions:
-    """A split's predictions, in manifest order."""
+class SplitOutputs:
+    """The outputs of a model for a split, in manifest order."""
 
     labels: np.ndarray
     """int64 (N,)."""
@@ -40,8 +40,13 @@ class Predictions:
 
     @property
     def predicted(self) -> np.ndarray:
-        """int64 (N,): the first class of the largest written probability."""
+        """int64 (N,): the first class with the largest written probability."""
         return self.probabilities.argmax(axis=1)
+
+    @property
+    def accuracy(self) -> float:
+        """correct / total, 0 to 1."""
+        return int((self.predicted == self.labels).sum()) / len(self.labels)
 
 
 def predict_split(
@@ -52,35 +57,28 @@ def predict_split(
     *,
     image_size: int,
     progress: Progress | None = None,
-) -> Predictions | None:
-    """Predicts this rank's batches of a split and gathers all on rank 0, which alone gets the result. All ranks take
-    part.
+) -> SplitOutputs | None:
+    """Predict this rank's batches of a split at ``image_size`` pixels; gather all on rank 0. All ranks take part.
 
-    ``model`` is unwrapped and left in the mode it was in; ``image_size`` is what it sees, pixels. ``progress`` hears of
-    the samples that this rank has done, times the world size. Raises `UserError` for shards that were damaged since
+    Return the outputs on rank 0, None elsewhere. ``model`` is unwrapped; its mode is restored. ``progress(done,
+    total)`` counts this rank's samples, times the world size. Raise `UserError` for shards that were damaged since
     ``reader`` was opened.
     """
-    # Each rank has BatchNorm statistics of its own after training.
+    # After training each rank has its own BatchNorm statistics.
     world.broadcast(model.buffers())
-    ids, labels, probabilities = _predict(world, model, preprocess, reader, image_size, progress)
-    gathered = world.gather_on_main((ids, labels, probabilities))
+    gathered = world.gather_on_main(_predict(world, model, preprocess, reader, image_size, progress))
     if gathered is None:
         return None
     ids, labels, probabilities = (np.concatenate(parts) for parts in zip(*gathered, strict=True))
     order = np.argsort(ids, kind="stable")
     assert np.array_equal(ids[order], np.arange(reader.size)), "evaluation did not see each sample exactly once"
     rounded = np.round(probabilities[order].astype(np.float64), DECIMALS)
-    return Predictions(labels=labels[order], probabilities=rounded)
+    return SplitOutputs(labels=labels[order], probabilities=rounded)
 
 
 @torch.inference_mode()
 def _predict(
-    world: World,
-    model: nn.Module,
-    preprocess: Preprocess,
-    reader: Reader,
-    image_size: int,
-    progress: Progress | None,
+    world: World, model: nn.Module, preprocess: Preprocess, reader: Reader, image_size: int, progress: Progress | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """This rank's ids int64 (n,), labels int64 (n,) and probabilities float32 (n, C), without padding."""
     was_training = model.training
@@ -98,17 +96,18 @@ def _predict(
             progress(min(done * world.size, reader.size), reader.size)
     model.train(was_training)
     if not outputs:
-        classes = len(list(model.parameters())[-1])
-        return np.empty(0, np.int64), np.empty(0, np.int64), np.empty((0, classes), np.float32)
+        num_classes = len(list(model.parameters())[-1])
+        return np.empty(0, np.int64), np.empty(0, np.int64), np.empty((0, num_classes), np.float32)
     return np.concatenate(ids), torch.cat(labels).cpu().numpy(), torch.cat(outputs).cpu().numpy()
 
 
-def write_predictions(path: Path, keys: list[str], predictions: Predictions, classes: tuple[str, ...]) -> None:
-    """``predictions_SPLIT.csv``: ``key,label,predicted,p0,...``, a row per sample in manifest order, whole or not at
-    all."""
+def write_predictions(path: Path, keys: list[str], outputs: SplitOutputs, classes: tuple[str, ...]) -> None:
+    """Write ``predictions_SPLIT.csv``: ``key,label,predicted,p0,...``, a row per sample in manifest order."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["key", "label", "predicted", *(f"p{name}" for name in classes)])
-    rows = zip(keys, predictions.labels, predictions.predicted, predictions.probabilities, strict=True)
-    writer.writerows([key, label, guess, *(f"{p:.{DECIMALS}f}" for p in row)] for key, label, guess, row in rows)
-    write_durably(path, text.getvalue().encode())
+    rows = zip(keys, outputs.labels, outputs.predicted, outputs.probabilities, strict=True)
+    writer.writerows(
+        [key, label, predicted, *(f"{p:.{DECIMALS}f}" for p in row)] for key, label, predicted, row in rows
+    )
+    write_atomic(path, text.getvalue())

@@ -1,4 +1,4 @@
-"""What a process finds here and may use: as many others as were asked for, a GPU, cores, native precisions."""
+"""What this process may use: GPUs, CPU threads and native precisions."""
 
 from __future__ import annotations
 
@@ -16,35 +16,34 @@ Environment = Mapping[str, str]
 
 
 def check_world_size(world_size: int, expected: int | None, environment: Environment) -> None:
-    """Raises `UserError` unless the world is as large as the flag and Slurm's step say: 1 where 2 were asked for is no
-    slow run."""
+    """Raise `UserError` if the world size is not ``expected``, or is smaller than the number of tasks of Slurm's
+    step."""
     if expected is not None and world_size != expected:
         raise UserError(
-            f"world size: found {world_size}, --expect-world-size is {expected} (by a flag or the recipe); check that "
+            f"world size: found {world_size}, --expect-world-size is {expected} (set by flag or recipe); check that "
             "every node started, and --num_processes (with --config_file accelerate_config.yaml or --multi_gpu)"
         )
     tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
     if world_size < tasks:
         raise UserError(
-            f"world size: found {world_size}, Slurm's step has {tasks} tasks; the tasks do not know of each other: "
-            "start them by slurm/train.sh, or set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
+            f"world size: found {world_size}, Slurm's step has {tasks} tasks that do not know of each other; "
+            "use slurm/train.sh, or set RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
         )
 
 
 def check_gpus(local_world_size: int, gpus: int) -> None:
-    """Raises `UserError` where this node has more processes than GPUs: two on one GPU train no faster, and NCCL refuses
-    them."""
+    """Raise `UserError` if this node has more processes than GPUs: NCCL refuses to share one."""
     if local_world_size > gpus:
         raise NodeError(
-            f"processes: {local_world_size} on {socket.gethostname()}, where torch finds {gpus} GPUs; "
+            f"processes: {local_world_size} on {socket.gethostname()}, torch finds {gpus} GPUs; "
             "use at most one process per GPU (--num_processes; under Slurm --gpus-per-node and --ntasks-per-node)"
         )
 
 
 def default_threads(local_world_size: int, environment: Environment) -> int:
-    """CPU threads of one process: its share of the CPUs of Slurm's task, else of the cores that this process may use.
+    """Return the CPU threads of one process: its share of the CPUs of Slurm's task, else of the available cores.
 
-    A launcher exports OMP_NUM_THREADS=1 even for one process, so the choice is made here.
+    OMP_NUM_THREADS is not used: launchers export OMP_NUM_THREADS=1 even for one process.
     """
     if "SLURM_STEP_NUM_TASKS" in environment and "SLURM_CPUS_PER_TASK" in environment:
         # A task is one process of slurm/train.sh, or a launcher of several.
@@ -54,23 +53,24 @@ def default_threads(local_world_size: int, environment: Environment) -> int:
 
 
 def native_precisions() -> tuple[Precision, ...]:
-    """What this machine computes in without emulation."""
+    """Return the precisions that this machine does not emulate."""
     if not torch.cuda.is_available():
         return ("fp32",)
     return ("fp32", "fp16", "bf16") if torch.cuda.is_bf16_supported(including_emulation=False) else ("fp32", "fp16")
 
 
-def choose_precision(asked: str, launcher: str | None, native: tuple[Precision, ...]) -> Precision:
-    """The precision to train in, one of ``native``: never one that the hardware emulates.
+def choose_precision(requested: str, launcher: str | None, native: tuple[Precision, ...]) -> Precision:
+    """Return the precision to train in, one of ``native``.
 
-    ``launcher``: what it names. Its "no" names none, since `accelerate launch` says that too where nobody chose. Raises
-    `UserError` where one that is not native was asked for by name.
+    ``launcher`` is the launcher's mixed precision; its "no" counts as none, since `accelerate launch` sets "no" by
+    default. Raise `UserError` if ``requested`` is not auto and not native.
     """
-    if asked == "auto":
+    if requested == "auto":
         candidates: tuple[Precision, ...] = ("fp16", "bf16", "fp32") if launcher == "fp16" else ("bf16", "fp32")
-        return next(action for action in candidates if action in native)
-    if asked not in native:
+        return next(candidate for candidate in candidates if candidate in native)
+    if requested not in native:
         raise UserError(
-            f"precision: {asked} would be emulated on this machine, many times slower; use --precision auto or fp32"
+            f"precision: {requested} would be emulated on this machine and many times slower; "
+            "use --precision auto or fp32"
         )
-    return asked
+    return requested

@@ -1,4 +1,4 @@
-"""The source report's model: ResNet18 without layer3 and layer4, and a small MLP head. 692,106 parameters."""
+"""The model: ResNet18 without layer3 and layer4, with a small MLP head. 692,106 parameters for 10 classes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torchvision.models.resnet import BasicBlock
 class PrunedResNet18(nn.Module):
     """ResNet18's stem, layer1 and layer2 (He et al. 2015, arXiv 1512.03385), pooled, then Linear-BatchNorm-GELU-Linear.
 
-    Takes float images (B, 3, H, W), normalised, of any size from 16 x 16; gives logits (B, ``num_classes``). In
-    training, B is at least 2 (BatchNorm1d). Initial weights as in torchvision's ResNet: Kaiming normal, fan out.
+    Input: float images (B, 3, H, W), normalised, H and W at least 16. Output: logits (B, ``num_classes``). In training,
+    B must be at least 2 (BatchNorm1d). Initial weights as in torchvision's ResNet: Kaiming normal, fan out.
     """
 
     def __init__(self, num_classes: int = 10) -> None:
@@ -38,27 +38,26 @@ class PrunedResNet18(nn.Module):
 
 
 def create_model(num_classes: int, seed: int) -> PrunedResNet18:
-    """The model with initial weights that depend on ``seed`` alone; the global random state is left as it was."""
+    """Return the model; its initial weights depend on ``seed`` alone, and the global random state is not changed."""
     with torch.random.fork_rng(devices=[]):
-        # Not torch.manual_seed, which seeds the GPUs too.
+        # torch.manual_seed would also seed the GPUs.
         torch.default_generator.manual_seed(seed)
         return PrunedResNet18(num_classes)
 
 
-def to_device(model: PrunedResNet18, device: torch.device, memory_format: str) -> PrunedResNet18:
-    """The model on ``device``, its weights laid out as ``memory_format`` says: channels_last or contiguous."""
+def to_device(model: nn.Module, device: torch.device, memory_format: str) -> nn.Module:
+    """Return the model on ``device`` in the memory format ``channels_last`` or ``contiguous``."""
     layout = torch.channels_last if memory_format == "channels_last" else torch.contiguous_format
     return model.to(device).to(memory_format=layout)
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Trainable numbers in the model."""
+    """Return the number of trainable parameters."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def architecture(model: nn.Module, image_size: int) -> list[dict[str, Any]]:
-    """A row for every leaf layer, in the order of its call: name, layer, output_shape (without the batch),
-    parameters."""
+    """Return a row for every leaf layer, in call order: name, layer, output_shape (without the batch), parameters."""
     rows: list[dict[str, Any]] = []
 
     def record(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Signals that ask a run to save and exit. A handler only notes it; the ranks agree on it at a step boundary."""
+"""Stopping a run cleanly: signal handlers that only set a flag, and the agreement of all ranks at a step boundary."""
 
 from __future__ import annotations
 
@@ -10,36 +10,46 @@ from collections.abc import Callable
 from types import FrameType
 
 from mnistm_dist.errors import UserError
+from mnistm_dist.training.distributed import StopConsensus, World
 
+CONTINUE, SAVE, EXIT = 0, 1, 2
+"""What a rank asks for at a step boundary; the largest value of any rank wins. EXIT saves first."""
 SECOND_INTERRUPT_AFTER = 1.0
-"""Seconds after which another Ctrl-C counts as the second one: a launcher passes the first one on, so that it comes
-twice."""
+"""Seconds after which another Ctrl-C counts as the second one: a launcher forwards the first, so it arrives twice."""
 
 Handler = Callable[[int, FrameType | None], object] | int
 
 
+class Preempted(Exception):
+    """The run was asked to stop and has saved a checkpoint."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
 class StopRequest:
-    """Whether, and by which signal, this process was asked to stop."""
+    """Whether this process was asked to stop, and by which signal."""
 
     def __init__(self) -> None:
         self.reason: str | None = None
-        self._before: dict[signal.Signals, Handler] = {}
+        self._previous: dict[signal.Signals, Handler] = {}
         self._first_interrupt: float | None = None
 
     def install(self, signals: tuple[signal.Signals, ...]) -> None:
-        """Listens to ``signals`` and to SIGINT, in this process, from its main thread."""
+        """Handle ``signals`` and SIGINT in this process. Call it from the main thread."""
         for number in (*signals, signal.SIGINT):
-            # None: of a handler that was not set by Python, which Python cannot set again.
             handler = self._interrupt if number == signal.SIGINT else self._note
-            self._before[number] = signal.signal(number, handler) or signal.SIG_DFL
+            # signal.signal returns None for a handler that was not installed from Python; it cannot be put back.
+            self._previous[number] = signal.signal(number, handler) or signal.SIG_DFL
 
     def close(self, *, process_ends: bool) -> None:
-        """Gives the signals back to who had them. Where the process ends it ignores them, but for SIGINT.
+        """Restore the previous handlers. If the process ends, ignore the signals instead, except for SIGINT.
 
-        The interpreter's end takes seconds and takes the handlers away first: a signal that is sent twice would kill
-        the process there, and the exit code would no longer say that all is saved.
+        The interpreter takes seconds to exit and removes its handlers first: a signal that is sent again would kill the
+        process then, and the exit code would no longer say that the run was saved.
         """
-        for number, handler in self._before.items():
+        for number, handler in self._previous.items():
             if not process_ends:
                 signal.signal(number, handler)
             elif number != signal.SIGINT:
@@ -56,22 +66,55 @@ class StopRequest:
         self._note(number, frame)
 
 
+class StepBoundary:
+    """What to do after a step: the ranks agree on CONTINUE, SAVE or EXIT, one step after a rank has asked for it."""
+
+    def __init__(self, world: World, stop: StopRequest, checkpoint_minutes: float) -> None:
+        self.world, self.stop = world, stop
+        self._checkpoint_seconds = 60 * checkpoint_minutes
+        self._consensus = StopConsensus(world.control)
+        self._saved_at = time.monotonic()
+
+    def next_action(self) -> int:
+        """Return what all ranks do now. All ranks take part."""
+        requested = self._requested()
+        if requested == SAVE:
+            # The answer comes with the next step, which must not ask again.
+            self._saved_at = time.monotonic()
+        return self._consensus.exchange(requested)
+
+    def checkpoint_saved(self) -> None:
+        """Restart the clock of ``--checkpoint-minutes``."""
+        self._saved_at = time.monotonic()
+
+    def stop_reason(self) -> str:
+        """Return the signal that stops the run, of whichever rank received it. All ranks take part."""
+        return next(filter(None, self.world.gather_objects(self.stop.reason)), "a signal")
+
+    def _requested(self) -> int:
+        if self.stop.reason is not None:
+            return EXIT
+        # Rank 0's clock decides for all.
+        timed = self.world.is_main and self._checkpoint_seconds
+        return SAVE if timed and time.monotonic() - self._saved_at > self._checkpoint_seconds else CONTINUE
+
+
 def parse_signals(text: str) -> tuple[signal.Signals, ...]:
-    """Signals by name, comma-separated. Raises `UserError` for one that is unknown or cannot be caught."""
-    found = []
+    """Return the signals of a comma-separated list of names. Raise `UserError` for one that cannot be handled."""
+    signals = []
     for name in filter(None, (part.strip() for part in text.split(","))):
         if name not in signal.Signals.__members__ or name in ("SIGKILL", "SIGSTOP", "SIGINT"):
             raise UserError(
-                f"signals: {name!r} is not accepted; use names such as SIGTERM,SIGUSR1 (SIGINT always stops)"
+                f"signals: {name!r} is not accepted; use names such as SIGTERM,SIGUSR1 (SIGINT is always handled)"
             )
-        found.append(signal.Signals[name])
-    return tuple(found)
+        signals.append(signal.Signals[name])
+    return tuple(signals)
 
 
-def die_with_launcher() -> None:
-    """Asks the kernel for SIGTERM when the launcher dies, so that no trainer is left behind (Linux, prctl(2)).
+def exit_with_launcher() -> None:
+    """Ask the kernel to send SIGTERM when the launcher dies, so that no trainer is left behind (Linux, prctl(2)).
 
-    Only under a launcher: a run started by hand goes on when its shell ends.
+    It applies under a launcher only: a run started from a shell continues when the shell ends.
     """
     under_launcher = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
     if not under_launcher:

@@ -1,154 +1,123 @@
-"""From a request to what a run works with: which run to go on with, the data, every ``auto`` settled.
+"""What a run works with, built once: its data, its configuration with every ``auto`` resolved, its folder.
 
-1. `choose_start`: the configuration, and the checkpoint to go on from; `agree`: the same on every rank.
-2. `open_set`, `open_readers`: the shards, a reader of each split.
-3. `resolve`: every ``auto``, once; the result is written to the run's ``config.yaml`` and kept at a resume.
-4. `choose_run_dir`, `acquire_run_dir`: the run folder, held.
+1. `open_run`: the packed set, a reader of each split, and every ``auto`` resolved, once; the result is written to the
+   run's ``config.yaml`` and kept at a resume.
+2. `acquire_run_dir`: the run folder, locked.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-import os
-import socket
-import sys
 import time
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from mnistm_dist import config as configuration
 from mnistm_dist.config import Config, DataConfig
 from mnistm_dist.data.cache import choose_cache_dir
-from mnistm_dist.data.fetch import is_address
+from mnistm_dist.data.fetch import is_address, open_shards
 from mnistm_dist.data.loader import Reader, open_reader
 from mnistm_dist.data.manifest import Manifest
-from mnistm_dist.data.order import accumulation, accumulation_share
-from mnistm_dist.data.order_choice import choose_reading, open_shards
-from mnistm_dist.data.packing.staging import BeingWritten
+from mnistm_dist.data.order import Order, accumulation, accumulation_share, choose_reading, create_order
 from mnistm_dist.data.packing.writer import pack
+from mnistm_dist.data.progress import Progress
 from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.data.sources.catalog import open_source
 from mnistm_dist.errors import UserError
-from mnistm_dist.reporting.console import Console
+from mnistm_dist.files import FolderBusy
 from mnistm_dist.training import checkpoint as checkpoints
 from mnistm_dist.training.checkpoint import Checkpoint
 from mnistm_dist.training.distributed import World
-from mnistm_dist.training.run_dir import RunDir, read_state
-
-if TYPE_CHECKING:
-    from mnistm_dist.cli import TrainRequest
+from mnistm_dist.training.run_dir import RunDir
 
 SAMPLE = Path("shards/sample")
-"""Where the bundled sample is packed to, and looked for, when no shards are named."""
+"""Where the bundled sample is packed to, and looked for, if no shards are named."""
+EVALUATED_SPLITS = ("val", "test")
 SAMPLE_POLL_SECONDS = 1.0
-"""Between two looks at whether another process has packed it."""
+"""Interval at which a process looks whether another one has packed the sample."""
 
 
-def choose_start(request: TrainRequest) -> tuple[Config | None, Checkpoint | None]:
-    """The configuration to run with and the checkpoint to go on from, if any; no configuration where the run is
-    finished.
+class ProgressBars(Protocol):
+    """Where slow steps of the setup report to: the console, or nothing."""
 
-    Reads the run folder, changes nothing. Raises `UserError` where ``--resume`` and the folder do not fit.
+    def progress(self, description: str, total: int | None, unit: str = "images") -> AbstractContextManager[Progress]:
+        """Show a progress bar while the block runs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSetup:
+    """What a training or an evaluation works with."""
+
+    config: Config
+    """Without ``auto``."""
+    world: World
+    shards: ShardSet
+    readers: dict[str, Reader]
+    """By split."""
+    path: Path
+    """The run folder."""
+
+    @functools.cached_property
+    def order(self) -> Order:
+        """The training order."""
+        return create_order(self.config.data, self.config.steps, self.shards.manifest)
+
+
+def open_run(config: Config, world: World, bars: ProgressBars) -> RunSetup:
+    """Open the data of a training, resolve every ``auto`` and choose the run folder. All ranks take part.
+
+    From here on, no wait for a peer is longer than the collective timeout. Raise `UserError`.
     """
-    resume, named = request.config.run.resume, request.config.run.run_dir
-    if resume is None:
-        if named is not None and Path(named).exists() and any(Path(named).iterdir()):
-            raise UserError(
-                f"run folder {named}: holds files already; --resume {named} goes on, or choose another --run-dir"
-            )
-        return request.config, None
-    if resume == "auto" and named is None:
-        raise UserError("resume: auto needs --run-dir, to know which run to go on with")
-    target = Path(str(named) if resume == "auto" else resume)
-    one = checkpoints.is_checkpoint_dir(target)
-    run_dir = target.parents[1] if one else target
-    if resume != "auto" and not (run_dir / "config.yaml").is_file():
-        raise UserError(
-            f"resume {resume}: no run there (no config.yaml); name a run folder or one of its checkpoints, or auto"
-        )
-    if named is not None and Path(named).resolve() != run_dir.resolve():
-        raise UserError(f"resume {resume}: is not the run of --run-dir {named}; leave one of the two out")
-    state = read_state(run_dir) or {}
-    if state.get("state") == "finished" and not one:
-        cut = configuration.load(run_dir / "config.yaml").run.max_steps
-        more = ""
-        if cut is not None and cut == state.get("step"):
-            more = f"; --resume {checkpoints.checkpoint_dir(run_dir, cut)} goes on beyond its --max-steps"
-        say_on_main(f"{run_dir} is finished: nothing to do (python -m mnistm_dist.report {run_dir} shows it){more}")
-        return None, None
-    found = checkpoints.open_checkpoint(target) if one else checkpoints.latest(run_dir, say_on_main)
-    if found is None:
-        return configuration.replace(request.config, run_dir=str(run_dir)), None
-    config = request.resumed(configuration.load(run_dir / "config.yaml"))
-    return configuration.replace(config, run_dir=str(run_dir)), found
+    shards = open_set(config.data, world, bars)
+    config = world.run_on_all_ranks(lambda: resolve(config, world, shards.manifest))
+    readers = open_readers(shards, config.data, shards.manifest.splits, world, bars)
+    world = world.with_run_timeout()
+    path = world.run_on_main(lambda: choose_run_dir(config))
+    return RunSetup(config=config, world=world, shards=shards, readers=readers, path=path)
 
 
-def agree(config: Config, checkpoint: Checkpoint | None, world: World) -> Checkpoint | None:
-    """Rank 0's ``checkpoint``, on every rank. All ranks take part.
+def open_evaluation(config: Config, world: World, bars: ProgressBars, path: Path, split: str | None) -> RunSetup:
+    """Open the data to evaluate the run at ``path`` on ``split``, or on val and test if it is None. All ranks take
+    part.
 
-    Raises `UserError` where a rank has another ``config`` or precision, or does not see that checkpoint: a run folder
-    on each node's own disk.
+    From here on, no wait for a peer is longer than the collective timeout. Raise `UserError`.
     """
-    host = socket.gethostname()
-    mine = {**configuration.fields_of(config), "device": world.device.type, "precision": world.precision}
-    main_host, theirs, chosen = world.broadcast_object((host, mine, checkpoint))
-
-    def compare() -> None:
-        # Each node may have a folder of its own for its cache.
-        others = [name for name in mine if mine[name] != theirs[name] and name != "cache_dir"]
-        if others:
-            raise UserError(
-                f"configuration: {', '.join(others)} of rank {world.rank} on {host} is not that of rank 0 on "
-                f"{main_host}; start all ranks alike, on nodes of one kind, with the run folder on a file system that "
-                "all nodes see"
-            )
-        if chosen is not None and not chosen.path.is_dir():
-            raise UserError(
-                f"checkpoint {chosen.path}: rank 0 on {main_host} sees it, rank {world.rank} on {host} does not; put "
-                "the run folder on a file system that all nodes see"
-            )
-
-    world.run_on_all_ranks(compare)
-    return chosen
+    shards = open_set(config.data, world, bars)
+    splits = [name for name in EVALUATED_SPLITS if name in shards.manifest.splits] if split is None else [split]
+    readers = open_readers(shards, config.data, splits, world, bars)
+    return RunSetup(config=config, world=world.with_run_timeout(), shards=shards, readers=readers, path=path)
 
 
-def say_on_main(text: str) -> None:
-    """A line on stderr from rank 0, before the processes have joined."""
-    if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr, flush=True)
+def open_set(data: DataConfig, world: World, bars: ProgressBars) -> ShardSet:
+    """Open the packed set; fetch it into the node's cache if it is remote, pack the bundled sample if none is named.
 
-
-def open_set(data: DataConfig, world: World, console: Console) -> ShardSet:
-    """The packed set, fetched into the node's cache if it is remote; the bundled sample is packed where none is named.
-
-    All ranks take part. Those of one node wait for one another at a lock, never in a collective.
+    All ranks take part. The processes of a node wait for each other at a lock, never in a collective operation.
     """
     if data.shards is None:
-        world.run_on_all_ranks(lambda: pack_sample(console) if world.local_rank == 0 else None)
+        world.run_on_all_ranks(lambda: pack_sample(bars) if world.local_rank == 0 else None)
     shards, cache_dir = data.shards or str(SAMPLE), choose_cache_dir(data.cache_dir)
 
     def open_here() -> ShardSet:
         if not is_address(shards):
             return open_shards(shards, cache_dir=cache_dir)
-        with console.progress(f"fetching {shards}", None, "bytes") as bar:
+        with bars.progress(f"fetching {shards}", None, "bytes") as bar:
             return open_shards(shards, cache_dir=cache_dir, progress=bar)
 
     return world.run_on_all_ranks(open_here)
 
 
 def open_readers(
-    shards: ShardSet, data: DataConfig, splits: Iterable[str], world: World, console: Console
+    shards: ShardSet, data: DataConfig, splits: Iterable[str], world: World, bars: ProgressBars
 ) -> dict[str, Reader]:
-    """A reader of each split: every shard is checked, and decoded first where the reading is resident.
-
-    All ranks take part.
-    """
+    """Check the shards of each split and open a reader; the resident reader decodes them first. All ranks take part."""
     cache_dir = choose_cache_dir(data.cache_dir)
 
     def open_here(split: str) -> Reader:
-        with console.progress(f"opening {split}", shards.split(split).count) as bar:
+        with bars.progress(f"opening {split}", shards.split(split).count) as bar:
             return open_reader(
                 shards, split, data, cache_dir=cache_dir, device=world.device, threads=world.threads, progress=bar
             )
@@ -156,25 +125,23 @@ def open_readers(
     return {split: world.run_on_all_ranks(functools.partial(open_here, split)) for split in splits}
 
 
-def pack_sample(console: Console) -> None:
-    """Packs the bundled sample to `SAMPLE` unless it is there; waits while another node, or another run, does."""
+def pack_sample(bars: ProgressBars) -> None:
+    """Pack the bundled sample to `SAMPLE` unless it is there; wait if another node or another run is packing it."""
     while not (SAMPLE / "manifest.json").exists():
         try:
-            with console.progress("packing the bundled sample", None) as bar:
+            with bars.progress("packing the bundled sample", None) as bar:
                 pack(open_source("sample"), SAMPLE, progress=bar)
-        except BeingWritten:
-            # Its lock is free when it has ended, well or not.
+        except FolderBusy:
             time.sleep(SAMPLE_POLL_SECONDS)
         except UserError as error:
             if not (SAMPLE / "manifest.json").exists():
-                raise UserError(f"{error}, or name a packed set with --shards") from error
+                raise UserError(f"{error}, or use --shards with a packed set") from error
 
 
 def resolve(config: Config, world: World, manifest: Manifest) -> Config:
-    """Every ``auto`` settled. Raises `UserError` where batch, micro-batch, streams and world size do not fit one
-    another."""
-    batch_size = config.steps.batch_size
-    micro_batch = config.steps.micro_batch
+    """Return the configuration without ``auto``. Raise `UserError` if batch, micro-batch, streams and world size do not
+    fit."""
+    batch_size, micro_batch = config.steps.batch_size, config.steps.micro_batch
     if micro_batch == "auto":
         micro_batch = accumulation_share(batch_size=batch_size, world_size=world.size)
     accumulation(batch_size=batch_size, world_size=world.size, micro_batch=micro_batch)
@@ -183,44 +150,45 @@ def resolve(config: Config, world: World, manifest: Manifest) -> Config:
             f"micro_batch: {micro_batch} image per forward; BatchNorm needs at least 2: use a larger --batch-size or "
             "--micro-batch"
         )
-    order, data, streams = choose_reading(config.data, manifest, batch_size=batch_size, world_size=world.size)
+    order, reader, streams = choose_reading(config.data, manifest, batch_size=batch_size, world_size=world.size)
+    memory_format = config.machine.memory_format
     return configuration.replace(
         config,
         shards=config.data.shards or str(SAMPLE),
         order=order,
-        reader=data,
+        reader=reader,
         shuffle_streams=streams,
         micro_batch=micro_batch,
         precision=world.precision,
         threads=world.threads,
-        memory_format="channels_last" if config.machine.memory_format == "auto" else config.machine.memory_format,
+        memory_format="channels_last" if memory_format == "auto" else memory_format,
     )
 
 
 def choose_run_dir(config: Config) -> Path:
-    """The run's folder: the one that is named, else runs/RECIPE-TIME. Rank 0 alone, since it reads the clock."""
+    """Return the run folder: the one that is named, else runs/RECIPE-TIME. Rank 0 only, since it reads the clock."""
     if config.run.run_dir is not None:
         return Path(config.run.run_dir)
     name = f"{Path(config.recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    taken = (Path("runs") / (name if n == 1 else f"{name}-{n}") for n in itertools.count(1))
-    return next(path for path in taken if not path.exists())
+    candidates = (Path("runs") / (name if n == 1 else f"{name}-{n}") for n in itertools.count(1))
+    return next(path for path in candidates if not path.exists())
 
 
-def acquire_run_dir(run_dir: Path, *, resume: str | None, checkpoint: Checkpoint | None, active: bool) -> RunDir:
-    """The run's folder, held by the rank that is ``active``.
+def acquire_run_dir(run: RunSetup, checkpoint: Checkpoint | None) -> RunDir:
+    """Lock the run folder on rank 0 and return it.
 
-    Raises `UserError` where it cannot be written, is held, or another job has trained in it since `choose_start` looked
-    (it waited for the data, say): what that job learnt would be thrown away.
+    Raise `UserError` if it cannot be written, is held, or another job has trained in it since `choose_start` read it
+    (while this one waited for its data): its progress would be lost.
     """
-    folder = RunDir(run_dir, active=active)
-    if not active or (resume is not None and checkpoints.is_checkpoint_dir(Path(resume))):
-        return folder
-    newest = checkpoints.latest(run_dir, lambda _: None)
-    before, now = (found.step if found else 0 for found in (checkpoint, newest))
+    run_dir, resume = RunDir(run.path, active=run.world.is_main), run.config.run.resume
+    if not run_dir.active or (resume is not None and checkpoints.is_checkpoint_dir(Path(resume))):
+        return run_dir
+    latest = checkpoints.latest(run.path, lambda _: None)
+    before, now = (found.step if found else 0 for found in (checkpoint, latest))
     if before != now:
-        folder.release()
+        run_dir.release()
         raise UserError(
-            f"run folder {run_dir}: another job has trained in it since this one started (step {before} then, "
+            f"run folder {run.path}: another job has trained in it since this one started (step {before} then, "
             f"{now} now); start this one again with --resume auto, or choose another --run-dir"
         )
-    return folder
+    return run_dir

@@ -1,4 +1,4 @@
-"""Pictures from anywhere: PNGs of a set, and the files of any kind that `predict` is given."""
+"""Pictures from anywhere: PNGs of a set, and files of any format for `predict`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mnistm_dist.data.image_io import FORMATS, check_png, decode_png, encode_png
 pytest_plugins = ["counting"]
 
 
-def test_a_png_gives_pixels_or_a_line(fuzz: Fuzz) -> None:
+def test_a_png_gives_pixels_or_a_user_error(fuzz: Fuzz) -> None:
     def attempt(data: bytes) -> None:
         size = check_png(data, "here")
         pixels = decode_png(data, "here")
@@ -38,9 +38,9 @@ def written(kind: str, mode: str) -> bytes | None:
     return target.getvalue()
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of what it passes over; a door shows it in a line
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of what it passes over; a run_command shows it in a line
 @pytest.mark.parametrize("kind", FORMATS)
-def test_a_file_of_any_kind_of_picture_gives_pixels_or_a_line(fuzz: Fuzz, kind: str) -> None:
+def test_a_file_of_any_format_gives_pixels_or_a_user_error(fuzz: Fuzz, kind: str) -> None:
     files = [data for mode in ("RGB", "L", "P", "1", "RGBA", "I;16", "F") if (data := written(kind, mode))]
     if not files:
         pytest.skip(f"Pillow cannot write {kind} here")

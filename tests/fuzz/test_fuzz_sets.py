@@ -1,4 +1,4 @@
-"""Packed sets from anywhere: manifests, index files and shards, damaged and forged."""
+"""Packed sets from anywhere: damaged and forged manifests, index files and shards."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from packed_sets import edit_manifest, tiny_source
 from search import Fuzz
 
 from mnistm_dist import plan, verify
-from mnistm_dist.data.manifest import parse
 from mnistm_dist.data.packing.writer import pack
 from mnistm_dist.data.shards import ShardSet
 
@@ -32,12 +31,11 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def read_all(folder: Path) -> None:
-    """Everything that a training asks of a set."""
+    """Read everything that a training reads."""
     shards = ShardSet.open(folder)
     for split in shards.manifest.splits.values():
         count = min(split.count, 50)
         shards.labels(split.name)
-        shards.shard_starts(split.name)
         shards.keys(split.name, range(count))
         shards.read(split.name, range(count))
     shards.check(shards.manifest.splits, record=None)
@@ -52,7 +50,7 @@ def signed(document: Any) -> bytes:
     return json.dumps(document).encode()
 
 
-def test_a_forged_manifest_gives_a_set_or_a_line(fuzz: Fuzz, valid: Path) -> None:
+def test_a_forged_manifest_gives_a_set_or_a_user_error(fuzz: Fuzz, valid: Path) -> None:
     shutil.copytree(valid, "set")
     document = json.loads((valid / "manifest.json").read_text())
 
@@ -60,13 +58,7 @@ def test_a_forged_manifest_gives_a_set_or_a_line(fuzz: Fuzz, valid: Path) -> Non
         Path("set/manifest.json").write_bytes(signed(document))
         read_all(Path("set"))
 
-    fuzz.search("manifest, values", 0.0528, changed(document), attempt)
-
-
-def test_a_manifest_with_other_bytes_gives_a_set_or_a_line(fuzz: Fuzz, valid: Path) -> None:
-    fuzz.search(
-        "manifest, bytes", 0.0396, damaged((valid / "manifest.json").read_bytes()), lambda data: parse(data, "here")
-    )
+    fuzz.search("manifest", 0.0924, changed(document), attempt)
 
 
 def replace_file(name: str, data: bytes) -> None:
@@ -84,7 +76,7 @@ def replace_file(name: str, data: bytes) -> None:
 
 
 @pytest.mark.parametrize(("kind", "share"), [("index.npy", 0.0396), ("tar", 0.0396)])
-def test_forged_files_of_a_set_give_images_or_a_line(fuzz: Fuzz, valid: Path, kind: str, share: float) -> None:
+def test_forged_files_of_a_set_give_images_or_a_user_error(fuzz: Fuzz, valid: Path, kind: str, share: float) -> None:
     names = sorted(path.name for path in valid.iterdir() if path.name.endswith(kind))
     files = [(valid / name).read_bytes() for name in names]
     shutil.copytree(valid, "set")

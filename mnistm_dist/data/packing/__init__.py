@@ -1,1 +1,1 @@
-"""Writing and verifying a packed set."""
+"""Write and verify a packed set."""

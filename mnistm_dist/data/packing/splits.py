@@ -1,6 +1,4 @@
-"""Which of a source's images become which split of a packed set, and the keys that they get: by the counts alone."""
-
-from __future__ import annotations
+"""The splits of a packed set and the keys of its images, from the counts of the source alone."""
 
 from dataclasses import dataclass
 
@@ -9,10 +7,13 @@ import numpy as np
 from mnistm_dist.data.sources.base import Source
 from mnistm_dist.errors import UserError
 
+# The groups of splits whose pixels are hashed in key order, across the splits of a group.
+PIXEL_GROUPS = {"train+val": ("train", "val"), "test": ("test",)}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One split of the set: a stretch of one of the source's splits."""
+    """One split of the set: a range of one of the source's splits."""
 
     name: str
     source_split: str
@@ -20,34 +21,31 @@ class Part:
     """Place of its first sample in the source's split."""
     count: int
     first_number: int
-    """Number of its first key; the keys number on in the source's order."""
+    """Number of its first key; the others follow in the source's order."""
     digits: int
     """Digits of a key."""
 
     def keys(self, places: np.ndarray) -> list[str]:
-        """The keys of the samples at these places of the part."""
+        """Return the keys of the samples at these places of the part."""
         letter = "t" if self.name == "test" else ""
         return [f"{letter}{self.first_number + place:0{self.digits}d}" for place in places.tolist()]
 
 
 def cut_splits(source: Source, val_size: int | None = None) -> dict[str, Part]:
-    """The splits of the set, in manifest order.
+    """Return the splits of the set, in manifest order.
 
-    A source that brings no val gives the last of its train: ``val_size`` of them, else as many as its own rule says,
-    else a tenth. Train and val number on together, so that keys sort in the source's order over both. Raises
-    `UserError` where there would be no train or no val, or where a val size is asked of a source with a val of its own.
+    If the source has no val, the last part of its train becomes val: ``val_size`` images if given, else as many as the
+    source's own rule says, else a tenth. Keys count through train and val, so that they sort in the source's order over
+    both. Raises `UserError` if train or val would be empty, or if ``val_size`` is given for a source with its own val.
     """
     counts = {split: count for split, count in source.counts.items() if count}
-    if "train" not in counts:
-        raise UserError(f"{source.description}: it brings no training images, and a packed set needs them")
-    train = counts["train"]
-    if "val" in counts:
-        if val_size is not None:
-            raise UserError(
-                f"{source.description}: it brings {counts['val']:,} val images of its own: leave out the val size"
-            )
-        val_split, val_start, val = "val", 0, counts["val"]
-    else:
+    train, val, test = (counts.get(split, 0) for split in ("train", "val", "test"))
+    if not train:
+        raise UserError(f"{source.description}: no training images; a packed set needs them")
+    if val and val_size is not None:
+        raise UserError(f"{source.description}: has its own val split of {val:,} images: leave out the val size")
+    val_split, val_start = "val", 0
+    if not val:
         own = source.val_size() if val_size is None else val_size
         val = max(1, train // 10) if own is None else own
         if not 1 <= val < train:
@@ -56,20 +54,16 @@ def cut_splits(source: Source, val_size: int | None = None) -> dict[str, Part]:
         train -= val
         val_split, val_start = "train", train
     digits = _digits(train + val)
-    parts = {
-        "train": Part(name="train", source_split="train", start=0, count=train, first_number=0, digits=digits),
-        "val": Part(name="val", source_split=val_split, start=val_start, count=val, first_number=train, digits=digits),
-    }
-    if "test" in counts:
-        test = counts["test"]
-        parts["test"] = Part(
-            name="test", source_split="test", start=0, count=test, first_number=0, digits=_digits(test)
-        )
-    return parts
+    parts = [
+        Part(name="train", source_split="train", start=0, count=train, first_number=0, digits=digits),
+        Part(name="val", source_split=val_split, start=val_start, count=val, first_number=train, digits=digits),
+        Part(name="test", source_split="test", start=0, count=test, first_number=0, digits=_digits(test)),
+    ]
+    return {part.name: part for part in parts if part.count}
 
 
 def count_shards(part: Part, train: Part, train_shards: int) -> int:
-    """How many shards a split gets: in proportion to train's, at least one, never more than it has samples."""
+    """Return how many shards a split gets: in proportion to train's, at least one, never more than it has samples."""
     in_proportion = (2 * train_shards * part.count + train.count) // (2 * train.count)  # rounded half up
     return min(max(1, in_proportion), part.count)
 

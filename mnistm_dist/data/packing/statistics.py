@@ -1,21 +1,35 @@
-"""The pixels of a set, decoded in key order: checked one by one, summed and counted exactly."""
+"""The pixels of a set, decoded in key order: checked, hashed and counted exactly; and which MNIST-M the hashes prove.
 
-from __future__ import annotations
+The official hashes are of the archive of Ganin and Lempitsky (``mnist_m.tar.gz``): of all RGB bytes in the order of the
+file names, and of its two label files. They do not depend on the encoding of the images or on the layout.
+"""
 
 import hashlib
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby, islice
 
 import numpy as np
 
 from mnistm_dist.data.image_io import check_png, decode_png
-from mnistm_dist.data.manifest import PIXEL_GROUPS
+from mnistm_dist.data.packing.splits import PIXEL_GROUPS
 from mnistm_dist.data.parallel import ordered_map, workers_for
 from mnistm_dist.data.progress import Progress
 
-_CHUNK_BYTES = 1 << 20
-"""PNGs and pixels that a worker takes on at once: some 200 images of MNIST-M."""
+# sha256 of the pixels of the official training images and test images.
+OFFICIAL_PIXELS = {
+    "train+val": "3c689850ded80df111260294d02c79ee0a6e602a9fd634c4e08e1339628f8d33",
+    "test": "47415b066fe8a39de3f0e86f65a72d4c4078f1e2557a388ca0a7cfd8dfe90b14",
+}
+# sha256 of ``mnist_m_train_labels.txt`` and ``mnist_m_test_labels.txt``.
+OFFICIAL_LABELS = {
+    "train+val": "9e1059c2131453bb9638eeea3bbf46dc552358086f3666c038b4047aaf0a6b68",
+    "test": "2e8124bc2a92b483930141f677e09cb1c5a3fe99504e05fe59877d92766d7d61",
+}
+_CHUNK_BYTES = 1 << 19  # bytes of pixels per decoding task: some 170 images of MNIST-M
+
+Channels = tuple[float, float, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,28 +43,30 @@ class Encoded:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PixelSums:
-    """What the pixels of a set add up to."""
+class PixelStatistics:
+    """Hashes and moments of the pixels of a set."""
 
     groups: dict[str, str]
     """sha256 of all RGB bytes in key order, of "train+val" and of "test"."""
     splits: dict[str, str]
     """The same, of each split."""
-    moments: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]]
+    moments: dict[str, tuple[Channels, Channels]]
     """(mean, standard deviation) of each split, per channel, on a scale of 0 to 1."""
 
 
-def sum_pixels(images: Iterable[Encoded], *, count: int, size: tuple[int, int], progress: Progress) -> PixelSums:
-    """Checks and decodes images in key order (train, val, test), in parallel, and sums them up.
+def measure_pixels(
+    images: Iterable[Encoded], *, count: int, size: tuple[int, int], progress: Progress
+) -> PixelStatistics:
+    """Check, decode and measure ``count`` images, given in key order (train, val, test), in parallel.
 
-    ``count`` is how many there are, ``size`` the (height, width) that each must have; what is held at once is bounded.
-    ``progress(done, total)`` counts images. Raises `UserError` naming the first image that is none or of another size.
+    ``size`` is the (height, width) that each must have. ``progress(done, total)`` counts images. Memory is bounded.
+    Raises `UserError` naming the first image that is broken or of another size.
     """
     groups: dict[str, hashlib._Hash] = {}
     splits: dict[str, hashlib._Hash] = {}
     histograms: dict[str, np.ndarray] = {}
     done = 0
-    tasks = ((chunk, size) for chunk in _chunks(images, 3 * size[0] * size[1]))
+    tasks = ((chunk, size) for chunk in _chunks(images, max(1, _CHUNK_BYTES // (3 * size[0] * size[1]))))
     for split, pixels, histogram in ordered_map(_decode_chunk, tasks, workers=workers_for(count)):
         group = next(name for name, members in PIXEL_GROUPS.items() if split in members)
         for name, hashes in ((group, groups), (split, splits)):
@@ -58,7 +74,7 @@ def sum_pixels(images: Iterable[Encoded], *, count: int, size: tuple[int, int], 
         histograms[split] = histograms.get(split, 0) + histogram
         done += len(pixels)
         progress(done, count)
-    return PixelSums(
+    return PixelStatistics(
         groups={name: digest.hexdigest() for name, digest in groups.items()},
         splits={name: digest.hexdigest() for name, digest in splits.items()},
         moments={name: moments_of(histogram) for name, histogram in histograms.items()},
@@ -66,14 +82,15 @@ def sum_pixels(images: Iterable[Encoded], *, count: int, size: tuple[int, int], 
 
 
 def channel_histogram(pixels: np.ndarray) -> np.ndarray:
-    """How often each value stands in each channel of uint8 (..., 3): int64 (3, 256)."""
+    """Count each value in each channel of uint8 (..., 3): int64 (3, 256)."""
     return np.stack([np.bincount(pixels[..., channel].ravel(), minlength=256) for channel in range(3)]).astype(np.int64)
 
 
-def moments_of(histogram: np.ndarray) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """Mean and standard deviation (of the population) per channel, on a scale of 0 to 1, of a `channel_histogram`.
+def moments_of(histogram: np.ndarray) -> tuple[Channels, Channels]:
+    """Return mean and standard deviation (of the population) per channel, on a scale of 0 to 1, of a
+    `channel_histogram`.
 
-    Sums of integers, one division each: the same floats on every machine and for every number of workers.
+    They are sums of integers with one division each: the same floats on every machine, with any number of workers.
     """
     means, stds = [], []
     for counts in histogram.tolist():
@@ -85,25 +102,37 @@ def moments_of(histogram: np.ndarray) -> tuple[tuple[float, float, float], tuple
     return (means[0], means[1], means[2]), (stds[0], stds[1], stds[2])
 
 
-def _chunks(images: Iterable[Encoded], pixel_bytes: int) -> Iterator[list[Encoded]]:
-    """The images in lists, each of one split and bounded in what it holds, encoded and decoded together."""
-    chunk: list[Encoded] = []
-    held = 0
-    for image in images:
-        if chunk and (image.split != chunk[0].split or held >= _CHUNK_BYTES):
+def _chunks(images: Iterable[Encoded], count: int) -> Iterator[list[Encoded]]:
+    """Yield lists of up to ``count`` images of one split."""
+    for _, group in groupby(images, key=lambda image: image.split):
+        while chunk := list(islice(group, count)):
             yield chunk
-            chunk, held = [], 0
-        chunk.append(image)
-        held += len(image.png) + pixel_bytes
-    if chunk:
-        yield chunk
 
 
 def _decode_chunk(task: tuple[list[Encoded], tuple[int, int]]) -> tuple[str, np.ndarray, np.ndarray]:
-    """The split, the pixels uint8 (n, H, W, 3) and their `channel_histogram` of images of one size."""
+    """Return split, pixels uint8 (n, H, W, 3) and their `channel_histogram`, of images of one size."""
     images, size = task
     pixels = np.empty((len(images), *size, 3), dtype=np.uint8)
     for place, image in enumerate(images):
         check_png(image.png, image.origin)
         pixels[place] = decode_png(image.png, image.origin, size)
     return images[0].split, pixels, channel_histogram(pixels)
+
+
+def find_lineage(pixels: dict[str, str], labels: dict[str, np.ndarray], claimed: str | None) -> str:
+    """Return "official" if all pixels and labels are the official ones, else what the source claims, else "unknown".
+
+    ``pixels`` and ``labels``: sha256 of the pixels, and the labels in key order, of "train+val" and perhaps "test". A
+    source's claim alone does not make a set official.
+    """
+    if all(digest == OFFICIAL_PIXELS[group] for group, digest in pixels.items()) and all(
+        _labels_sha256(values) == OFFICIAL_LABELS[group] for group, values in labels.items()
+    ):
+        return "official"
+    return "unknown" if claimed in (None, "official") else str(claimed)
+
+
+def _labels_sha256(labels: np.ndarray) -> str:
+    """Return the sha256 of the official label file with these labels: a line ``00000000.png 5`` each, in key order."""
+    lines = (b"%08d.png %d\n" % (number, label) for number, label in enumerate(labels.tolist()))
+    return hashlib.sha256(b"".join(lines)).hexdigest()

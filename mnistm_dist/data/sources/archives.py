@@ -1,7 +1,8 @@
-"""Folders, tars and zips, seen alike: files under names, looked over before anything is read.
+"""Files under names: a folder, a tar and a zip with one interface.
 
-Nothing is ever unpacked to disk. An archive with a path that climbs out, a link, a name that comes twice or a member of
-monstrous size is refused at the opening, by its name.
+Nothing is unpacked to disk. An archive is checked when it is opened: paths that leave it, links, devices, duplicate
+names, oversized members, encrypted members, a truncated or damaged tar, and archives that expand without bound are
+refused with the name of the member.
 """
 
 from __future__ import annotations
@@ -9,42 +10,29 @@ from __future__ import annotations
 import bz2
 import gzip
 import lzma
+import re
 import stat
 import tarfile
 import zipfile
-import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
-from mnistm_dist.data.decode_errors import UNREADABLE
-from mnistm_dist.errors import UserError
+from mnistm_dist.data.decode_errors import explain_decode_errors
+from mnistm_dist.errors import UserError, escape_control
 
-MAX_IMAGE_BYTES = 16 << 20
-"""Bytes of the largest image file that is read."""
-MAX_TEXT_BYTES = 1 << 30
-"""Bytes of the largest file of labels that is read."""
-LINK = "a link; give a copy that holds the file itself"
-"""What is said of a link in an archive."""
-_TEXT_SUFFIXES = (".csv", ".txt")
-_LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Listing:
-    """What lies directly in one folder of a tree."""
-
-    folders: list[str] = field(default_factory=list)
-    """Their names, sorted."""
-    files: list[str] = field(default_factory=list)
-    """Their names, sorted."""
+MAX_FILE_BYTES = 64 << 20
+"""Size of the largest image or label file that is read."""
+MAX_EXPANSION = 100
+"""Largest accepted ratio of unpacked to packed bytes; image sets stay below 10."""
+_FREE_BYTES = 64 << 20  # unpacked bytes that are accepted at any ratio
+_LITTER = re.compile(r"\._.*|\.DS_Store|Thumbs\.db|desktop\.ini")
 
 
 class Tree(ABC):
-    """Files under names with `/` between their parts; the folder at the top has the empty name."""
+    """Files under names with `/` between their parts; the top folder has the empty name."""
 
     kind: str
     """`folder`, `tar` or `zip`."""
@@ -53,318 +41,178 @@ class Tree(ABC):
         self.path = path
 
     @abstractmethod
-    def listing(self, folder: str) -> Listing:
-        """What lies directly in `folder`, without operating systems' litter; nothing where there is no such folder."""
+    def listing(self, folder: str) -> tuple[list[str], list[str]]:
+        """Return the names of the folders and of the files directly in one folder, sorted.
 
-    @abstractmethod
-    def text(self, name: str) -> str:
-        """One file of labels, whole. Raises UserError where it is broken, too large or not in UTF-8."""
-
-    @abstractmethod
-    def read_each(self, names: Collection[str]) -> Iterator[tuple[str, bytes]]:
-        """Yields name and bytes of every image among `names`, one at a time, in the order that is cheapest.
-
-        Raises UserError at a broken or too large one.
+        ``folder`` may end in a slash. Files of the operating system are left out. A folder that is missing is empty.
         """
 
-    def origin(self, name: str) -> str:
-        """How a message calls one file of this tree; a name that would break a line or hide something is escaped."""
-        return f"{self.path}: {name if name.isprintable() else ascii(name)}"
+    @abstractmethod
+    def read(self, name: str) -> bytes:
+        """Read one file. Raises `UserError` if it is damaged or larger than `MAX_FILE_BYTES`."""
 
-    def decode(self, name: str, data: bytes) -> str:
-        """Text of a file of labels."""
-        try:
-            return data.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{self.origin(name)}: not text in UTF-8, so no labels; save it as UTF-8") from error
+    def in_order(self, names: Collection[str]) -> Collection[str]:
+        """Return ``names`` in the order that is cheapest to read."""
+        return names
+
+    def read_text(self, name: str) -> str:
+        """Read one UTF-8 text file, with or without a byte order mark."""
+        with explain_decode_errors(self.origin(name), "UTF-8 text"):
+            return self.read(name).decode("utf-8-sig")
+
+    def origin(self, name: str) -> str:
+        """Return how messages name one file of the tree."""
+        return escape_control(f"{self.path}/{name}".replace("//", "/"))
 
 
 class Folder(Tree):
-    """A folder on disk, listed as it is asked for; links in it are followed."""
+    """A folder on disk, listed on demand; links in it are followed."""
 
     kind = "folder"
 
-    def listing(self, folder: str) -> Listing:
+    def listing(self, folder: str) -> tuple[list[str], list[str]]:
         place = self.path / folder
-        if not place.is_dir():
-            return Listing()
-        found = Listing()
-        try:
-            for entry in sorted(place.iterdir()):
-                if not _is_litter(entry.name):
-                    (found.folders if entry.is_dir() else found.files).append(entry.name)
-        except OSError as error:
-            raise UserError(f"{place}: cannot be listed ({error.strerror})") from error
-        return found
+        with explain_decode_errors(place, "a folder"):
+            entries = sorted(place.iterdir()) if place.is_dir() else []
+            folders = [entry.name for entry in entries if entry.is_dir()]
+        return folders, [
+            entry.name for entry in entries if not (entry.name in folders or _LITTER.fullmatch(entry.name))
+        ]
 
-    def text(self, name: str) -> str:
-        return self.decode(name, self._read(name, MAX_TEXT_BYTES))
-
-    def read_each(self, names: Collection[str]) -> Iterator[tuple[str, bytes]]:
-        for name in names:
-            yield name, self._read(name, MAX_IMAGE_BYTES)
-
-    def origin(self, name: str) -> str:
-        return str(self.path / name)
-
-    def _read(self, name: str, limit: int) -> bytes:
+    def read(self, name: str) -> bytes:
         file = self.path / name
-        try:
-            found = file.stat()
-            if not stat.S_ISREG(found.st_mode):
-                raise UserError(f"{file}: no regular file; put a copy of the image there")
-            check_size(str(file), found.st_size, limit)
+        with explain_decode_errors(file, "a file"):
+            if not file.is_file():
+                raise UserError(f"{file}: missing or not a regular file; put a copy of the file there")
+            check_size(str(file), file.stat().st_size)
             return file.read_bytes()
-        except OSError as error:
-            raise UserError(f"{file}: cannot be read ({error.strerror})") from error
 
 
 class Archive(Tree):
-    """A tar or zip: an index of its members, made and checked at the opening."""
+    """A tar or zip, with an index of its members that is made and checked when it is opened."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self._folders: dict[str, Listing] = {"": Listing()}
-        self._members: set[str] = set()
+        self._members: dict[str, Any] = {}
+        self._folders: dict[str, tuple[set[str], list[str]]] = defaultdict(lambda: (set(), []))
 
-    def listing(self, folder: str) -> Listing:
-        return self._folders.get(folder, Listing())
+    def listing(self, folder: str) -> tuple[list[str], list[str]]:
+        folders, files = self._folders.get(folder.rstrip("/"), ((), ()))
+        return sorted(folders), sorted(files)
 
-    def admit(self, member: str, size: int, *, problem: str | None = None) -> str | None:
-        """Enters one member into the index; returns its clean name, or None for litter.
+    def in_order(self, names: Collection[str]) -> Collection[str]:
+        return [name for name in self._members if name in names]
 
-        Raises UserError for what an archive of images has no business to hold.
-        """
-        origin = self.origin(member)
-        parts = member.replace("\\", "/").split("/")
+    def _add(self, name: str, size: int, member: object, problem: str | None) -> None:
+        """Enter one file into the index. Raises `UserError` for a ``problem``, its name or its size."""
+        origin = self.origin(name)
+        parts = name.replace("\\", "/").split("/")
         if ".." in parts or not parts[0] or ":" in parts[0]:
-            raise UserError(f"{origin}: a path that climbs out of the archive; make the archive anew with plain names")
+            problem = "a path outside of the archive"
         if problem is not None:
-            raise UserError(f"{origin}: {problem}")
+            raise UserError(f"{origin}: {problem}; accepted are regular files below the archive's top")
         parts = [part for part in parts if part not in ("", ".")]
-        if not parts or _is_litter(parts[-1]) or parts[0] == "__MACOSX":
-            return None
+        if not parts or _LITTER.fullmatch(parts[-1]) or parts[0] == "__MACOSX":
+            return
+        check_size(origin, size)
         name = "/".join(parts)
         if name in self._members:
-            raise UserError(f"{origin}: comes twice in the archive; leave one of them")
-        check_size(origin, size, MAX_TEXT_BYTES if is_text(name) else MAX_IMAGE_BYTES)
-        self._members.add(name)
-        self._enter(parts)
-        return name
-
-    def sort(self) -> None:
-        """Brings the index into its final form, once every member is in it."""
-        for found in self._folders.values():
-            found.folders.sort()
-            found.files.sort()
-
-    def _enter(self, parts: list[str]) -> None:
-        for depth in range(1, len(parts)):
-            folder = "/".join(parts[:depth])
-            if folder not in self._folders:
-                self._folders[folder] = Listing()
-                self._folders["/".join(parts[: depth - 1])].folders.append(parts[depth - 1])
-        self._folders["/".join(parts[:-1])].files.append(parts[-1])
+            raise UserError(f"{origin}: duplicate name in the archive; remove one of the two")
+        self._members[name] = member
+        self._folders["/".join(parts[:-1])][1].append(parts[-1])
+        for depth, part in enumerate(parts[:-1]):
+            self._folders["/".join(parts[:depth])][0].add(part)
 
 
 class Zip(Archive):
-    """A zip, its members read as they are asked for."""
-
     kind = "zip"
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self._infos: dict[str, zipfile.ZipInfo] = {}
-        try:
+        with explain_decode_errors(path, "a complete zip"):
             self._zip = zipfile.ZipFile(path)
-        except UNREADABLE as error:
-            raise UserError(f"{path}: not a whole zip ({error}); fetch it again") from error
-        check_expansion(str(path), path.stat().st_size, sum(info.file_size for info in self._zip.infolist()))
-        for info in self._zip.infolist():
-            if info.filename.endswith("/"):
-                continue
-            problem = None
-            if stat.S_ISLNK(info.external_attr >> 16):
-                problem = LINK
-            elif info.flag_bits & 1:
-                problem = "encrypted; give a zip without a password"
-            name = self.admit(info.filename, info.file_size, problem=problem)
-            if name is not None:
-                self._infos[name] = info
-        self.sort()
+            check_expansion(str(path), path.stat().st_size, sum(info.file_size for info in self._zip.infolist()))
+            for info in self._zip.infolist():
+                link = "a link" if stat.S_ISLNK(info.external_attr >> 16) else None
+                if not info.is_dir():
+                    self._add(info.filename, info.file_size, info, "encrypted" if info.flag_bits & 1 else link)
 
-    def text(self, name: str) -> str:
-        return self.decode(name, self._read(name))
-
-    def read_each(self, names: Collection[str]) -> Iterator[tuple[str, bytes]]:
-        for name in names:
-            yield name, self._read(name)
-
-    def _read(self, name: str) -> bytes:
-        info = self._infos[name]
-        try:
-            data = self._zip.read(info)
-        except UNREADABLE as error:
-            raise UserError(
-                f"{self.origin(name)}: damaged, or packed in an unknown way ({error}); fetch the archive again"
-            ) from error
-        if len(data) != info.file_size:
-            raise UserError(
-                f"{self.origin(name)}: {len(data)} bytes where {info.file_size} are promised; damaged: "
-                "fetch the archive again"
-            )
-        return data
-
-
-def is_text(name: str) -> bool:
-    """Whether a file's name says that it holds labels."""
-    return name.lower().endswith(_TEXT_SUFFIXES)
-
-
-def check_size(origin: str, size: int, limit: int) -> None:
-    """Raises UserError where `size` bytes are more than `limit`."""
-    if size > limit:
-        raise UserError(f"{origin}: {size} bytes, where at most {limit >> 20} MiB are accepted")
-
-
-def _is_litter(name: str) -> bool:
-    return name.startswith("._") or name in _LITTER
-
-
-_CHUNK = 1 << 20
+    def read(self, name: str) -> bytes:
+        with explain_decode_errors(self.origin(name), "compressed as expected"):
+            return self._zip.read(self._members[name])
 
 
 class Tar(Archive):
-    """A tar, looked over at the opening; files of labels are kept from there, images are read in a second pass."""
+    """A tar, compressed or not, whose members are read by their offsets."""
 
     kind = "tar"
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self._texts: dict[str, bytes] = {}
-        self._names: dict[str, str] = {}
-        for tar, member in _members(path):
-            if member.isdir():
-                continue
-            problem = None
-            if member.issym() or member.islnk():
-                problem = LINK
-            elif not member.isreg() or member.issparse():
-                problem = "neither a file nor a folder; refused"
-            name = self.admit(member.name, member.size, problem=problem)
-            if name is None:
-                continue
-            self._names[member.name] = name
-            if is_text(name):
-                self._texts[name] = _data(path, tar, member)
-        self.sort()
+        with explain_decode_errors(path, "a complete tar"):
+            self._stream = Decompressed(path)
+            with tarfile.open(fileobj=cast(IO[bytes], self._stream), mode="r:") as tar:
+                while (member := tar.next()) is not None:
+                    tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every member
+                    problem = None if member.isreg() and not member.issparse() else "a link or device"
+                    if not member.isdir():
+                        self._add(member.name, member.size, (member.offset_data, member.size), problem)
+                self._check_end(tar.offset)
 
-    def text(self, name: str) -> str:
-        return self.decode(name, self._texts[name])
+    def read(self, name: str) -> bytes:
+        offset, size = self._members[name]
+        with explain_decode_errors(self.origin(name), "compressed as expected"):
+            self._stream.seek(offset)
+            return self._stream.read(size)
 
-    def read_each(self, names: Collection[str]) -> Iterator[tuple[str, bytes]]:
-        for tar, member in _members(self.path):
-            name = self._names.get(member.name)
-            # A folder may have the name of a file.
-            if name is not None and name in names and member.isreg():
-                yield name, _data(self.path, tar, member)
+    def _check_end(self, offset: int) -> None:
+        """Check that only zeros follow: tarfile ends without an error at a damaged header and between two members."""
+        self._stream.seek(offset)
+        are_zero = [not block.strip(b"\0") for block in iter(lambda: self._stream.read(1 << 20), b"")]
+        if not are_zero or not all(are_zero):
+            problem = "damaged: data follow its" if are_zero else "truncated: it has no"
+            raise UserError(f"{self.path}: {problem} end mark; download it again")
 
 
-def _members(path: Path) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
-    with _whole(path), unpack(path) as stream, tarfile.open(fileobj=cast(IO[bytes], stream), mode="r|") as tar:
-        while (member := tar.next()) is not None:
-            yield tar, member
-            # It would keep every member that it has seen; its parameter against that came with Python 3.13.
-            tar.members = []  # type: ignore[attr-defined]
-        # tarfile takes a damaged header for the end. The checksum of a compressed file stands at its end, too.
-        rest = cast(IO[bytes], tar.fileobj)
-        while data := rest.read(_CHUNK):
-            if data.strip(b"\0"):
-                raise UserError(f"{path}: damaged: more follows after its end; fetch it again")
-        # A tar cut between two members is read without an error.
-        if stream.count <= tar.offset:
-            raise UserError(f"{path}: cut short: the mark at the end of a tar is not there; fetch it again")
+# By the first bytes of a compressed file.
+_OPENERS: Mapping[bytes, Callable[[Path], IO[bytes]]] = {
+    b"\x1f\x8b": cast(Callable[[Path], IO[bytes]], gzip.open),
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\0": lzma.open,
+}
 
 
-@contextmanager
-def _whole(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except UNREADABLE as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path}: cut short, damaged, or no tar ({error}); fetch it again") from error
+class Decompressed:
+    """A file for reading, decompressed if it is gzip, bzip2 or xz by its first bytes; bounded by `MAX_EXPANSION`."""
 
-
-def _data(path: Path, tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    with _whole(path):
-        stream = tar.extractfile(member)
-        assert stream is not None, "only regular files are read"
-        data = stream.read()
-    if len(data) != member.size:
-        raise UserError(f"{path}: {member.name}: cut short; fetch the archive again")
-    return data
-
-
-MAX_EXPANSION = 100
-"""How many times its own size a compressed file may unpack to; a set of images unpacks to less than 10 times."""
-_SPARE_BYTES = 64 << 20
-
-
-class Unpacked:
-    """The decompressed bytes of a file, counted, and refused where they grow beyond every set of images."""
-
-    def __init__(self, path: Path, stream: IO[bytes]) -> None:
-        self.count = 0
-        self._path = path
-        self._stream = stream
-        self._limit = path.stat().st_size * MAX_EXPANSION + _SPARE_BYTES
+    def __init__(self, path: Path) -> None:
+        with path.open("rb") as file:
+            start = file.read(6)
+        opener = next((opener for magic, opener in _OPENERS.items() if start.startswith(magic)), None)
+        self._file = path.open("rb") if opener is None else opener(path)
+        self._path, self._packed = path, path.stat().st_size
+        self.seek, self.tell = self._file.seek, self._file.tell
 
     def read(self, size: int = -1) -> bytes:
-        """At most `size` bytes, all that are left if negative. Raises UserError past the bound."""
-        return self._counted(self._stream.read(self._allowed(size)))
-
-    def readline(self, size: int = -1) -> bytes:
-        """At most `size` bytes, up to the end of a line. Raises UserError past the bound."""
-        return self._counted(self._stream.readline(self._allowed(size)))
-
-    def _allowed(self, size: int) -> int:
-        left = self._limit - self.count + 1
-        return left if size < 0 else min(size, left)
-
-    def _counted(self, data: bytes) -> bytes:
-        self.count += len(data)
-        if self.count > self._limit:
-            raise UserError(f"{self._path}: unpacks to more than {MAX_EXPANSION} times its size; refused")
+        """Read at most ``size`` bytes, or all. Raises `UserError` beyond the bound."""
+        rest = max(0, max_unpacked(self._packed) + 1 - self.tell())
+        data = self._file.read(rest if size < 0 else min(size, rest))
+        check_expansion(str(self._path), self._packed, self.tell())
         return data
 
 
-@contextmanager
-def unpack(path: Path) -> Iterator[Unpacked]:
-    """Opens a file for reading its bytes, decompressed if it is gzip, bzip2 or xz (told by its first bytes).
-
-    What is cut short, damaged or cannot be read raises UserError, within the block too.
-    """
-    try:
-        with _open(path) as stream:
-            yield Unpacked(path, stream)
-    except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
-        raise UserError(f"{path}: cut short or damaged ({error}); fetch it again") from error
+def check_size(origin: str, size: int) -> None:
+    """Raise `UserError` if a file is too large to be read."""
+    if size > MAX_FILE_BYTES:
+        raise UserError(f"{origin}: {size:,} bytes; accepted are at most {MAX_FILE_BYTES >> 20} MiB")
 
 
-def _open(path: Path) -> IO[bytes]:
-    with path.open("rb") as file:
-        magic = file.read(6)
-    if magic.startswith(b"\x1f\x8b"):
-        return cast(IO[bytes], gzip.open(path, "rb"))
-    if magic.startswith(b"BZh"):
-        return bz2.open(path, "rb")
-    if magic == b"\xfd7zXZ\0":
-        return lzma.open(path, "rb")
-    return path.open("rb")
+def max_unpacked(packed: int) -> int:
+    """Return how many bytes ``packed`` bytes may unpack to; more is a decompression bomb."""
+    return packed * MAX_EXPANSION + _FREE_BYTES
 
 
 def check_expansion(origin: str, packed: int, unpacked: int) -> None:
-    """Raises UserError where `packed` bytes promise to unpack to more than any set of images does."""
-    if unpacked > packed * MAX_EXPANSION + _SPARE_BYTES:
+    """Raise `UserError` for a decompression bomb."""
+    if unpacked > max_unpacked(packed):
         raise UserError(f"{origin}: unpacks to more than {MAX_EXPANSION} times its size; refused")

@@ -1,92 +1,131 @@
-"""What a source of MNIST-M gives: samples, one at a time, and what is known of them beforehand."""
+"""A source of labelled images, and the one place that reads names of splits and classes, and labels."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
 from mnistm_dist.errors import UserError
 
 CLASSES = ("0", "1", "2", "3", "4", "5", "6", "7", "8", "9")
-"""The names of the classes; a label is the place of its class here."""
+"""Class names; a label is an index into them."""
 SPLITS = ("train", "val", "test")
-"""The names of the splits, in the order in which they are packed and stand in a manifest."""
-OFFICIAL_TRAIN_SIZE = 59_001
-"""Images in the training split that Ganin and Lempitsky published."""
-OFFICIAL_VAL_SIZE = 4_001
-"""How many of them, the last ones, are this project's validation split: 55,000 are left to train on."""
+"""Split names, in the order in which splits are packed and listed in a manifest."""
+OFFICIAL_TRAIN_SIZE, OFFICIAL_VAL_SIZE = 59_001, 4_001
+"""Images of the training split that Ganin and Lempitsky published, and of its end, which is val here: 55,000 remain."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """One labelled image, as its source holds it: either PNG bytes or pixels."""
+    """One labelled image as its source holds it: PNG bytes or pixels."""
 
     split: str
     """`train`, `val` or `test`."""
     index: int
-    """Place within its split, 0 to n - 1, in the source's order; samples may come in any order."""
+    """Position within its split, 0 to n - 1, in the source's order. Samples may be read in any order."""
     label: int
-    """Place of its class in `CLASSES`."""
+    """Index into `CLASSES`."""
     png: bytes | None = None
-    """The source's own PNG bytes, untouched and not yet looked into; None where it holds pixels."""
+    """The source's own PNG bytes, unchanged and not yet checked; None if the source holds pixels."""
     pixels: np.ndarray | None = None
-    """uint8 (height, width, 3), RGB; None where the source holds PNGs."""
+    """uint8 (height, width, 3), RGB; None if the source holds PNGs."""
     origin: str
-    """`file: member`, for messages."""
+    """`FILE: MEMBER`, for messages."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A set of MNIST-M somewhere on disk, opened and looked through, its images not yet read."""
+    """A set of labelled images on disk: opened and indexed, its images not yet read."""
 
     layout: str
-    """How it is laid out: a key of `sources.KNOWN_LAYOUTS`."""
+    """A key of `catalog.KNOWN_LAYOUTS`."""
     description: str
-    """One line: where it came from."""
+    """One line: which files the images come from."""
     counts: Mapping[str, int]
-    """Images in each split that it brings, in the order of `SPLITS`."""
+    """Number of images per split, in the order of `SPLITS`."""
     read: Callable[[], Iterator[Sample]] = field(repr=False)
-    """Reads every sample once, in whatever order is cheapest; raises UserError at what is broken."""
+    """Yield every sample once, in whatever order is cheapest; raise `UserError` if one is broken."""
     lineage: str | None = None
-    """`official` or `regenerated` where the layout itself implies it, else None."""
+    """`official` or `regenerated` if the layout implies it, else None."""
     notes: tuple[str, ...] = ()
-    """One line each: what was left out or turned into something else, for a person to see."""
-
-    @property
-    def splits(self) -> tuple[str, ...]:
-        """The splits that it brings, of train, val and test, in this order."""
-        return tuple(split for split in SPLITS if split in self.counts)
+    """One line per thing that was left out, to be shown to the user."""
 
     def samples(self) -> Iterator[Sample]:
-        """Yields every sample of every split once, in any order.
+        """Yield every sample of every split once, in any order, in memory of one byte per image.
 
-        Memory does not grow with the images, only by one byte for each: the record of what has been seen. Raises
-        UserError for a label that is no class, and where the samples are not those that were counted at the opening.
+        Raises `UserError` for a label out of range, and if the samples are not those that were counted when the source
+        was opened.
         """
-        seen = {split: np.zeros(count, dtype=bool) for split, count in self.counts.items()}
+        unread = {split: np.ones(count, dtype=bool) for split, count in self.counts.items()}
         for sample in self.read():
             if not 0 <= sample.label < len(CLASSES):
                 raise UserError(f"{sample.origin}: label {sample.label}; accepted are 0 to {len(CLASSES) - 1}")
-            places = seen[sample.split]
-            if not 0 <= sample.index < len(places) or places[sample.index]:
-                raise UserError(f"{sample.origin}: not there when {self.description} was opened; it changed meanwhile")
-            places[sample.index] = True
+            left = unread[sample.split]
+            if not 0 <= sample.index < len(left) or not left[sample.index]:
+                raise UserError(f"{sample.origin}: {self.description} has changed since it was opened; run again")
+            left[sample.index] = False
             yield sample
-        for split, places in seen.items():
-            if not places.all():
-                missing = int(len(places) - places.sum())
-                raise UserError(
-                    f"{self.description}: {missing} of {len(places)} {split} images are gone; it changed meanwhile"
-                )
+        for split, left in unread.items():
+            if left.any():
+                raise UserError(f"{self.description}: {left.sum()} of {len(left)} {split} images are gone; run again")
 
     def val_size(self) -> int | None:
-        """How many of the last train samples become val by a rule of the set itself; None where it has none.
+        """Return how many of the last train samples become val by the official split, or None if it does not apply.
 
-        The published training split of 59,001 gives its last 4,001, in whatever layout it comes; a source that brings a
-        val of its own gives none.
+        It applies to a train split of the official size, in any layout, unless the source has a val split of its own.
         """
         if "val" not in self.counts and self.counts.get("train") == OFFICIAL_TRAIN_SIZE:
             return OFFICIAL_VAL_SIZE
         return None
+
+
+_SPLIT = re.compile(r"(?<![a-z])(?:(train|training)|(val|valid|validation|dev)|(test|testing))(?![a-z])", re.IGNORECASE)
+
+
+def split_of(name: str, *, whole: bool = False) -> str | None:
+    """Return the split that a file or folder name contains, or None. ``whole``: the name must be that word alone."""
+    match = _SPLIT.fullmatch(name) if whole else _SPLIT.search(name)
+    return None if match is None else SPLITS[int(match.lastindex or 1) - 1]
+
+
+def group_by_split(files: Iterable[Path]) -> list[dict[str, list[Path]]]:
+    """Group files into sets, and those of each set by split, sorted by name.
+
+    The names of one set are the same up to the split's name. Files whose names contain no split are left out.
+    """
+    sets: dict[str, dict[str, list[Path]]] = {}
+    for file in sorted(files):
+        if (split := split_of(file.name)) is not None:
+            sets.setdefault(_SPLIT.split(file.name)[0], {}).setdefault(split, []).append(file)
+    return [{split: found[split] for split in SPLITS if split in found} for found in sets.values()]
+
+
+def parse_label(origin: str, text: str) -> int:
+    """Return the label that a text stands for. Raises `UserError` if it is no class name."""
+    if text not in CLASSES:
+        raise UserError(f"{origin}: label {text[:20]!r}; accepted are 0 to {len(CLASSES) - 1}")
+    return CLASSES.index(text)
+
+
+def check_labels(origin: str, labels: np.ndarray, count: int) -> np.ndarray:
+    """Return labels as int64 (count,).
+
+    Accepted are whole numbers of shape (count,), (count, 1) or (1, count), and one-hot rows (count, classes). Raises
+    `UserError` for anything else and for a label out of range.
+    """
+    values = np.asarray(labels)
+    if values.shape == (count, len(CLASSES)) and values.dtype.kind in "iuf":
+        if not (np.isin(values, (0, 1)).all() and (values.sum(axis=1) == 1).all()):
+            raise UserError(f"{origin}: rows that are not one-hot; each row needs a single 1")
+        values = values.argmax(axis=1)
+    if values.shape in ((count, 1), (1, count)):
+        values = values.reshape(-1)
+    if values.shape != (count,) or values.dtype.kind not in "iuf":
+        raise UserError(f"{origin}: {values.dtype} of shape {values.shape}; expected {count} whole numbers")
+    for index in np.flatnonzero(~np.isin(values, np.arange(len(CLASSES)))):
+        raise UserError(f"{origin}: label {values[index]} at index {index}; accepted are 0 to {len(CLASSES) - 1}")
+    return values.astype(np.int64)

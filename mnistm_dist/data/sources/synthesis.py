@@ -1,230 +1,163 @@
-"""MNIST digits and colour photos -> MNIST-M.
+"""MNIST digits blended over colour photos: MNIST-M.
 
 Y. Ganin and V. Lempitsky, "Unsupervised Domain Adaptation by Backpropagation" (ICML 2015, arXiv 1409.7495), section 4:
-`|patch - digit|` per channel, the patch being cut at a random place out of a random photo. Each digit is binarised
-first (ink > 0 becomes 255), as in the copies of the set that people regenerated: so it inverts its patch's colours.
+`|patch - digit|` per channel, with the patch cut at a random position from a random photo. Digits are binarised first
+(ink > 0 becomes 255), as in the common regenerated copies of the set, so a digit inverts the colours of its patch.
 """
 
 from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
-from importlib.resources import files
-from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 from PIL import Image
 
-from mnistm_dist.data.decode_errors import UNREADABLE
+from mnistm_dist.data.decode_errors import UNREADABLE, explain_decode_errors
 from mnistm_dist.data.hashing import uniform
 from mnistm_dist.data.image_io import formats_here
 from mnistm_dist.data.sources.base import Sample, Source
 from mnistm_dist.data.sources.idx import Digits, read_digits
 from mnistm_dist.errors import UserError
+from mnistm_dist.files import explain_os_errors
 
 PHOTO_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-"""File names that are taken for photos, in small letters."""
+"""File names that are read as photos, in lower case."""
+SAMPLE_DIR = Path(__file__).resolve().parents[1] / "sample"
+"""The ingredients of the bundled sample; their licences are in `SOURCES.md`."""
 SAMPLE_TRAIN_SIZE = 8_000
-"""Of the 10,000 bundled digits, the first ones are train, the others val."""
+"""The first of the 10,000 bundled digits are train, the others val."""
 MNIST_TRAIN_SIZE = 55_000
-"""Of MNIST's 60,000 training digits, the first ones are train, the others val, before MNIST's 10,000 test digits."""
+"""The first of MNIST's 60,000 training digits are train; the others and MNIST's 10,000 test digits are val."""
 _CHUNK = 1_024
-_BROKEN: tuple[type[Exception], ...] = (*UNREADABLE, Image.DecompressionBombWarning)
-_NAMED = 5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Photos:
-    """Photos laid end to end, so that patches of many of them are cut by one indexing."""
+    """Photos laid end to end, so that patches of many of them are cut by one indexing operation."""
 
     names: tuple[str, ...]
-    """File names, in the order that the random choice counts."""
+    """File names, in the order of the arrays."""
     pixels: np.ndarray
     """uint8 (pixels of all photos, 3), RGB, photo after photo, row after row."""
-    starts: np.ndarray
-    """int64 (photos,): where each begins in `pixels`."""
-    heights: np.ndarray
-    """int64 (photos,), pixels."""
-    widths: np.ndarray
-    """int64 (photos,), pixels."""
+    sizes: np.ndarray
+    """int64 (photos, 2): height and width, pixels."""
     skipped: tuple[str, ...]
-    """One line for each file that was no use: too small, or broken."""
+    """One line per file that was left out because it is too small or broken."""
 
 
-def read_photos(folder: Path | Traversable, *, smallest: int) -> Photos:
-    """Reads the photos that lie in `folder`, sorted by name; grey ones and others become RGB.
+def read_photos(folder: Path, *, min_size: int) -> Photos:
+    """Read the photos in ``folder``, sorted by name, as RGB.
 
-    Decoded they are kept in an unnamed temporary file that is mapped, so that memory does not grow with their number. A
-    photo that is lower or narrower than `smallest` pixels, or broken, is left out and named in `skipped`. Raises
-    UserError where no photo is left. JPEGs may decode to slightly different pixels on another libjpeg; PNGs never do.
+    Decoded photos are kept in a memory-mapped temporary file, so memory does not grow with their number. A photo with a
+    side below ``min_size`` pixels, or a broken one, is left out and listed in `Photos.skipped`. Raises `UserError` if
+    no photo is left. JPEGs may decode to slightly different pixels with another libjpeg; PNGs never do.
     """
-    if not folder.is_dir():
-        found_here = "a file, not a folder" if folder.is_file() else "no such folder"
-        raise UserError(f"{folder}: {found_here}; name one of colour photos with --photos")
-    found = sorted(
-        entry.name for entry in folder.iterdir() if entry.name.lower().endswith(PHOTO_SUFFIXES) and entry.is_file()
-    )
-    names: list[str] = []
+    with explain_decode_errors(folder, "a folder of photos"):
+        files = [file for file in sorted(folder.iterdir()) if file.name.lower().endswith(PHOTO_SUFFIXES)]
+    sizes: dict[str, tuple[int, ...]] = {}
     skipped: list[str] = []
-    sizes: list[tuple[int, int]] = []
-    with tempfile.TemporaryFile() as store:
-        for name in found:
+    with (
+        explain_os_errors(tempfile.gettempdir(), advice="set $TMPDIR to another folder"),
+        tempfile.TemporaryFile() as store,
+    ):
+        for file in filter(Path.is_file, files):
             try:
-                photo = _decode(folder / name)
-            except _BROKEN as error:
-                skipped.append(f"photo {name} left out: broken ({' '.join(str(error).split())})")
-                continue
-            height, width = photo.shape[:2]
-            if min(height, width) < smallest:
-                skipped.append(f"photo {name} left out: {width} x {height} pixels, smaller than a digit of {smallest}")
-                continue
-            _store(store, photo)
-            names.append(name)
-            sizes.append((height, width))
-        if not names:
-            reasons = "; ".join(skipped[:_NAMED]) if skipped else f"no file named {', '.join(PHOTO_SUFFIXES)} in it"
-            raise UserError(f"{folder}: no usable photo ({reasons}); name another folder with --photos")
-        heights, widths = np.array(sizes, dtype=np.int64).T
-        pixels = np.memmap(store, dtype=np.uint8, mode="r").reshape(-1, 3)
-    ends = np.cumsum(heights * widths)
-    return Photos(
-        names=tuple(names),
-        pixels=pixels,
-        starts=ends - heights * widths,
-        heights=heights,
-        widths=widths,
-        skipped=tuple(skipped),
-    )
-
-
-def _decode(file: Path | Traversable) -> np.ndarray:
-    with warnings.catch_warnings(), file.open("rb") as stream:
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(stream, formats=formats_here()) as image:
-            return np.asarray(image.convert("RGB"))
-
-
-def _store(store: IO[bytes], photo: np.ndarray) -> None:
-    try:
-        store.write(photo.tobytes())
+                photo = _decode(file, min_size)
+            except UNREADABLE as error:
+                skipped.append(f"photo {file.name} left out: {' '.join(str(error).split())}")
+            else:
+                store.write(photo.tobytes())
+                sizes[file.name] = photo.shape[:2]
+        if not sizes:
+            reasons = "; ".join(skipped[:5]) or f"no file named {', '.join(PHOTO_SUFFIXES)}"
+            raise UserError(f"{folder}: no usable photo ({reasons}); check --photos")
         store.flush()
-    except OSError as error:
-        raise UserError(
-            f"{tempfile.gettempdir()}: no room for the decoded photos ({error.strerror}): "
-            "name another folder for temporary files in $TMPDIR"
-        ) from error
+        pixels = np.memmap(store, dtype=np.uint8, mode="r").reshape(-1, 3)
+    return Photos(names=tuple(sizes), pixels=pixels, sizes=np.array(list(sizes.values())), skipped=tuple(skipped))
+
+
+def _decode(file: Path, min_size: int) -> np.ndarray:
+    with warnings.catch_warnings(), Image.open(file, formats=formats_here()) as image:
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        if min(image.size) < min_size:
+            raise ValueError(f"{image.width} x {image.height} pixels, smaller than a digit of {min_size}")
+        return np.asarray(image.convert("RGB"))
 
 
 def blend(digits: np.ndarray, photos: Photos, *, seed: int, positions: np.ndarray) -> np.ndarray:
-    """Blends `digits`, uint8 (n, height, width), over patches of `photos`: uint8 (n, height, width, 3), RGB.
+    """Blend ``digits``, uint8 (n, height, width), over patches of ``photos``: uint8 (n, height, width, 3), RGB.
 
-    Photo and place of each are a pure function of `seed` and its position, of int64 (n,): the same on every version of
-    every library, in whatever chunks a set is made.
+    The photo and the position in it are a pure function of ``seed`` and ``positions``, int64 (n,): the same for any
+    chunks and any version of any library.
     """
     height, width = digits.shape[1:]
     draws = uniform(seed, positions, 3).astype(np.float64)
     photo = np.floor(draws[:, 0] * len(photos.names)).astype(np.int64)
-    top = np.floor(draws[:, 1] * (photos.heights[photo] - height + 1)).astype(np.int64)
-    left = np.floor(draws[:, 2] * (photos.widths[photo] - width + 1)).astype(np.int64)
-    stride = photos.widths[photo]
-    corners = photos.starts[photo] + top * stride + left
-    rows = corners[:, None] + stride[:, None] * np.arange(height)
+    photo_heights, photo_widths = photos.sizes[photo].T
+    top = np.floor(draws[:, 1] * (photo_heights - height + 1)).astype(np.int64)
+    left = np.floor(draws[:, 2] * (photo_widths - width + 1)).astype(np.int64)
+    areas = photos.sizes.prod(axis=1)
+    corners = (np.cumsum(areas) - areas)[photo] + top * photo_widths + left
+    rows = corners[:, None] + photo_widths[:, None] * np.arange(height)
     patches = photos.pixels[rows[:, :, None] + np.arange(width)]
     return np.where((digits > 0)[..., None], 255 - patches, patches)
 
 
 def open_sample(*, seed: int, blends: int = 1) -> Source:
-    """The bundled sample: MNIST's first 10,000 training digits over free photos, 8,000 train and 2,000 val of 28 x 28.
+    """Open the bundled sample: MNIST's first 10,000 training digits over free photos; 8,000 train, 2,000 val, 28 x 28.
 
-    Its ingredients lie in the package (`sample/SOURCES.md`), so that it needs no file of the user and no network.
-    `blends` as in `open_mnist_and_photos`.
+    Its ingredients are in the package, so it needs no files and no network. ``blends`` as in `open_mnist_and_photos`.
     """
-    folder = files("mnistm_dist") / "data" / "sample"
-    digits = read_digits(folder, "train")
-    photos = read_photos(folder, smallest=digits.images.shape[1])
-    return _blended(
-        digits=[digits],
-        photos=photos,
-        train=SAMPLE_TRAIN_SIZE,
-        blends=blends,
-        seed=seed,
-        layout="sample",
-        description=f"bundled sample: {len(digits.labels)} digits of MNIST over {len(photos.names)} free photos",
-    )
+    digits = read_digits(SAMPLE_DIR, "train")
+    photos = read_photos(SAMPLE_DIR, min_size=digits.images.shape[1])
+    return _synthesise(digits, photos, num_train=SAMPLE_TRAIN_SIZE, blends=blends, seed=seed, layout="sample")
 
 
 def open_mnist_and_photos(mnist: Path, photos_folder: Path, *, seed: int, blends: int = 1) -> Source:
-    """MNIST's 70,000 digits over the photos of a folder: the regenerated lineage, 55,000 train, 15,000 val, 28 x 28.
+    """Open MNIST's 70,000 digits over the photos of a folder, the regenerated lineage: 55,000 train and 15,000 val.
 
-    Val is MNIST's last 5,000 training digits, then its 10,000 test digits, as in the source report. A smaller MNIST is
-    cut at the same fraction. Each training digit is blended over `blends` patches, at least 1: the first is the one
-    that it has alone, and val is the same whatever their number. Raises UserError as `read_digits` and `read_photos`,
-    and where train and test have images of two sizes.
+    Val is MNIST's last 5,000 training digits, then its 10,000 test digits. A smaller MNIST is cut at the same fraction.
+    Each training digit is blended over ``blends`` patches; the first is the one that it has with a single blend, and
+    val does not depend on ``blends``. Raises `UserError` as `read_digits` and `read_photos`, and if the training and
+    test images have different sizes.
     """
-    digits = [read_digits(mnist, "train"), read_digits(mnist, "test")]
-    train_size, test_size = ("{} x {}".format(*part.images.shape[1:]) for part in digits)
-    if train_size != test_size:
-        raise UserError(
-            f"{mnist}: train images of {train_size} pixels, test images of {test_size}: one set holds one image size; "
-            "download them again"
-        )
-    photos = read_photos(photos_folder, smallest=max(digits[0].images.shape[1:]))
-    total = len(digits[0].labels)
-    return _blended(
-        digits=digits,
-        photos=photos,
-        train=total * MNIST_TRAIN_SIZE // 60_000,
-        blends=blends,
-        seed=seed,
-        layout="mnist+photos",
-        description=f"{sum(len(part.labels) for part in digits)} digits of MNIST over {len(photos.names)} photos",
-    )
+    train, test = read_digits(mnist, "train"), read_digits(mnist, "test")
+    with explain_decode_errors(mnist, "MNIST"):
+        images, labels = np.concatenate([train.images, test.images]), np.concatenate([train.labels, test.labels])
+    digits = Digits(images=images, labels=labels)
+    photos = read_photos(photos_folder, min_size=max(images.shape[1:]))
+    num_train = len(train.labels) * MNIST_TRAIN_SIZE // 60_000
+    return _synthesise(digits, photos, num_train=num_train, blends=blends, seed=seed, layout="mnist+photos")
 
 
-def _blended(
-    *, digits: Sequence[Digits], photos: Photos, train: int, blends: int, seed: int, layout: str, description: str
-) -> Source:
+def _synthesise(digits: Digits, photos: Photos, *, num_train: int, blends: int, seed: int, layout: str) -> Source:
+    """Return a source of digits over photos: the first ``num_train`` digits are train, the others val."""
     if blends < 1:
-        raise UserError(f"{layout}: {blends} blends of each training digit; accepted are 1 and more")
-    images = np.concatenate([part.images for part in digits])
-    labels = np.concatenate([part.labels for part in digits])
+        raise UserError(f"{layout}: {blends} blends per training digit; accepted are 1 or more")
+    counts = {"train": num_train * blends, "val": len(digits.labels) - num_train}
+
+    def read() -> Iterator[Sample]:
+        for split, count in counts.items():
+            for start in range(0, count, _CHUNK):
+                numbers = np.arange(start, min(start + _CHUNK, count))
+                turn, chosen = np.divmod(numbers, num_train) if split == "train" else (0, numbers + num_train)
+                # The first blend of a digit has the digit's own position; the positions of others follow all digits.
+                positions = chosen + turn * len(digits.labels)
+                images = blend(digits.images[chosen], photos, seed=seed, positions=positions)
+                for index, (label, pixels) in enumerate(zip(digits.labels[chosen], images, strict=True), start):
+                    origin = f"{layout}: {split} image {index}"
+                    yield Sample(split=split, index=index, label=int(label), pixels=pixels, origin=origin)
+
     return Source(
         layout=layout,
         lineage="regenerated",
-        description=description if blends == 1 else f"{description}, {blends} patches for each training digit",
-        counts={"train": train * blends, "val": len(labels) - train},
+        description=f"{len(digits.labels)} digits of MNIST over {len(photos.names)} photos"
+        + (f", {blends} patches for each training digit" if blends > 1 else ""),
+        counts=counts,
         notes=photos.skipped,
-        read=partial(_read_blended, images, labels, photos, train, blends, seed, layout),
+        read=read,
     )
-
-
-def _read_blended(
-    digits: np.ndarray, labels: np.ndarray, photos: Photos, train: int, blends: int, seed: int, origin: str
-) -> Iterator[Sample]:
-    made_train = train * blends
-    made = made_train + len(labels) - train
-    for start in range(0, made, _CHUNK):
-        numbers = np.arange(start, min(start + _CHUNK, made))
-        is_train = numbers < made_train
-        chosen = np.where(is_train, numbers % train, numbers - made_train + train)
-        # The first blend of a digit has the digit's own position; further ones lie beyond all digits.
-        positions = chosen + np.where(is_train, numbers // train, 0) * len(labels)
-        for number, digit, pixels in zip(
-            numbers.tolist(),
-            chosen.tolist(),
-            blend(digits[chosen], photos, seed=seed, positions=positions),
-            strict=True,
-        ):
-            split, index = ("train", number) if number < made_train else ("val", number - made_train)
-            yield Sample(
-                split=split,
-                index=index,
-                label=int(labels[digit]),
-                pixels=pixels,
-                origin=f"{origin}: image {number}",
-            )

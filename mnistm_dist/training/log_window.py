@@ -1,0 +1,74 @@
+"""The steps since the last row of the log: their losses, and the time spent in them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mnistm_dist.training.distributed import World
+
+
+class NonFiniteLoss(RuntimeError):
+    """A training loss that is NaN or infinite."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"the training loss of step {step} is not finite")
+        self.step = step
+
+
+class LogWindow:
+    """The losses of the steps since the last row, on the device until `fetch`, and the seconds spent in training steps.
+
+    The clock runs between `start_clock` and `stop_clock`: evaluation and saving do not count.
+    """
+
+    def __init__(self, world: World, losses: Sequence[float] = ()) -> None:
+        self.world = world
+        self.losses = list(losses)
+        """Mean loss of each fetched step, oldest first."""
+        self._on_device: list[tuple[int, Tensor]] = []
+        self._steps, self._seconds, self._started = 0, 0.0, time.perf_counter()
+
+    def start_clock(self) -> None:
+        """Start the clock before a step."""
+        self._started = time.perf_counter()
+
+    def stop_clock(self) -> float:
+        """Stop the clock after a step; return the seconds since `start_clock`."""
+        seconds = time.perf_counter() - self._started
+        self._seconds += seconds
+        return seconds
+
+    def add(self, step: int, losses: Tensor) -> None:
+        """Add the losses of this rank's micro-batches, float (k,), of ``step`` (from 0)."""
+        self._on_device.append((step, losses))
+        self._steps += 1
+
+    def fetch(self) -> None:
+        """Gather the losses from all ranks. Raise `NonFiniteLoss` on all of them. All ranks take part.
+
+        The loss of a step is the mean over its micro-batches in canonical order, in float64: the same at every world
+        size.
+        """
+        if not self._on_device:
+            return
+        table = torch.stack([losses for _, losses in self._on_device])
+        means = self.world.gather_columns(table).double().cpu().numpy().mean(axis=1)
+        for (step, _), mean in zip(self._on_device, means, strict=True):
+            if not np.isfinite(mean):
+                raise NonFiniteLoss(step)
+        self.losses.extend(means.tolist())
+        self._on_device.clear()
+
+    def close(self) -> tuple[float, float]:
+        """Return the mean of the fetched losses and the steps per second of this launch, and begin a new window."""
+        seconds = self._seconds + time.perf_counter() - self._started
+        mean, steps_per_second = sum(self.losses) / len(self.losses), self._steps / seconds
+        self.losses.clear()
+        # The rest of the running step, until `stop_clock`, belongs to the next window.
+        self._steps, self._seconds = 0, self._seconds - seconds
+        return mean, steps_per_second

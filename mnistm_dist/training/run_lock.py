@@ -1,0 +1,82 @@
+"""The lock of a run folder: one process, rank 0 of a run, holds a folder at a time.
+
+It is a lease of filelock: the lock file names host, pid and the process's start time, and is touched while its owner
+lives. On the same host a dead owner is detected at once; from another host or container, by a lock file that is no
+longer touched. Kernel locks (flock) are not reliable on the network file systems of clusters.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from pathlib import Path
+
+from filelock import SoftFileLease, Timeout
+
+from mnistm_dist.errors import UserError
+from mnistm_dist.files import explain_os_errors
+
+LOCK_NAME = ".lock"
+HEARTBEAT_SECONDS = 5.0
+LEASE_SECONDS = 20.0
+"""How long a lock file must stay untouched before an owner on another host counts as dead."""
+SAME_HOST_SECONDS = 0.3
+"""How long to wait for a lock that was touched on this host: a dead owner's is taken over within it."""
+
+
+class RunLock:
+    """Hold a run folder until `release` or the end of the block.
+
+    Raise `UserError` if a live run holds it or it cannot be written. ``wait``: seconds to wait for another owner
+    (default: until a dead one would be detected).
+    """
+
+    def __init__(self, run_dir: Path, wait: float | None = None) -> None:
+        path = run_dir / LOCK_NAME
+        self._lease = SoftFileLease(
+            path, lease_duration=LEASE_SECONDS, heartbeat_interval=HEARTBEAT_SECONDS, thread_local=False
+        )
+        with explain_os_errors(f"run folder {run_dir}", advice="choose another --run-dir"):
+            wait = _patience(self._lease, path) if wait is None else wait
+            try:
+                self._lease.acquire(timeout=wait, poll_interval=0.05)
+            except Timeout as error:
+                owner = self._lease.owner
+                holder = f"pid {owner.pid} on {owner.hostname}" if owner else "another process"
+                raise UserError(
+                    f"run folder {run_dir}: held by a live run ({holder}); wait for it to end, "
+                    "or choose another --run-dir"
+                ) from error
+
+    def __enter__(self) -> RunLock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Release the lock, unless another run has taken it over while this process was suspended."""
+        self._lease.release()
+
+
+def is_locked(run_dir: Path) -> bool:
+    """Return whether a live run holds the folder. For an owner on another host this takes `LEASE_SECONDS`."""
+    if not (run_dir / LOCK_NAME).exists():
+        return False
+    try:
+        RunLock(run_dir).release()
+    except UserError:
+        return True
+    return False
+
+
+def _patience(lease: SoftFileLease, path: Path) -> float:
+    """How long to wait, seconds: until a dead owner would be detected."""
+    owner = lease.owner
+    try:
+        recently_touched = time.time() - path.stat().st_mtime < LEASE_SECONDS
+    except FileNotFoundError:
+        return SAME_HOST_SECONDS
+    on_this_host = owner is not None and socket.gethostname() in owner.hostname
+    # Clocks of two hosts are not compared.
+    return SAME_HOST_SECONDS if on_this_host and recently_touched else LEASE_SECONDS + 2

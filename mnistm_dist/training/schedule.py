@@ -1,0 +1,78 @@
+"""What each step trains: its positions, epoch, image size and learning rate, all closed forms of the step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from mnistm_dist.config import Config, OptimConfig, StepsConfig
+from mnistm_dist.data.order import epoch_ends, epochs_done, part_of_run, steps_for
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The steps of a run. Steps and epochs count from 0; nothing here needs to be saved or restored."""
+
+    steps: StepsConfig
+    optim: OptimConfig
+    train_size: int
+    """Images in the train split."""
+    max_steps: int | None
+    """The run ends after this many steps; the schedule stays that of the full run."""
+
+    @classmethod
+    def of(cls, config: Config, train_size: int) -> Schedule:
+        """Return the schedule of a configuration for a train split of ``train_size`` images."""
+        return cls(steps=config.steps, optim=config.optim, train_size=train_size, max_steps=config.run.max_steps)
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the full run: ``ceil(epochs * train_size / batch_size)``."""
+        return steps_for(self.steps.epochs, size=self.train_size, batch_size=self.steps.batch_size)
+
+    @property
+    def last_step(self) -> int:
+        """Steps after which this run ends."""
+        return min(self.total_steps, self.max_steps or self.total_steps)
+
+    @property
+    def full_image_size(self) -> int:
+        """The largest training size, pixels."""
+        return max(self.steps.image_size)
+
+    def epoch(self, step: int) -> int:
+        """Return the epoch of the first position of a step."""
+        return step * self.steps.batch_size // self.train_size
+
+    def ends_epoch(self, step: int) -> bool:
+        """Return whether an epoch ends with this step."""
+        return epoch_ends(step, size=self.train_size, batch_size=self.steps.batch_size)
+
+    def epochs_done(self, steps_done: int) -> int:
+        """Return the number of complete epochs in the first ``steps_done`` steps."""
+        return epochs_done(steps_done, size=self.train_size, batch_size=self.steps.batch_size)
+
+    def image_size(self, step: int) -> int:
+        """Return the image size of a step, pixels: the run's sizes take equal parts of its epochs."""
+        sizes = self.steps.image_size
+        return sizes[part_of_run(self.epoch(step), epochs=self.steps.epochs, parts=len(sizes))]
+
+    def learning_rate(self, step: int) -> float:
+        """Return the learning rate of a step.
+
+        constant: the peak. exponential: peak * decay ** epoch. one-cycle: linear from 0 to the peak over the fraction
+        ``warmup`` of the steps, then (1 + cos) / 2 down to 0 (Smith and Topin 2017, arXiv 1708.07120, with the cosine
+        of Loshchilov and Hutter, arXiv 1608.03983). The peak scales with batch_size / base_batch_size: linearly (Goyal
+        et al. 2017, arXiv 1706.02677) or by the square root (Krizhevsky 2014, arXiv 1404.5997).
+        """
+        optim = self.optim
+        ratio = self.steps.batch_size / optim.base_batch_size
+        peak = optim.learning_rate * {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[optim.lr_scaling]
+        if optim.lr_schedule == "constant":
+            return peak
+        if optim.lr_schedule == "exponential":
+            return peak * optim.decay ** self.epoch(step)
+        done = (step + 1) / (self.total_steps + 1)
+        if done < optim.warmup:
+            return peak * done / optim.warmup
+        return peak * (1 + math.cos(math.pi * (done - optim.warmup) / (1 - optim.warmup))) / 2

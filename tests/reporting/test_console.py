@@ -1,0 +1,354 @@
+"""Claims about `mnistm_dist.reporting.console`: in a pipe, in a dumb terminal and in a real one (a pseudo-terminal)."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mnistm_dist.reporting import terminal
+from mnistm_dist.reporting.console import Console
+from mnistm_dist.reporting.terminal import PlainScreen, TerminalScreen, bar_text, finished_text
+
+STORY = """
+import sys, time, warnings
+from mnistm_dist.reporting.console import Console
+console = Console()
+with console.library_warnings():
+    console.header("mnistm_dist", {"recipe": "fast", "run": "runs/" + "a-long-name-" * 8})
+    with console.progress("decoding train", 8000) as bar:
+        for done in range(0, 8001, 800):
+            bar(done, 8000)
+            time.sleep(0.002)
+    with console.training(40) as bar:
+        for step in range(1, 41):
+            time.sleep(0.02)
+            bar.update(step, epoch=step // 20, loss=2.3 / step, lr=1e-3, images_per_second=1234.5, image_size=32)
+            if step == 10:
+                warnings.warn("a library warns " * 30)
+                warnings.warn("a library warns " * 30)
+                print("another library prints", file=sys.stderr)
+            if step % 20 == 0:
+                with console.progress("evaluating val", 2000) as inner:
+                    inner.update(2000)
+                console.evaluation({"epoch": step // 20 - 1, "step": step, "split": "val", "val/loss": 0.3,
+                    "val/accuracy": 0.97, "image_size": 32 * (step // 20), "full_image_size": 64, "best": True})
+    split = {"accuracy": 0.9712, "correct": 1942, "total": 2000, "interval95": [0.963, 0.977]}
+    checkpoint = {"step": 40, "chosen": "best on val", "averaged": True, "image_size": 64}
+    summary = {"val": split, "train_seconds": 222.0, "images_per_second": 709.2, "checkpoint": checkpoint}
+    console.result(summary, "1,942 of 2,000 correct. " * 6, {"run folder": "runs/x"})
+"""
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+MOVE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
+
+
+def rows(raw: str) -> list[str]:
+    """Return what the rows of a terminal showed at any time: a line ends where the cursor is moved."""
+    return MOVE.sub("\n", COLOUR.sub("", raw)).split("\n")
+
+
+def environment(**more: str) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES")}
+    return {**kept, "PYTHONUNBUFFERED": "", **more}
+
+
+def in_terminal(columns: int = 80, **more: str) -> str:
+    """Return what the story writes to a pseudo-terminal."""
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    command = [sys.executable, "-c", STORY]
+    with subprocess.Popen(
+        command, stdin=slave, stdout=slave, stderr=slave, env=environment(TERM="xterm-256color", **more)
+    ) as process:
+        os.close(slave)
+        pieces = []
+        while True:
+            try:
+                piece = os.read(master, 65536)
+            except OSError:  # Linux: the last writer has closed it
+                break
+            if not piece:
+                break
+            pieces.append(piece)
+        assert process.wait() == 0
+    os.close(master)
+    return b"".join(pieces).decode()
+
+
+def in_pipe(**more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", STORY], capture_output=True, text=True, env=environment(**more))
+
+
+def test_a_pipe_gets_plain_lines_with_the_time_and_no_control_codes() -> None:
+    done = in_pipe(TERM="xterm-256color", FORCE_COLOR="1")
+    lines = done.stdout.splitlines()
+    assert "\x1b" not in done.stdout
+    assert "\r" not in done.stdout
+    assert all(re.match(r"\d\d:\d\d:\d\d", line) for line in lines), lines
+    assert done.stderr == "another library prints\n"
+    text = [line[9:] for line in lines]
+    assert text[0] == "mnistm_dist"
+    assert any(
+        re.fullmatch(r"decoding train: 8,000/8,000 images in 0\.\d s \([\d,]+ images/s\)", line) for line in text
+    )
+    assert "train: 40/40 steps" in done.stdout
+    assert "evaluating val" not in done.stdout, "a bar within another leaves no line"
+    assert sum("a library warns" in line for line in text) == 1
+    head = text.index("epoch    step  split  train loss    loss  accuracy")
+    assert text[head + 1] == "    1      20    val              0.3000   97.00 %  best at 32 px"
+    assert text[head + 2].endswith("97.00 %  best")
+    assert "  val         1,942 of 2,000 correct: 97.10 % (95 % interval 96.30 to 97.70 %)" in text
+    assert "  checkpoint  step 40 (best on val), averaged weights, 64 px" in text
+    assert "  training    3:42, 709 images/s" in text
+    paragraphs = [line for line in text if not line.startswith("  ") and "a library" not in line]
+    assert max(map(len, paragraphs)) <= 71, "80 columns with the time"
+
+
+def test_a_number_and_its_percent_sign_stay_on_one_line() -> None:
+    stream = io.StringIO()
+    Console(stream=stream).result({}, f"{'x' * 65} 12.50 % of all", {})
+    assert stream.getvalue().splitlines()[-1].endswith(" 12.50 % of all")
+
+
+@pytest.mark.parametrize("term", ["dumb", ""])
+def test_a_dumb_terminal_gets_plain_lines_too(term: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", term)
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    stream = Terminal()
+    console = Console(stream=stream)
+    console.header("title", {"a": "b"})
+    with console.progress("work", 3) as bar:
+        bar.update(3)
+    assert "\x1b" not in stream.getvalue()
+    assert stream.getvalue().splitlines()[0].endswith(" title")
+
+
+def test_a_terminal_of_80_columns_shows_panels_and_a_live_bar_and_nothing_wider() -> None:
+    raw = in_terminal()
+    assert "\x1b[?25l" in raw, "the cursor is hidden while a bar is live"
+    assert raw.rindex("\x1b[?25h") > raw.rindex("\x1b[?25l"), "and shown again"
+    assert max(map(len, rows(raw))) <= 80
+    text = "\n".join(rows(raw))
+    for part in ("╭─ mnistm_dist ", "loss 0.", "1,234 images/s", "0:00:0", "╭─ result ", "97.10 %", "best at 32 px"):
+        assert part in text, part
+    assert "a library warns a library" in text
+    assert "another library prints" in text
+
+
+def test_nothing_is_wider_than_a_narrow_terminal() -> None:
+    assert max(map(len, rows(in_terminal(columns=60)))) <= 60
+
+
+@pytest.mark.filterwarnings("default")  # a warning that is shown, as in a command
+def test_other_ranks_write_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(enabled=False)
+    console.header("a", {"b": "c"})
+    console.line("x")
+    console.warn("x")
+    with console.library_warnings():
+        warnings.warn("x", stacklevel=1)
+    with console.progress("p", 3) as bar:
+        bar.update(1)
+        bar(3, 3)
+    with console.training(3) as training:
+        training.update(1, epoch=0, loss=1.0, lr=1.0, images_per_second=1.0)
+    console.result({}, "x", {})
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_log_of_a_killed_job_is_complete(tmp_path: Path) -> None:
+    script = (
+        "import os, signal; from mnistm_dist.reporting.console import Console\n"
+        "Console().line('the last line'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    with (tmp_path / "log").open("w") as log:
+        subprocess.run([sys.executable, "-c", script], stdout=log)
+    assert (tmp_path / "log").read_text().endswith("the last line\n")
+
+
+def test_a_reader_that_has_gone_does_not_end_the_run() -> None:
+    script = (
+        "import sys; from mnistm_dist.reporting.console import Console\nconsole = Console()\n"
+        "for i in range(20000): console.line(str(i))\nprint('trained to the end', file=sys.stderr)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr is not None
+    assert process.stderr.read() == "trained to the end\n"
+    assert process.wait() == 0
+
+
+def test_a_full_disk_does_not_end_the_run() -> None:
+    with Path("/dev/full").open("w") as stream:
+        console = Console(stream=stream)
+        with console.progress("work", 1) as bar:
+            bar.update(1)
+        console.line("lost")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def test_a_terminal_that_is_closed_does_not_end_the_run(tmp_path: Path) -> None:
+    # As the end of a login shell does to a process that was disowned: no SIGHUP, but every write fails.
+    script = (
+        f"import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n{STORY}\nopen({str(tmp_path / 'end')!r}, 'w')"
+    )
+    master, slave = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdin=slave,
+        stdout=slave,
+        stderr=subprocess.PIPE,
+        env=environment(TERM="xterm"),
+        start_new_session=True,
+    ) as process:
+        os.close(slave)
+        os.read(master, 100)
+        os.close(master)
+        assert process.stderr is not None
+        errors = process.stderr.read().decode()
+    assert process.returncode == 0, errors
+    assert (tmp_path / "end").exists()
+
+
+def test_characters_that_the_encoding_lacks_are_escaped() -> None:
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding="ascii")
+    Console(stream=stream).line("runs/é")
+    assert raw.getvalue().endswith(b"runs/\\xe9\n")
+
+
+@pytest.mark.parametrize("screen", [PlainScreen, TerminalScreen])
+def test_control_characters_of_file_names_are_escaped(screen: type[PlainScreen]) -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    shown = screen(stream)
+    name = "a\x1b]0;owned\x07\udcff"
+    shown.line(name)
+    shown.panel("packed", {"from": name})
+    shown.panel(name, {name: ""})
+    bar = shown.open_bar(name, None, "images", 0)
+    shown.close_bar(bar)
+    shown.line(finished_text(bar))
+    output = stream.buffer.getvalue()  # type: ignore[attr-defined]
+    assert output.count(b"a\\x1b]0;owned\\x07\\udcff") == 5
+    assert b"\x1b" not in output
+
+
+class Clock:
+    """A clock that a test sets."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(terminal.time, "monotonic", lambda: self.now)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+def test_a_bar_writes_at_most_one_line_in_a_few_seconds(clock: Clock) -> None:
+    stream = io.StringIO()
+    with Console(stream=stream).progress("train", 100_000, "steps") as bar:
+        for step in range(36_000):
+            clock.now = step * 0.1
+            bar.update(step)
+    lines = stream.getvalue().splitlines()
+    # An hour: every 5 s in the first minutes, then every fiftieth of the time that has passed, at most 60 s.
+    assert 100 < len(lines) < 250
+    assert "  10 steps/s  " in lines[0]
+    assert lines[0].endswith(" left")
+
+
+def remaining(console: Console) -> float:
+    seconds = console._screen.bars.tasks[0].time_remaining
+    assert seconds is not None
+    return seconds
+
+
+def test_the_time_left_follows_the_recent_speed(clock: Clock) -> None:
+    console = Console(stream=io.StringIO())
+    with console.progress("train", 1000, "steps") as bar:
+        for step in range(501):
+            # Ten steps a second, and one a second after step 400.
+            clock.now = step * 0.1 if step <= 400 else 40 + (step - 400)
+            bar.update(step)
+        assert remaining(console) == pytest.approx(500, rel=0.05)
+
+
+def test_the_time_left_does_not_count_an_evaluation(clock: Clock) -> None:
+    console = Console(stream=io.StringIO())
+    with console.training(1000) as bar:
+        for step in range(501):
+            bar.update(step, epoch=0, loss=1.0, lr=1.0, images_per_second=1.0)
+            clock.now += 0.1
+            if step == 498:
+                clock.now += 60
+                bar.leave_out(60)
+        assert remaining(console) == pytest.approx(50, rel=0.05)
+
+
+def test_a_resumed_run_does_not_count_earlier_steps(clock: Clock) -> None:
+    stream = io.StringIO()
+    with Console(stream=stream).training(1000, start_step=900) as bar:
+        clock.now = 4.0
+        bar.update(950, epoch=0, loss=1.0, lr=1.0, images_per_second=1.0)
+        clock.now = 10.0
+    assert stream.getvalue().endswith(" train: 950/1,000 steps in 10 s (5 steps/s)\n")
+
+
+def test_bytes_are_shown_as_megabytes(clock: Clock) -> None:
+    console = Console(stream=io.StringIO())
+    with console.progress("reading", 181_000_000, "bytes") as bar:
+        bar.update(500_000)
+        clock.now = 2.0
+        bar.update(90_500_000)
+        assert bar_text(console._screen.bars.tasks[0]) == "90.5/181.0 MB  45 MB/s"
+
+
+def test_a_callback_without_a_total_shows_what_is_done() -> None:
+    stream = io.StringIO()
+    with Console(stream=stream).progress("download", None, "bytes") as bar:
+        bar(90_500_000, 0)
+    assert "download: 90.5 MB in" in stream.getvalue()
+    assert "/" not in stream.getvalue().replace("MB/s", "")
+
+
+def test_a_failed_work_leaves_no_line() -> None:
+    stream = io.StringIO()
+    console = Console(stream=stream)
+    with pytest.raises(ValueError, match="no"), console.progress("work", 3):
+        raise ValueError("no")
+    assert stream.getvalue() == ""
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_an_update_costs_far_less_than_a_fiftieth_of_a_step(live: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream: Any = io.StringIO()
+    stream.isatty = lambda: live
+    monkeypatch.setenv("TERM", "xterm")
+    with Console(stream=stream).training(2000) as bar:
+        began = time.perf_counter()
+        for step in range(2000):
+            bar.update(step, epoch=0, loss=1.0, lr=1e-3, images_per_second=700.0)
+        cost = (time.perf_counter() - began) / 2000
+    assert cost < 0.1 * 0.02

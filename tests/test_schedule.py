@@ -1,0 +1,63 @@
+"""Learning rates, epochs and image sizes as closed forms of the step."""
+
+from itertools import pairwise
+
+import pytest
+
+from mnistm_dist.config import OptimConfig, StepsConfig
+from mnistm_dist.training.schedule import Schedule
+
+
+def schedule(
+    optim: OptimConfig, *, batch_size: int = 256, epochs: int = 10, train_size: int = 2560, **steps
+) -> Schedule:
+    steps_config = StepsConfig(batch_size=batch_size, epochs=epochs, **steps)
+    return Schedule(steps=steps_config, optim=optim, train_size=train_size, max_steps=None)
+
+
+def rates(optim: OptimConfig, **kwargs) -> list[float]:
+    made = schedule(optim, **kwargs)
+    return [made.learning_rate(step) for step in range(made.total_steps)]
+
+
+def test_the_reports_schedule_falls_from_1e3_to_1e5_in_50_epochs():
+    optim = OptimConfig(lr_schedule="exponential", learning_rate=1e-3, decay=0.911)
+    series = rates(optim, epochs=50, train_size=256)
+    assert series[0] == 1e-3
+    assert series[1] == pytest.approx(1e-3 * 0.911)
+    assert 0.9e-5 < series[49] < 1.1e-5
+
+
+def test_one_cycle_rises_to_its_peak_and_falls_to_nothing():
+    series = rates(OptimConfig(lr_schedule="one-cycle", learning_rate=0.01, warmup=0.25))
+    peak = max(range(100), key=series.__getitem__)
+    assert 23 <= peak <= 25
+    assert series[peak] == pytest.approx(0.01, rel=1e-2)
+    assert all(a < b for a, b in pairwise(series[: peak + 1]))
+    assert 0 < series[-1] < 1e-4
+
+
+def test_one_cycle_without_warmup_starts_at_its_peak():
+    assert rates(OptimConfig(lr_schedule="one-cycle", learning_rate=0.01, warmup=0))[0] == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize(("scaling", "factor"), [("none", 1), ("linear", 4), ("sqrt", 2)])
+def test_the_rate_scales_with_the_batch(scaling, factor):
+    config = OptimConfig(lr_schedule="constant", learning_rate=0.1, lr_scaling=scaling, base_batch_size=256)
+    assert rates(config, batch_size=1024)[0] == pytest.approx(0.1 * factor)
+
+
+def test_image_sizes_take_equal_parts_of_the_epochs_and_max_steps_only_cuts():
+    made = schedule(OptimConfig(), batch_size=10, epochs=6, train_size=20, image_size=(32, 48, 64))
+    assert [made.image_size(step) for step in range(12)] == [32] * 4 + [48] * 4 + [64] * 4
+    assert (made.total_steps, made.last_step, made.full_image_size) == (12, 12, 64)
+    cut = Schedule(steps=made.steps, optim=made.optim, train_size=20, max_steps=5)
+    assert (cut.total_steps, cut.last_step) == (12, 5)
+    assert [cut.learning_rate(step) for step in range(5)] == [made.learning_rate(step) for step in range(5)]
+
+
+def test_an_epoch_ends_with_the_step_that_takes_its_last_image():
+    made = schedule(OptimConfig(), batch_size=8, epochs=2, train_size=20)
+    assert [step for step in range(made.total_steps) if made.ends_epoch(step)] == [2, 4]
+    assert [made.epoch(step) for step in range(5)] == [0, 0, 0, 1, 1]
+    assert [made.epochs_done(steps) for steps in range(6)] == [0, 0, 0, 1, 1, 2]

@@ -14,7 +14,6 @@ import numpy as np
 
 from mnistm_dist.data.loader import Reader
 from mnistm_dist.data.order import accumulation
-from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.data.transforms import Preprocess
 from mnistm_dist.errors import UserError
 from mnistm_dist.files import write_atomic
@@ -85,29 +84,30 @@ def evaluate_checkpoint(run: RunSetup, checkpoint: Checkpoint, console: Console)
             continue
         with console.progress(f"evaluating {split}", reader.size) as bar:
             outputs = predict_split(world, model, preprocess, reader, image_size=scalars.image_size, progress=bar)
-        predictions = world.run_on_all_ranks(functools.partial(write_split, run.path, split, outputs, run.shards))
+        predictions = world.run_on_all_ranks(functools.partial(write_split, run, split, outputs))
         if predictions is not None:
             results[split] = predictions
-        if config.run.report:
-            world.run_on_all_ranks(functools.partial(draw_split, run.path, split, predictions, reader))
     return results
 
 
-def write_split(run_dir: Path, split: str, outputs: SplitOutputs | None, shards: ShardSet) -> Predictions | None:
-    """Write ``predictions_SPLIT.csv`` on rank 0 and return what is read back from it: every number and figure comes
-    from the file. Raise `UserError` if the run folder cannot be written."""
+def write_split(run: RunSetup, split: str, outputs: SplitOutputs | None) -> Predictions | None:
+    """Write ``predictions_SPLIT.csv`` and the figures of a split on rank 0; return the predictions.
+
+    Every number and figure comes from the file. Raise `UserError` if the run folder cannot be written.
+    """
     if outputs is None:
         return None
-    path, classes = run_dir / f"predictions_{split}.csv", shards.manifest.classes
-    with writing(run_dir):
-        write_predictions(path, shards.keys(split, np.arange(len(outputs.labels))), outputs, classes)
-    return read_predictions(path, classes)
+    path, classes = run.path / f"predictions_{split}.csv", run.shards.manifest.classes
+    with writing(run.path):
+        write_predictions(path, run.shards.keys(split, np.arange(len(outputs.labels))), outputs, classes)
+    predictions = read_predictions(path, classes)
+    if run.config.run.report:
+        draw_split(run.path, split, predictions, run.readers[split])
+    return predictions
 
 
-def draw_split(run_dir: Path, split: str, predictions: Predictions | None, reader: Reader) -> None:
-    """Draw the figures of a split on rank 0. Raise `UserError` if the run folder cannot be written."""
-    if predictions is None:
-        return
+def draw_split(run_dir: Path, split: str, predictions: Predictions, reader: Reader) -> None:
+    """Draw the figures of a split. Raise `UserError` if the run folder cannot be written."""
     # matplotlib takes a second to import, and a prediction does not need it.
     from mnistm_dist.reporting import figures
     from mnistm_dist.reporting.style import save

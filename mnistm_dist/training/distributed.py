@@ -98,9 +98,8 @@ class World:
             result = function()
         except UserError as error:
             message = str(error)
-        for rank_message in self.gather_objects(message):
-            if rank_message is not None:
-                raise UserError(rank_message)
+        for other in filter(None, self.gather_objects(message)):
+            raise UserError(other)
         return result  # type: ignore[return-value]  # no error, so function() returned
 
     def run_on_main(self, function: Callable[[], T]) -> T:
@@ -147,7 +146,7 @@ class World:
         """Return this world with ``collective_timeout`` as the limit of every wait. All ranks take part."""
         if self.control is None:
             return self
-        return replace(self, control=_control_group(self.collective_timeout))
+        return replace(self, control=dist.new_group(backend="gloo", timeout=self.collective_timeout))
 
     def shutdown(self, timeout: timedelta | None = None) -> bool:
         """Destroy the process groups once all ranks are here, or after ``timeout`` (default: ``collective_timeout``).
@@ -260,7 +259,7 @@ def join(machine: MachineConfig, *, expect_world_size: int | None, collective_ti
         raise UserError(f"world size: the launcher set {world_size}, Accelerate has {accelerator.num_processes}")
     return World(
         accelerator=accelerator,
-        control=_control_group(SETUP_TIMEOUT) if world_size > 1 else None,
+        control=dist.new_group(backend="gloo", timeout=SETUP_TIMEOUT) if world_size > 1 else None,
         precision=precision,
         threads=threads,
         collective_timeout=timedelta(seconds=collective_timeout),
@@ -359,9 +358,3 @@ def prepare(
 def _wait(work: dist.Work | None, timeout: timedelta) -> None:
     assert work is not None, "every rank is a member of the control group"
     work.wait(timeout)
-
-
-def _control_group(timeout: timedelta) -> dist.ProcessGroup:
-    group = dist.new_group(backend="gloo", timeout=timeout)
-    assert isinstance(group, dist.ProcessGroup), "every rank is a member of the control group"
-    return group

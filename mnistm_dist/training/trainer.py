@@ -52,9 +52,6 @@ class TrainLogger(Protocol):
     def message(self, text: str) -> None:
         """Print a line."""
 
-    def warn(self, text: str) -> None:
-        """Print a warning."""
-
 
 class Trainer:
     """Trains a run from its first or its resumed step to its last."""

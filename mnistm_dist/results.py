@@ -3,8 +3,6 @@
 `train` writes results at the end of a run, `evaluate` at any time after it.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 from pathlib import Path
@@ -15,17 +13,18 @@ import numpy as np
 from mnistm_dist.data.loader import Reader
 from mnistm_dist.data.order import accumulation
 from mnistm_dist.data.transforms import Preprocess
-from mnistm_dist.errors import UserError
+from mnistm_dist.errors import UserError, escape_control
 from mnistm_dist.files import write_atomic
 from mnistm_dist.reporting.console import Console
 from mnistm_dist.reporting.describe import describe
 from mnistm_dist.reporting.predictions import Predictions, mistakes, read_predictions
+from mnistm_dist.reporting.tracking import Tracker, log_results
 from mnistm_dist.training import checkpoint as checkpoints
 from mnistm_dist.training.checkpoint import Checkpoint
 from mnistm_dist.training.environment import device_name
 from mnistm_dist.training.evaluation import SplitOutputs, predict_split, write_predictions
 from mnistm_dist.training.models import count_parameters, create_model, to_device
-from mnistm_dist.training.run_dir import writing
+from mnistm_dist.training.run_dir import RunDir, writing
 from mnistm_dist.training.schedule import Schedule
 from mnistm_dist.training.setup import RunSetup
 from mnistm_dist.training.train_state import TrainState
@@ -108,7 +107,6 @@ def write_split(run: RunSetup, split: str, outputs: SplitOutputs | None) -> Pred
 
 def draw_split(run_dir: Path, split: str, predictions: Predictions, reader: Reader) -> None:
     """Draw the figures of a split. Raise `UserError` if the run folder cannot be written."""
-    # matplotlib takes a second to import, and a prediction does not need it.
     from mnistm_dist.reporting import figures
     from mnistm_dist.reporting.style import save
 
@@ -119,6 +117,31 @@ def draw_split(run_dir: Path, split: str, predictions: Predictions, reader: Read
     with writing(run_dir):
         save(matrix, run_dir / f"confusion_matrix_{split}.png")
         save(figures.mistakes(images, shown, len(wrong), f"Mistakes, {split}"), run_dir / f"mistakes_{split}.png")
+
+
+def finish(run: RunSetup, run_dir: RunDir, state: TrainState, console: Console, tracker: Tracker) -> None:
+    """Evaluate the chosen checkpoint on val and test; write figures, summary and report. All ranks take part."""
+    # matplotlib and Jinja2 take a second to import, and a prediction does not need them.
+    from mnistm_dist.reporting.curves import learning_curve
+    from mnistm_dist.reporting.html import write_report
+    from mnistm_dist.reporting.style import save
+
+    has_test = "test" in run.readers
+    checkpoint, entry = run.world.run_on_main(lambda: choose_checkpoint(run.path, "chosen", has_test=has_test))
+    predictions = evaluate_checkpoint(run, checkpoint, console)
+    if not run.world.is_main:
+        return
+    summary = write_summary(run.path, {**summary_fields(run, state), "checkpoint": entry}, predictions)
+    if run.config.run.report:
+        curve = learning_curve(run_dir.rows, f"Learning curve, {escape_control(run.path.name)}")
+        with writing(run.path):
+            save(curve, run.path / "learning_curve.png")
+        write_report([run.path], run.path / "report.html", predictions)
+    tracker.summary(summary)
+    log_results(tracker, sorted(run.path.glob("*.png")), predictions, state.steps_done)
+    if run.config.run.upload_checkpoint:
+        tracker.log_checkpoint(checkpoint.path, [str(entry["chosen"]).split()[0]])
+    print_result(console, run.path, summary, predictions, report=run.config.run.report)
 
 
 def header_rows(run: RunSetup, state: TrainState, schedule: Schedule) -> dict[str, str]:

@@ -10,8 +10,6 @@ A checkpoint is complete if state.json exists and both files have their hashes. 
 every augmentation are functions of (seed, step).
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

@@ -146,7 +146,7 @@ class World:
         """Return this world with ``collective_timeout`` as the limit of every wait. All ranks take part."""
         if self.control is None:
             return self
-        return replace(self, control=dist.new_group(backend="gloo", timeout=self.collective_timeout))
+        return replace(self, control=_control_group(self.collective_timeout))
 
     def shutdown(self, timeout: timedelta | None = None) -> bool:
         """Destroy the process groups once all ranks are here, or after ``timeout`` (default: ``collective_timeout``).
@@ -259,7 +259,7 @@ def join(machine: MachineConfig, *, expect_world_size: int | None, collective_ti
         raise UserError(f"world size: the launcher set {world_size}, Accelerate has {accelerator.num_processes}")
     return World(
         accelerator=accelerator,
-        control=dist.new_group(backend="gloo", timeout=SETUP_TIMEOUT) if world_size > 1 else None,
+        control=_control_group(SETUP_TIMEOUT) if world_size > 1 else None,
         precision=precision,
         threads=threads,
         collective_timeout=timedelta(seconds=collective_timeout),
@@ -353,6 +353,10 @@ def prepare(
         # A compiled copy: with one process, ``prepared`` is ``model`` itself, which evaluation uses uncompiled.
         prepared = cast(nn.Module, torch.compile(prepared))
     return prepared, prepared_optimizer
+
+
+def _control_group(timeout: timedelta) -> dist.ProcessGroup:
+    return cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout))
 
 
 def _wait(work: dist.Work | None, timeout: timedelta) -> None:

@@ -1,7 +1,5 @@
 """The state that training changes: model, optimizer, averaged weights, steps done and history."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 import torch

@@ -6,7 +6,7 @@ import runpy
 import sys
 
 from mnistm_dist import __version__
-from mnistm_dist.errors import UserError, did_you_mean, run_cli
+from mnistm_dist.errors import EXIT_USER_ERROR, did_you_mean, print_error
 
 COMMANDS = {
     "pack": "pack images with labels into shards",
@@ -22,24 +22,20 @@ COMMANDS = {
 
 
 def main() -> int:
-    """Run the command that the first argument names, with the others, and return the exit code."""
-    return run_cli(run)
-
-
-def run(argv: list[str]) -> int:
-    """Run a command. Raises `UserError`, which lists the commands, if there is none of that name."""
-    name, *arguments = argv or ["--help"]
-    lines = "\n".join(f"  {command:<10}{text}" for command, text in COMMANDS.items())
+    """Run the command that the first argument names, with the other arguments, and return the exit code."""
+    name, *arguments = sys.argv[1:] or ["--help"]
+    listing = "\n".join(f"  {command:<10}{text}" for command, text in COMMANDS.items())
     if name in ("-h", "--help"):
-        print(f"usage: mnistm-dist COMMAND ...\n\n{lines}\n\nFor the flags of a command: mnistm-dist COMMAND --help")
+        print(f"usage: mnistm-dist COMMAND ...\n\n{listing}\n\nFor the flags of a command: mnistm-dist COMMAND --help")
     elif name == "--version":
         print(f"mnistm-dist {__version__}")
-    elif name not in COMMANDS:
-        print(lines, file=sys.stderr)
-        raise UserError(f"{name}: no such command{did_you_mean(name, COMMANDS)}; choose one of those above")
-    else:
+    elif name in COMMANDS:
         sys.argv = [name, *arguments]
         runpy.run_module(f"mnistm_dist.{name}", run_name="__main__", alter_sys=True)
+    else:
+        print_error(f"{name}: no such command{did_you_mean(name, COMMANDS)}; choose one of these:", "RANK")
+        print(listing, file=sys.stderr)
+        return EXIT_USER_ERROR
     return 0
 
 

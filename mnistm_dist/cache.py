@@ -1,11 +1,11 @@
-"""List and clear the cache: decoded splits, and packed sets fetched from a server.
+"""List or clear the cache: decoded splits, and files fetched from servers.
 
-    python -m mnistm_dist.cache list               entries, their size and last use
-    python -m mnistm_dist.cache clear              remove all
-    python -m mnistm_dist.cache clear 1f0c22d9     remove entries whose name begins so
+    python -m mnistm_dist.cache list            entries, their size and last use
+    python -m mnistm_dist.cache clear           remove all entries
+    python -m mnistm_dist.cache clear 1f0c22d9  those whose name begins so
 
-The next launch decodes or fetches again. Running processes keep what they have
-opened.
+Clearing only costs time: the next launch decodes or fetches again. Running
+processes keep what they have opened.
 """
 
 from __future__ import annotations

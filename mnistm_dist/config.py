@@ -25,7 +25,7 @@ from pydantic import (
     with_config,
 )
 
-from mnistm_dist.errors import UserError, did_you_mean, flag_error, invalid_value
+from mnistm_dist.errors import UserError, did_you_mean, escape_control, flag_error, invalid_value
 from mnistm_dist.files import explain_os_errors
 
 LARGEST_IMAGE_SIZE = 1024  # of a training, pixels
@@ -306,4 +306,4 @@ def _check(document: Any, origin: str | None = None) -> Config:
         if "Unexpected" in problem:
             known = SECTIONS[path[0]] if len(path) > 1 else ("recipe", *SECTIONS)
             problem = f"unknown{did_you_mean(path[-1], known)}; known: {', '.join(known)}"
-        raise UserError(f"{origin}: {'.'.join(path)}: {problem}") from error
+        raise UserError(f"{origin}: {escape_control('.'.join(path))}: {problem}") from error

@@ -72,14 +72,14 @@ def main(
             opened = open_evaluation(config, world, console, run_dir, split)
             has_test = "test" in opened.shards.manifest.splits
             chosen, entry = opened.world.run_on_main(lambda: choose_checkpoint(run_dir, checkpoint, has_test=has_test))
-            results = evaluate_checkpoint(opened, chosen, console)
+            predictions = evaluate_checkpoint(opened, chosen, console)
             if world.is_main:
                 summary = read_summary(run_dir)
                 if summary.get("checkpoint") != entry or shards:
                     # The numbers of the other split are of another checkpoint, or of another set.
                     summary = {name: value for name, value in summary.items() if name not in EVALUATED_SPLITS}
-                summary = write_summary(run_dir, summary | {"checkpoint": entry}, results)
-                print_result(console, run_dir, summary, results)
+                summary = write_summary(run_dir, summary | {"checkpoint": entry}, predictions)
+                print_result(console, run_dir, summary, predictions)
     return 0
 
 

@@ -3,12 +3,13 @@
     python -m mnistm_dist.predict runs/NAME digit.png photos/
     python -m mnistm_dist.predict runs/NAME photos/ --csv > predictions.csv
 
-Prints class, probability and file: a table in a terminal, plain lines in a pipe.
+Prints class, probability and file: a table in a terminal, lines in a pipe.
 --csv: file,predicted,probability,p0,...; --json: [{"file": ..., "predicted": 3,
-"probability": 0.99, "probabilities": [...]}, ...]. Folders are read recursively,
-in sorted order. Files that cannot be read are named on stderr and skipped.
+"probability": 0.99, "probabilities": [...]}, ...]. Folders are read with their
+subfolders, in sorted order. Files that cannot be read are named on stderr and
+skipped.
 
-Exit codes: 0; 1 some files were skipped; 2 user error, or no file could be read.
+Exit codes: 0; 1 some files were skipped; 2 user error, or none could be read.
 """
 
 from __future__ import annotations

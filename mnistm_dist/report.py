@@ -1,9 +1,9 @@
 """Write the report of a run, or a comparison of several runs, as one HTML file.
 
-    python -m mnistm_dist.report runs/NAME                     writes runs/NAME/report.html
+    python -m mnistm_dist.report runs/NAME          writes RUN/report.html
     python -m mnistm_dist.report runs/A runs/B --out compare.html
 
-Missing parts of a run are named on stderr; the report is written without them.
+Missing parts of a run are named, and the report is written without them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def main(runs: Annotated[tuple[str, ...], arg(metavar="RUN")], /, *, out: OrNone
         raise UserError("report: no run is named; name one or more run folders")
     # Heavy imports come after the flags, so that --help and a mistyped flag answer at once.
     from mnistm_dist.reporting.console import Console
-    from mnistm_dist.reporting.page import write_report
+    from mnistm_dist.reporting.html import write_report
 
     folders = [Path(run) for run in runs]
     out = out or (folders[0] if len(folders) == 1 else Path()) / "report.html"

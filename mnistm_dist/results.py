@@ -20,7 +20,6 @@ from mnistm_dist.errors import UserError
 from mnistm_dist.files import write_atomic
 from mnistm_dist.reporting.console import Console
 from mnistm_dist.reporting.describe import describe
-from mnistm_dist.reporting.metrics import Metrics
 from mnistm_dist.reporting.predictions import Predictions, mistakes, read_predictions
 from mnistm_dist.training import checkpoint as checkpoints
 from mnistm_dist.training.checkpoint import Checkpoint
@@ -67,10 +66,10 @@ def choose_checkpoint(run_dir: Path, which: str, *, has_test: bool) -> tuple[Che
     return checkpoint, entry
 
 
-def evaluate_checkpoint(run: RunSetup, checkpoint: Checkpoint, console: Console) -> dict[str, Metrics]:
+def evaluate_checkpoint(run: RunSetup, checkpoint: Checkpoint, console: Console) -> dict[str, Predictions]:
     """Evaluate a checkpoint on every split of ``run.readers`` but train; write predictions and figures.
 
-    Return the metrics of each split on rank 0, nothing elsewhere. All ranks take part.
+    Return the predictions of each split on rank 0, nothing elsewhere. All ranks take part.
     """
     config, world, scalars = run.config, run.world, checkpoint.scalars
     initial = create_model(len(run.shards.manifest.classes), config.steps.seed)
@@ -80,7 +79,7 @@ def evaluate_checkpoint(run: RunSetup, checkpoint: Checkpoint, console: Console)
     world.broadcast(model.parameters())
     # Normalised as in training, also if another set is evaluated.
     preprocess = Preprocess(scalars.mean, scalars.std, world.device)
-    results: dict[str, Metrics] = {}
+    results: dict[str, Predictions] = {}
     for split, reader in run.readers.items():
         if split == "train":
             continue
@@ -88,7 +87,7 @@ def evaluate_checkpoint(run: RunSetup, checkpoint: Checkpoint, console: Console)
             outputs = predict_split(world, model, preprocess, reader, image_size=scalars.image_size, progress=bar)
         predictions = world.run_on_all_ranks(functools.partial(write_split, run.path, split, outputs, run.shards))
         if predictions is not None:
-            results[split] = predictions.measure()
+            results[split] = predictions
         if config.run.report:
             world.run_on_all_ranks(functools.partial(draw_split, run.path, split, predictions, reader))
     return results
@@ -116,7 +115,7 @@ def draw_split(run_dir: Path, split: str, predictions: Predictions | None, reade
     wrong = mistakes(predictions)
     shown = wrong[: figures.MOST_MISTAKES]
     images = list(reader.gather(np.array([m.id for m in shown], dtype=np.int64))[0].cpu().numpy()) if shown else []
-    matrix = figures.confusion_matrix(predictions.measure(), f"Confusion matrix, {split}")
+    matrix = figures.confusion_matrix(predictions.metrics, f"Confusion matrix, {split}")
     with writing(run_dir):
         save(matrix, run_dir / f"confusion_matrix_{split}.png")
         save(figures.mistakes(images, shown, len(wrong), f"Mistakes, {split}"), run_dir / f"mistakes_{split}.png")
@@ -189,19 +188,19 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
     return summary if isinstance(summary, dict) else {}
 
 
-def write_summary(run_dir: Path, summary: dict[str, Any], results: dict[str, Metrics]) -> dict[str, Any]:
+def write_summary(run_dir: Path, summary: dict[str, Any], results: dict[str, Predictions]) -> dict[str, Any]:
     """Write ``summary.json`` with the metrics of the splits; return its content."""
-    summary = summary | {split: metrics.to_json() for split, metrics in results.items()}
+    summary = summary | {split: predictions.metrics.to_json() for split, predictions in results.items()}
     with writing(run_dir):
         write_atomic(run_dir / SUMMARY_NAME, json.dumps(summary, indent=1))
     return summary
 
 
 def print_result(
-    console: Console, run_dir: Path, summary: dict[str, Any], results: dict[str, Metrics], *, report: bool = False
+    console: Console, run_dir: Path, summary: dict[str, Any], results: dict[str, Predictions], *, report: bool = False
 ) -> None:
     """Print accuracy, the most common confusions and the paths of what was written."""
-    text = "\n\n".join(f"{split}: {describe(metrics)}" for split, metrics in results.items())
+    text = "\n\n".join(f"{split}: {describe(predictions.metrics)}" for split, predictions in results.items())
     paths = {f"predictions, {split}": str(run_dir / f"predictions_{split}.csv") for split in results}
     if report:
         paths = {"report": str(run_dir / "report.html"), **paths}

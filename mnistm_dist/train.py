@@ -26,7 +26,7 @@ from mnistm_dist.errors import EXIT_PREEMPTED, errors_once_per_node, escape_cont
 if TYPE_CHECKING:
     from mnistm_dist.config import Config
     from mnistm_dist.reporting.console import Console
-    from mnistm_dist.reporting.tracking import NullTracker
+    from mnistm_dist.reporting.tracking import Tracker
     from mnistm_dist.training.checkpoint import Checkpoint
     from mnistm_dist.training.distributed import World
     from mnistm_dist.training.preemption import StopRequest
@@ -120,7 +120,7 @@ def write_start(run: RunSetup, run_dir: RunDir, state: TrainState, kind: str) ->
 
 
 @contextmanager
-def tracking(run: RunSetup, console: Console) -> Iterator[NullTracker]:
+def tracking(run: RunSetup, console: Console) -> Iterator[Tracker]:
     """Open the tracker for the block and close it with the run's state: W&B would show a crashed run as finished."""
     from mnistm_dist.reporting.tracking import open_tracker
     from mnistm_dist.training.preemption import Preempted
@@ -144,31 +144,31 @@ def tracking(run: RunSetup, console: Console) -> Iterator[NullTracker]:
     tracker.finish(0, "finished")
 
 
-def finish(run: RunSetup, run_dir: RunDir, state: TrainState, console: Console, tracker: NullTracker) -> None:
+def finish(run: RunSetup, run_dir: RunDir, state: TrainState, console: Console, tracker: Tracker) -> None:
     """Evaluate the chosen checkpoint on val and test; write figures, summary and report. All ranks take part."""
     from mnistm_dist.reporting.curves import learning_curve
-    from mnistm_dist.reporting.page import write_report
+    from mnistm_dist.reporting.html import write_report
     from mnistm_dist.reporting.style import save
-    from mnistm_dist.reporting.tracked_results import log_results
+    from mnistm_dist.reporting.tracking import log_results
     from mnistm_dist.results import choose_checkpoint, evaluate_checkpoint, print_result, summary_fields, write_summary
     from mnistm_dist.training.run_dir import writing
 
     has_test = "test" in run.readers
     checkpoint, entry = run.world.run_on_main(lambda: choose_checkpoint(run.path, "chosen", has_test=has_test))
-    results = evaluate_checkpoint(run, checkpoint, console)
+    predictions = evaluate_checkpoint(run, checkpoint, console)
     if not run.world.is_main:
         return
-    summary = write_summary(run.path, {**summary_fields(run, state), "checkpoint": entry}, results)
+    summary = write_summary(run.path, {**summary_fields(run, state), "checkpoint": entry}, predictions)
     if run.config.run.report:
         curve = learning_curve(run_dir.rows, f"Learning curve, {escape_control(run.path.name)}")
         with writing(run.path):
             save(curve, run.path / "learning_curve.png")
-        write_report([run.path], run.path / "report.html")
+        write_report([run.path], run.path / "report.html", predictions)
     tracker.summary(summary)
-    log_results(tracker, run.path, state.steps_done)
+    log_results(tracker, sorted(run.path.glob("*.png")), predictions, state.steps_done)
     if run.config.run.upload_checkpoint:
         tracker.log_checkpoint(checkpoint.path, [str(entry["chosen"]).split()[0]])
-    print_result(console, run.path, summary, results, report=run.config.run.report)
+    print_result(console, run.path, summary, predictions, report=run.config.run.report)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A headless Chromium, driven through chromedriver by the WebDriver protocol, with nothing but the standard library."""
+"""A headless Chromium, driven through chromedriver by the WebDriver protocol, with the standard library only."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class Browser:
         self._session = session
 
     def command(self, name: str, **parameters: Any) -> Any:
-        """A command of the DevTools protocol."""
+        """Run a command of the DevTools protocol."""
         return call(f"{self._session}/goog/cdp/execute", {"cmd": name, "params": parameters})
 
     def open(self, path: Path, *, width: int, height: int = 900, dark: bool = False) -> None:
-        """Opens a file at a width in CSS pixels, in the light or the dark theme."""
+        """Open a file at a width in CSS pixels, in the light or the dark theme."""
         self.command(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False
         )
@@ -49,17 +49,17 @@ class Browser:
         call(f"{self._session}/url", {"url": path.resolve().as_uri()})
 
     def evaluate(self, script: str) -> Any:
-        """The value of a script's ``return``."""
+        """Return what a script returns."""
         return call(f"{self._session}/execute/sync", {"script": script, "args": []})
 
     def screenshot(self, path: Path) -> None:
-        """The whole page as PNG."""
+        """Write the whole page as PNG."""
         found = self.command("Page.captureScreenshot", captureBeyondViewport=True, format="png")
         path.write_bytes(base64.b64decode(found["data"]))
 
 
 def call(address: str, body: dict[str, Any] | None = None, method: str = "POST") -> Any:
-    """Sends a WebDriver command and gives its value."""
+    """Send a WebDriver command and return its value."""
     data = None if method == "DELETE" else json.dumps(body or {}).encode()
     request = Request(address, data, {"Content-Type": "application/json"}, method=method)
     with urlopen(request, timeout=60) as answer:
@@ -68,7 +68,7 @@ def call(address: str, body: dict[str, Any] | None = None, method: str = "POST")
 
 @contextmanager
 def browser(profile: Path) -> Iterator[Browser]:
-    """A browser with a profile of its own in a fresh folder, ended with the context."""
+    """Start a browser with a new profile; it ends with the context."""
     assert CHROMIUM is not None
     assert CHROMEDRIVER is not None
     log = profile.with_suffix(".log")
@@ -83,12 +83,12 @@ def browser(profile: Path) -> Iterator[Browser]:
             finally:
                 call(session, method="DELETE")
         finally:
-            # It was seen to take no notice of SIGTERM; a test run must not wait for it.
+            # It sometimes ignores SIGTERM.
             driver.kill()
 
 
 def wait_for_port(log: Path) -> int:
-    """The port that a starting chromedriver tells in its log."""
+    """Return the port that chromedriver writes to its log."""
     for _ in range(200):
         words = log.read_text(errors="replace").partition("started successfully on port ")[2]
         if "." in words:

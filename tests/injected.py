@@ -16,7 +16,7 @@ from typing import Any
 from mnistm_dist import results as scoring
 from mnistm_dist.data import resident
 from mnistm_dist.errors import UserError
-from mnistm_dist.reporting import figures, page
+from mnistm_dist.reporting import figures, html
 from mnistm_dist.training import checkpoint, evaluation, preemption
 from mnistm_dist.training import trainer as loop
 
@@ -99,7 +99,7 @@ PHASES: dict[str, tuple[Any, str, int]] = {
     "predicting": (scoring, "write_split", 1),
     "drawing": (figures, "mistakes", 1),
     "summing up": (scoring, "write_summary", 1),
-    "reporting": (page, "write_report", 1),
+    "reporting": (html, "write_report", 1),
 }
 """Of each phase a function in the middle of it, and at which of its calls the fault comes: the 9th step, say, or the
 first file of the second checkpoint."""

@@ -8,5 +8,5 @@ from processes import DOORS
 for _door in DOORS:
     if importlib.util.find_spec(f"mnistm_dist.{_door}"):
         importlib.import_module(f"mnistm_dist.{_door}")
-for _module in ("launch", "loop", "inference", "evaluate", "reporting.page", "reporting.figures", "data.loader"):
+for _module in ("launch", "loop", "inference", "evaluate", "reporting.html", "reporting.figures", "data.loader"):
     importlib.import_module(f"mnistm_dist.{_module}")

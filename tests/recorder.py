@@ -1,4 +1,4 @@
-"""Writes down which images training really consumed: for tests that look inside the ranks."""
+"""Record which images the training consumed: for tests that look inside the ranks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mnistm_dist.training import trainer as loop
 
 
 def record_batches() -> None:
-    """Makes the loop append ``[step, [id, ...]]`` to ``consumed-RANK.jsonl`` for every step, before it trains on it."""
+    """Append ``[step, [id, ...]]`` to ``consumed-RANK.jsonl`` before each training step."""
     original = loop.train_batches
     path = Path(f"consumed-{os.environ.get('RANK', '0')}.jsonl")
 

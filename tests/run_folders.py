@@ -1,4 +1,4 @@
-"""Writes whole run folders from a seeded synthetic classifier: test data for everything that reads a run."""
+"""Run folders of a seeded synthetic classifier: test data for everything that reads a run."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import numpy as np
 
 from mnistm_dist import __version__
 from mnistm_dist import config as configuration
-from mnistm_dist.reporting.metrics import measure
+from mnistm_dist.reporting.metrics import Metrics, measure
 
 CLASSES = tuple(str(digit) for digit in range(10))
+Matrix = list[list[int]]
 BATCH_SIZE = 100
 START_TIME = 1_760_000_000.0
 ARCHITECTURE = [
@@ -36,14 +37,20 @@ ARCHITECTURE = [
 ]
 
 
+def metrics_of_matrix(matrix: Matrix) -> Metrics:
+    """Return the metrics of predictions with this confusion matrix."""
+    classes = tuple(str(i) for i in range(len(matrix)))
+    return Metrics(classes=classes, confusion_matrix=tuple(map(tuple, matrix)), log_loss=0.1, calibration_error=0.0)
+
+
 def synthetic_labels(count: int, seed: int, absent: tuple[int, ...] = ()) -> np.ndarray:
-    """int64 (count,): digits at random, none of `absent`."""
+    """Return random digits, int64 (count,), none of them in ``absent``."""
     present = [digit for digit in range(10) if digit not in absent]
     return np.random.default_rng(seed).choice(present, size=count).astype(np.int64)
 
 
 def synthetic_probabilities(labels: np.ndarray, accuracy: float, seed: int, always: int | None = None) -> np.ndarray:
-    """float64 (N, 10), six decimals: a model that is right about so often, and mixes up 4 and 9, 1 and 7."""
+    """Return probabilities, float64 (N, 10), six decimals, of about this accuracy; 4 and 9, 1 and 7 are confused."""
     rng = np.random.default_rng(seed)
     logits = rng.normal(0.0, 1.0, (len(labels), 10))
     logits[np.arange(len(labels)), labels] += 6.0
@@ -59,7 +66,7 @@ def synthetic_probabilities(labels: np.ndarray, accuracy: float, seed: int, alwa
 
 
 def synthetic_images(labels: np.ndarray, seed: int, size: int = 32) -> list[np.ndarray]:
-    """uint8 (size, size, 3) each: noise over a colour, with as many bright bars as the label says."""
+    """Return uint8 (size, size, 3) each: noise over a colour, and one bar for each unit of the label."""
     rng = np.random.default_rng(seed)
     images = []
     for label in labels:
@@ -73,7 +80,7 @@ def synthetic_images(labels: np.ndarray, seed: int, size: int = 32) -> list[np.n
 def log_rows(
     epochs: int, steps_per_epoch: int, final_accuracy: float, seed: int, resume_at: int | None
 ) -> list[dict[str, Any]]:
-    """The rows of a log: one-cycle learning rate, the first third at 32 px, a restart at `resume_at`."""
+    """Return the rows of a log: one-cycle learning rate, the first third at 32 px, a resume at ``resume_at``."""
     rng = np.random.default_rng(seed)
     total = epochs * steps_per_epoch
     rows: list[dict[str, Any]] = [{"kind": "start", "step": 0, "world_size": 2, "time": START_TIME}]
@@ -113,7 +120,7 @@ def log_rows(
 
 
 def write_predictions(path: Path, labels: np.ndarray, probabilities: np.ndarray, first_key: int = 8000) -> None:
-    """``key,label,predicted,p0,...,p9``, six decimals."""
+    """Write ``key,label,predicted,p0,...,p9``, six decimals."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["key", "label", "predicted", *(f"p{i}" for i in range(10))])
@@ -136,9 +143,9 @@ def write_run(
     absent: tuple[int, ...] = (),
     always: int | None = None,
 ) -> Path:
-    """Writes what a finished run leaves, but the files of its checkpoint, its figures and its report; gives the folder.
+    """Write the folder of a finished run, without checkpoint files, figures and report, and return it.
 
-    The labels are the same whatever the seed, as those of runs on one packed set; the model differs.
+    The labels do not depend on the seed, as for runs on one packed set; the model does.
     """
     folder.mkdir(parents=True)
     config = configuration.replace(

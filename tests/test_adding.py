@@ -74,8 +74,8 @@ def recipe(copy: Copy) -> None:
 
 def augmentation(copy: Copy) -> None:
     """Images that are darker or brighter."""
-    field = '    brightness: float = _number(0.0, low=0, high=1)\n    """Largest change of brightness, of 1."""\n'
-    copy.replace("config.py", r'^(    cutout: float = .*\n    """.*"""\n)', rf"\1{field}")
+    field = '    brightness: Probability = 0.0\n    """Largest change of brightness, of 1."""\n'
+    copy.replace("config.py", r'^(    cutout: .* = .*\n    """.*"""\n)', rf"\1{field}")
     draw = int(re.search(r"^DRAWS = (\d+)$", (copy.root / "mnistm_dist/data/transforms.py").read_text(), re.M)[1])
     copy.replace("data/transforms.py", r"^DRAWS = \d+$", f"DRAWS = {draw + 1}")
     does = (
@@ -99,13 +99,18 @@ def optimizer(copy: Copy) -> None:
 def metric(copy: Copy) -> None:
     """The mean of the recalls."""
     file = "reporting/metrics.py"
-    field = '    balanced_accuracy: float\n    """Mean recall of the classes that have images, 0 to 1."""\n'
-    copy.replace(file, r"^(    calibration_error: float\n(    \"\"\".*\n))(?=\n    def to_json)", rf"\1{field}")
-    formula = "        balanced_accuracy=float(np.mean([row.recall for row in per_class if row.recall is not None])),\n"
-    copy.replace(file, r"^(        calibration_error=calibration_error,\n)", rf"\1{formula}")
-    tile = 'values.append((percent(metrics.balanced_accuracy), f"{SPLIT_NAMES[split]} balanced accuracy"))\n'
-    anchor = r"^( +)(values\.append\(\(percent\(metrics\.accuracy\).*\n)"
-    copy.replace("reporting/page_run.py", anchor, rf"\1\2\1{tile}")
+    formula = (
+        "    @property\n"
+        "    def balanced_accuracy(self) -> float:\n"
+        '        """Mean recall of the classes that have images, 0 to 1."""\n'
+        "        return float(np.mean([row.recall for row in self.per_class if row.recall is not None]))\n\n"
+    )
+    copy.replace(file, r"^(    def to_json)", rf"{formula}\1")
+    field = '            "balanced_accuracy": self.balanced_accuracy,\n'
+    copy.replace(file, r'^(            "accuracy": self\.accuracy,\n)', rf"\1{field}")
+    tile = 'tiles.append((percent(metrics.balanced_accuracy), f"{SPLIT_NAMES[split]} balanced accuracy"))\n'
+    anchor = r"^( +)(tiles\.append\(\(percent\(metrics\.accuracy\).*\n)"
+    copy.replace("reporting/html.py", anchor, rf"\1\2\1{tile}")
 
 
 IN_ONE_FILE = '''"""NumPy archives as Keras has them: one file with x_train, y_train, x_test and y_test."""
@@ -268,9 +273,9 @@ def test_an_augmentation_takes_a_field_and_what_it_does_and_no_other_run_changes
     """And a field is a flag, a line of ``--help``, a key of the YAML and a line of ``config.yaml`` at once."""
     copy = added("augmentation")
     shown = " ".join(copy.says("-m", "mnistm_dist.train", "--help").split())
-    assert "--brightness X Largest change of brightness, of 1. (default: 0.0)" in shown
+    assert "--brightness FLOAT Largest change of brightness, of 1. (default: 0.0)" in shown
     refused = copy.says("-m", "mnistm_dist.train", "--brightness", "2", code=2)
-    assert refused == "error: --brightness: '2' is not accepted; use a number from 0 to 1\n"
+    assert refused == "error: --brightness: found '2'; should be less than or equal to 1\n"
     (tmp_path / "own.yaml").write_text("augment: {brightness: 0.125}\n")
     flags = ("--recipe", "own.yaml", "--max-steps", 1, *TINY, "--no-report")
     run = trained(copy, "run", *flags, before="test_adding:take_the_copy_and_augment")
@@ -285,7 +290,7 @@ def test_an_augmentation_takes_a_field_and_what_it_does_and_no_other_run_changes
 
 def test_an_optimizer_takes_its_name_and_what_it_is_and_goes_on_from_a_checkpoint(added, trained) -> None:
     copy = added("optimizer")
-    assert "|nadam" in copy.says("-m", "mnistm_dist.train", "--help")
+    assert ",nadam}" in copy.says("-m", "mnistm_dist.train", "--help")
     flags = ("--optimizer", "nadam", *TINY, "--no-report", "--checkpoint-every", 1, "--max-steps", 2)
     run = trained(copy, "run", *flags)
     assert yaml.safe_load((run / "config.yaml").read_text())["optim"]["optimizer"] == "nadam"

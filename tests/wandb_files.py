@@ -1,4 +1,4 @@
-"""Reads W&B's own files back, and serves what pretends to be W&B: wandb brings neither a reader nor a server."""
+"""Read W&B's own files, and serve a false W&B: wandb has neither a reader nor a server."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
 
 def read_records(path: Path) -> list[Any]:
-    """The records of a ``run-ID.wandb`` file: protobuf messages in a LevelDB log after 7 bytes of W&B's own.
+    """Return the records of a ``run-ID.wandb`` file: protobuf messages in a LevelDB log after 7 bytes of W&B's own.
 
     LevelDB's format: github.com/google/leveldb, doc/log_format.md. Blocks of 32 KiB; a record has a checksum (4 bytes),
-    a length (2) and a type (1); what is longer than a block comes in pieces.
+    a length (2) and a type (1); a record longer than a block is split.
     """
     from wandb.proto.wandb_internal_pb2 import Record
 
@@ -42,13 +42,13 @@ def read_records(path: Path) -> list[Any]:
 
 
 def offline_records(run_dir: Path) -> list[Any]:
-    """The records of the run that W&B keeps in a run folder; of the offline one, where going online failed."""
+    """Return the records of the run that W&B stores in a run folder; of the offline one if there are two."""
     paths = sorted(run_dir.glob("wandb/*run-*/run-*.wandb"))
     return read_records(paths[0])
 
 
 def history(records: list[Any]) -> list[dict[str, Any]]:
-    """What was logged, a row per call."""
+    """Return what was logged, one row per call."""
     rows = []
     for record in records:
         if record.HasField("history"):
@@ -58,7 +58,7 @@ def history(records: list[Any]) -> list[dict[str, Any]]:
 
 
 def upsert_answer() -> dict[str, Any]:
-    """What W&B answers when a run is made."""
+    """Return the answer of W&B when a run is created."""
     project = {"id": "p", "name": "project", "entity": {"id": "e", "name": "entity"}}
     bucket = {"id": "b", "name": "run", "displayName": "run", "description": "", "config": "{}", "project": project}
     return {"data": {"upsertBucket": {"bucket": {**bucket, "historyLineCount": 0}, "inserted": True}}}
@@ -66,11 +66,11 @@ def upsert_answer() -> dict[str, Any]:
 
 @contextmanager
 def server(behaviour: str) -> Iterator[str]:
-    """The address of a server that says it is W&B and is not.
+    """Start a server that pretends to be W&B, and yield its address.
 
     Args:
         behaviour: ``refuses`` connections, ``stalls`` and never answers, ``cuts`` its answers off, says
-            ``unauthorized``, or ``dies-later``: makes a run as W&B does, and then never answers again.
+            ``unauthorized``, or ``dies-later``: creates a run as W&B does, and then never answers again.
     """
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))

@@ -1,7 +1,8 @@
-"""What a person reads while a door runs: a header, bars, a table of evaluations, the result.
+"""The output of a command: a header, bars, a table of evaluations, the result.
 
-One console per process, made by the door; on every rank but 0 it is made with ``enabled=False`` and does nothing. In a
-terminal it is drawn by rich; in a pipe, a file or a dumb terminal it writes plain lines with the time.
+One console per process. On ranks other than 0 it is made with ``enabled=False`` and discards everything. In a terminal
+rich draws it; a pipe, a file or a dumb terminal gets a few plain lines with the time
+(`mnistm_dist.reporting.terminal`).
 """
 
 from __future__ import annotations
@@ -10,161 +11,120 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, TextIO
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, TextIO, cast
 
-from mnistm_dist.reporting.progress import Progress, duration, number
-from mnistm_dist.reporting.schema import is_number
-from mnistm_dist.reporting.terminal import PlainScreen, Screen, TerminalScreen, is_live
+from rich.progress import Task
+
+from mnistm_dist.reporting.describe import describe_accuracy, describe_checkpoint, duration, number
+from mnistm_dist.reporting.terminal import NullStream, PlainScreen, TerminalScreen, finished_text, is_live
 
 LONGEST_WARNING = 300
 """Characters of a library's warning that are shown."""
-EVALUATION_HEAD = ("epoch", "step", "split", "train loss", "loss", "accuracy", "")
-EVALUATION_WIDTHS = (5, 6, 5, 10, 6, 8, -15)
+TEXT_WIDTH = 71
+"""Columns that paragraphs are wrapped to: 80 with the time."""
+EVALUATION = "{:>5}  {:>6}  {:>5}  {:>10}  {:>6}  {:>8}  {}"
+"""A row of the table of evaluations."""
+
+
+MEASURED = {
+    "epoch": lambda epoch: f"epoch {epoch + 1}",
+    "loss": "loss {:.4f}".format,
+    "lr": "lr {:.2e}".format,
+    "images_per_second": lambda speed: f"{number(speed)} images/s",
+    "image_size": "{} px".format,
+}
+"""How a bar shows what was measured."""
 
 
 class Bar:
-    """A handle on one bar; cheap to call at every step, since it draws only now and then.
+    """A bar. Updates are cheap: it is drawn only now and then. It is a callback ``progress(done, total)``, too."""
 
-    It can be handed on as a callback ``progress(done, total)``.
-    """
-
-    def __init__(self, screen: Screen | None, progress: Progress) -> None:
+    def __init__(self, screen: PlainScreen, task: Task) -> None:
         self._screen = screen
-        self._progress = progress
+        self._task = task
 
-    def update(self, done: int, **fields: str) -> None:
-        """Says that `done` are done, and what else to show beside it, in this order."""
-        self._progress.advance(done, fields)
-        if self._screen and self._screen.due(self._progress):
-            self._screen.show(self._progress)
-
-    def leave_out(self, seconds: float) -> None:
-        """Says that the last `seconds` went into something else: the time left does not count them."""
-        self._progress.leave_out(seconds)
-
-    def __call__(self, done: int, total: int) -> None:
-        """Says that `done` of `total`, 0 where nobody knows how many, are done."""
-        self._progress.total = total or None
-        self.update(done)
-
-
-class TrainingBar:
-    """The bar of a training: steps, and what was measured at the last one."""
-
-    def __init__(self, bar: Bar) -> None:
-        self._bar = bar
-
-    def update(
-        self,
-        step: int,
-        *,
-        epoch: int,
-        loss: float,
-        lr: float,
-        images_per_second: float,
-        image_size: int | None = None,
-    ) -> None:
-        """Says what is known after a step.
+    def update(self, done: int, **measured: float) -> None:
+        """Set how much is done.
 
         Args:
-            step: steps done, over all launches of the run.
-            epoch: the epoch that the step belongs to, from 0; shown from 1.
-            loss: of the training.
-            lr: the learning rate.
-            images_per_second: over all processes.
-            image_size: pixels of a side, shown where it is given.
+            done: of a training: steps, over all launches of the run.
+            measured: shown instead of the speed: ``epoch`` (from 0, shown from 1), ``loss``, ``lr``,
+                ``images_per_second`` (over all processes), ``image_size`` (pixels).
         """
-        fields = {"epoch": f"epoch {epoch + 1}", "loss": f"loss {loss:.4f}", "lr": f"lr {lr:.2e}"}
-        fields["speed"] = f"{number(images_per_second)} images/s"
-        if image_size is not None:
-            fields["size"] = f"{image_size} px"
-        self._bar.update(step, **fields)
+        note = "  ".join(MEASURED[name](value) for name, value in measured.items())
+        self._screen.advance(self._task, done, None, note)
 
     def leave_out(self, seconds: float) -> None:
-        """Says that the last ``seconds`` went into something else, an evaluation or a save."""
-        self._bar.leave_out(seconds)
+        """Do not count the last ``seconds``, which were spent on something else."""
+        self._screen.left_out += seconds
+
+    def __call__(self, done: int, total: int) -> None:
+        """Set how much is done of ``total``; 0: unknown."""
+        self._screen.advance(self._task, done, total or None, "")
 
 
 class Console:
-    """The console of a door.
+    """The console of a command.
 
     Args:
-        enabled: False on every rank but 0; then every method does nothing.
+        enabled: False on ranks other than 0: nothing is written.
         stream: where to write; by default standard output.
     """
 
     def __init__(self, enabled: bool = True, stream: TextIO | None = None) -> None:
-        stream = sys.stdout if stream is None else stream
-        self._screen: Screen | None = None
-        if enabled:
-            self._screen = TerminalScreen(stream) if is_live(stream) else PlainScreen(stream)
-        self._head_shown = False
-        self._depth = 0
+        stream = (stream or sys.stdout) if enabled else cast(TextIO, NullStream())
+        self._screen = TerminalScreen(stream) if is_live(stream) else PlainScreen(stream)
+        self._has_evaluations = False
 
     def header(self, title: str, rows: Mapping[str, str]) -> None:
-        """A panel of names and values, in the order given."""
-        if self._screen:
-            self._screen.panel(title, dict(rows))
+        """Show names and values under a title."""
+        self._screen.panel(title, rows)
 
     def line(self, text: str) -> None:
-        """One line."""
-        if self._screen:
-            self._screen.line(text)
+        """Show one line."""
+        self._screen.line(text)
 
     def warn(self, text: str) -> None:
-        """One line that must not be overlooked."""
-        if self._screen:
-            self._screen.warn(text)
+        """Show a warning."""
+        self._screen.line(f"warning: {text}", "yellow")
 
     @contextmanager
-    def progress(self, description: str, total: int | None, unit: str = "images") -> Iterator[Bar]:
-        """A bar while the context lasts; when it ends well, and within no other, one line with the time and speed."""
-        progress = Progress(description, total, unit)
-        with self._shown(progress):
-            yield Bar(self._screen, progress)
+    def progress(self, description: str, total: int | None, unit: str = "images", start: int = 0) -> Iterator[Bar]:
+        """Show a bar inside the context.
 
-    @contextmanager
-    def training(self, total_steps: int, start_step: int = 0) -> Iterator[TrainingBar]:
-        """The bar of a training from `start_step` to `total_steps`, and one line when it ends well."""
-        progress = Progress("train", total_steps, "steps", start_step)
-        with self._shown(progress):
-            yield TrainingBar(Bar(self._screen, progress))
-
-    @contextmanager
-    def _shown(self, progress: Progress) -> Iterator[None]:
-        if self._screen is None:
-            yield
-            return
-        self._depth += 1
+        If the context exits without an error and no other bar is open, one line with time and speed is left.
+        """
+        task = self._screen.open_bar(description, total, unit, start)
         try:
-            with self._screen.bar(progress):
-                yield
+            yield Bar(self._screen, task)
         finally:
-            self._depth -= 1
-        if not self._depth:
-            self._screen.line(progress.finished())
+            self._screen.close_bar(task)
+        if not self._screen.bars.tasks:
+            self._screen.line(finished_text(task))
+
+    def training(self, total_steps: int, start_step: int = 0) -> AbstractContextManager[Bar]:
+        """Show the bar of a training inside the context."""
+        return self.progress("train", total_steps, "steps", start_step)
 
     def evaluation(self, row: Mapping[str, Any]) -> None:
-        """Adds a row to the table of evaluations; the first one brings the head.
+        """Add a row to the table of evaluations.
 
         Args:
-            row: ``epoch`` (from 0, shown from 1), ``step``, ``split``, ``val/loss`` and ``val/accuracy`` (or of the
-                split that it names); and where known ``train/loss``, ``image_size`` and ``full_image_size`` (pixels; a
-                row scored at less than the full size is labelled) and ``best`` (whether it is the best so far).
+            row: ``epoch`` (from 0, shown from 1), ``step``, ``split`` (default: val), ``SPLIT/loss``,
+                ``SPLIT/accuracy``; optional: ``train/loss``, ``image_size`` and ``full_image_size`` (pixels; a smaller
+                size is noted), ``best`` (whether it is the best so far).
         """
-        if not self._screen:
-            return
-        if not self._head_shown:
-            self._head_shown = True
-            self._screen.row(EVALUATION_HEAD, EVALUATION_WIDTHS, "head")
-        split, size, full = row.get("split", "val"), row.get("image_size"), row.get("full_image_size")
+        if not self._has_evaluations:
+            self._has_evaluations = True
+            head = EVALUATION.format("epoch", "step", "split", "train loss", "loss", "accuracy", "")
+            self._screen.line(head.rstrip(), "bold underline")
+        split, size, train_loss = row.get("split", "val"), row.get("image_size"), row.get("train/loss")
         note = "best" if row.get("best") else ""
-        if size is not None and full is not None and size < full:
-            note = f"{note or 'scored'} at {size} px"
-        train_loss = row.get("train/loss")
-        cells = (
-            str(row["epoch"] + 1),
+        if size is not None and size < row.get("full_image_size", size):
+            note = f"{note} at {size} px".lstrip()
+        text = EVALUATION.format(
+            row["epoch"] + 1,
             f"{row['step']:,}",
             split,
             "" if train_loss is None else f"{train_loss:.4f}",
@@ -172,57 +132,39 @@ class Console:
             f"{100 * row[f'{split}/accuracy']:.2f} %",
             note,
         )
-        self._screen.row(cells, EVALUATION_WIDTHS, "best" if row.get("best") else "row")
+        self._screen.line(text.rstrip(), "green" if row.get("best") else "")
 
-    def result(self, summary: Mapping[str, Any], words: str, paths: Mapping[str, str]) -> None:
-        """What came out: accuracy of each split with its 95 % interval, the time, the text, the paths."""
-        if not self._screen:
-            return
-        rows: dict[str, str] = {}
-        for split in ("val", "test"):
-            if summary.get(split):
-                rows[split] = _accuracy(summary[split])
+    def result(self, summary: Mapping[str, Any], text: str, paths: Mapping[str, str]) -> None:
+        """Show the result: accuracy of each split with its interval, the time, a text, and what was written."""
+        rows = {
+            split: describe_accuracy(score["correct"], score["total"], score["interval95"])
+            for split in ("val", "test")
+            if (score := summary.get(split))
+        }
         if summary.get("checkpoint"):
-            rows["checkpoint"] = _checkpoint(summary["checkpoint"])
-        if is_number(summary.get("train_seconds")):
-            rows["training"] = duration(float(summary["train_seconds"]))
-            if is_number(summary.get("images_per_second")):
-                rows["training"] += f", {number(float(summary['images_per_second']))} images/s"
+            rows["checkpoint"] = describe_checkpoint(summary["checkpoint"])
+        if summary.get("train_seconds") and summary.get("images_per_second"):
+            rate = number(summary["images_per_second"])
+            rows["training"] = f"{duration(summary['train_seconds'])}, {rate} images/s"
         self._screen.panel("result", rows)
-        self._screen.text(words)
+        for paragraph in text.splitlines():
+            # A number and its % stay on one line.
+            for line in textwrap.wrap(paragraph.replace(" %", "\N{NO-BREAK SPACE}%"), TEXT_WIDTH):
+                self._screen.line(line.replace("\N{NO-BREAK SPACE}", " "))
         if paths:
-            self._screen.panel("written", {name: str(path) for name, path in paths.items()})
+            self._screen.panel("written", paths)
 
     @contextmanager
     def library_warnings(self) -> Iterator[None]:
-        """Python warnings become one line each while the context lasts, the same text once; none on the other ranks."""
-        seen: set[str] = set()
+        """Show Python warnings inside the context as one line each, equal ones once."""
+        shown: set[str] = set()
 
-        def show(message: Warning | str, category: type[Warning], *place: object, **more: object) -> None:
+        def show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
             text = textwrap.shorten(str(message), LONGEST_WARNING, placeholder=" ...")
-            if text not in seen:
-                seen.add(text)
+            if text not in shown:
+                shown.add(text)
                 self.warn(f"{category.__name__}: {text}")
 
         with warnings.catch_warnings():
             warnings.showwarning = show
             yield
-
-
-def _accuracy(split: Mapping[str, Any]) -> str:
-    text = f"{100 * split['accuracy']:.2f} % ({split['correct']:,} of {split['total']:,}"
-    if "interval95" in split:
-        low, high = split["interval95"]
-        text += f"; 95 % interval {100 * low:.2f} to {100 * high:.2f} %"
-    return f"{text})"
-
-
-def _checkpoint(checkpoint: Mapping[str, Any]) -> str:
-    text = f"step {checkpoint['step']:,}"
-    if "chosen" in checkpoint:
-        text += f" ({checkpoint['chosen']})"
-    if checkpoint.get("averaged"):
-        text += ", averaged weights"
-    if checkpoint.get("image_size"):
-        text += f", {checkpoint['image_size']} px"
-    return text

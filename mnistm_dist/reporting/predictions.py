@@ -1,20 +1,22 @@
-"""The predictions that a run leaves: ``predictions_SPLIT.csv``, read back, and the mistakes among them."""
+"""``predictions_SPLIT.csv`` of a run, and the mistakes in it."""
 
 from __future__ import annotations
 
 import csv
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from mnistm_dist.errors import UserError
+from mnistm_dist.files import explain_os_errors
 from mnistm_dist.reporting.metrics import Metrics, measure
 
 
 @dataclass(frozen=True, kw_only=True)
 class Predictions:
-    """What a model said of each image of a split, in manifest order."""
+    """Predictions of all images of a split, in manifest order."""
 
     keys: tuple[str, ...]
     labels: np.ndarray
@@ -25,81 +27,63 @@ class Predictions:
     """float64 (N, C)."""
     classes: tuple[str, ...]
 
-    def measure(self) -> Metrics:
+    @cached_property
+    def metrics(self) -> Metrics:
         """The metrics of these predictions."""
         return measure(self.labels, self.probabilities, self.classes, self.predicted)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mistake:
-    """An image that was read as another class."""
+    """An image that was predicted as another class."""
 
     id: int
-    """Its place in manifest order."""
+    """Position in manifest order."""
     key: str
     true: str
     predicted: str
     probability: float
-    """What the model gave the class that it named."""
+    """Probability of the predicted class."""
     true_probability: float
-    """What it gave the true one."""
+    """Probability of the true class."""
 
 
 def read_predictions(path: Path, classes: tuple[str, ...] | None = None) -> Predictions:
-    """Reads ``key,label,predicted,p0,...``.
+    """Read ``key,label,predicted,p0,...``.
 
     Args:
         path: the file.
-        classes: the names of the classes, by default those in the head, ``p`` taken off.
+        classes: names of the classes; by default those in the header, without their ``p``.
 
     Raises:
-        UserError: there is no such file, its head is another, a row is cut, or no row is there.
+        UserError: the file cannot be read, is cut off, has another header, or holds values out of range.
     """
+    with explain_os_errors(path, verb="read", advice="evaluate the run to write it"):
+        text = path.read_text(encoding="utf-8", errors="replace")
+    header, *rows = list(csv.reader(text.splitlines())) or [[]]
+    names = tuple(name.removeprefix("p") for name in header[3:])
+    if header[:3] != ["key", "label", "predicted"] or not names:
+        raise UserError(f"{path}: found the columns {','.join(header) or 'none'}; expected key,label,predicted,p0,...")
+    if not rows or not text.endswith("\n"):
+        raise UserError(f"{path}: the last line is cut off; evaluate the run again")
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; evaluate the run to write it") from None
-    except (OSError, UnicodeDecodeError) as error:
-        reason = "it is not text in UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror
-        raise UserError(f"{path}: cannot be read ({reason}); evaluate the run again") from None
-    if text and not text.endswith("\n"):
-        raise UserError(f"{path}: the last line is cut; evaluate the run again")
-    try:
-        rows = list(csv.reader(text.splitlines()))
-    except csv.Error as error:
-        raise UserError(f"{path}: no CSV ({error}); evaluate the run again") from None
-    head = rows[0] if rows else []
-    names = head[3:]
-    if head[:3] != ["key", "label", "predicted"] or not names or not all(name.startswith("p") for name in names):
-        raise UserError(f"{path}: found the columns {','.join(head) or 'none'}; expected key,label,predicted,p0,p1,...")
-    if len(rows) == 1:
-        raise UserError(f"{path}: no row under the head; evaluate the run again")
-    if classes is None or len(classes) != len(names):
-        classes = tuple(name.removeprefix("p") for name in names)
-    try:
-        numbers = np.array([row[1:] for row in rows[1:]], dtype=np.float64)
+        values = np.array([row[1:] for row in rows], dtype=np.float64).reshape(len(rows), 2 + len(names))
     except ValueError:
-        raise UserError(f"{path}: a row is cut or holds what is no number; evaluate the run again") from None
-    if numbers.shape != (len(rows) - 1, len(head) - 1):
-        raise UserError(
-            f"{path}: rows have {numbers.shape[-1] + 1} fields, the head has {len(head)}; evaluate the run again"
-        )
-    whole = numbers[:, :2]
-    if not ((whole >= 0) & (whole < len(names)) & (whole == np.trunc(whole))).all():
-        raise UserError(f"{path}: a label or a prediction is none of the {len(names)} classes; evaluate the run again")
-    if not ((numbers[:, 2:] >= 0) & (numbers[:, 2:] <= 1)).all():
-        raise UserError(f"{path}: a probability is not from 0 to 1; evaluate the run again")
+        raise UserError(f"{path}: a row is incomplete or not numeric; evaluate the run again") from None
+    indices, probabilities = values[:, :2], values[:, 2:]
+    if not np.isin(indices, np.arange(len(names))).all() or not ((probabilities >= 0) & (probabilities <= 1)).all():
+        raise UserError(f"{path}: a class or a probability is out of range; evaluate the run again")
     return Predictions(
-        keys=tuple(row[0] for row in rows[1:]),
-        labels=numbers[:, 0].astype(np.int64),
-        predicted=numbers[:, 1].astype(np.int64),
-        probabilities=numbers[:, 2:],
-        classes=classes,
+        keys=tuple(row[0] for row in rows),
+        labels=indices[:, 0].astype(np.int64),
+        predicted=indices[:, 1].astype(np.int64),
+        probabilities=probabilities,
+        classes=classes if classes is not None and len(classes) == len(names) else names,
     )
 
 
 def mistakes(predictions: Predictions, limit: int | None = None) -> list[Mistake]:
-    """The mistakes, the most confident first, at most `limit` of them; equal ones in manifest order."""
+    """Return the mistakes, the most confident first, equal ones in manifest order; at most ``limit`` of them."""
     wrong = np.flatnonzero(predictions.predicted != predictions.labels)
     confidence = predictions.probabilities[wrong, predictions.predicted[wrong]]
     order = np.lexsort((wrong, -confidence))[:limit]

@@ -8,9 +8,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mnistm_dist.reporting.console import Bar, Console, TrainingBar
+from mnistm_dist.reporting.console import Bar, Console
 from mnistm_dist.reporting.metrics import measure
-from mnistm_dist.reporting.tracking import NullTracker
+from mnistm_dist.reporting.tracking import Tracker
 
 
 class Outputs(Protocol):
@@ -38,12 +38,12 @@ class RunLogger:
     def __init__(
         self,
         console: Console,
-        tracker: NullTracker,
+        tracker: Tracker,
         write_row: Callable[[dict[str, Any]], None],
         classes: tuple[str, ...],
     ) -> None:
         self.console, self.tracker, self.write_row, self.classes = console, tracker, write_row, classes
-        self._bar: TrainingBar | None = None
+        self._bar: Bar | None = None
 
     @contextmanager
     def training(self, last_step: int, steps_done: int) -> Iterator[None]:

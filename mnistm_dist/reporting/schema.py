@@ -1,80 +1,86 @@
-"""What the fields of a run's files may hold: a report leaves out what is of another kind, and says so."""
+"""Schemas of the files of a run folder that a report reads; fields that it does not show are not listed.
+
+Every field is optional, so that a run that is not finished, or of another version, is reported as far as possible.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Required
 
-LARGEST = 1e18
-"""No number of a run is larger; a float holds it, and a page has room for it."""
+from pydantic import BaseModel, FiniteFloat, NonNegativeInt
+from typing_extensions import TypedDict  # pydantic needs this one below Python 3.12
 
-
-def is_whole(value: object) -> bool:
-    """Whether it is a whole number that a run can count to."""
-    return type(value) is int and 0 <= value < LARGEST
+from mnistm_dist.reporting.metrics import Metrics
 
 
-def is_number(value: object) -> bool:
-    """Whether it is a number that can be drawn: finite."""
-    return type(value) in (int, float) and abs(value) < LARGEST  # type: ignore[arg-type]  # a number, by the first half
+class State(BaseModel):
+    """``state.json``."""
+
+    state: str = "unknown"
+    step: NonNegativeInt | None = None
+    reason: str | None = None
 
 
-def is_text(value: object) -> bool:
-    """Whether it is a text."""
-    return isinstance(value, str)
+class Data(BaseModel):
+    """``data`` in ``summary.json``: the packed set."""
+
+    path: str | None = None
+    lineage: str | None = None
+    identity: str | None = None
+    counts: dict[str, NonNegativeInt] = {}
+    """Images of each split."""
+    pixels_sha256: dict[str, str] = {}
 
 
-def _is_checkpoint(value: object) -> bool:
-    return isinstance(value, str | Mapping)
+class EvaluatedCheckpoint(BaseModel):
+    """``checkpoint`` in ``summary.json``: the checkpoint that was evaluated."""
+
+    step: NonNegativeInt
+    chosen: str | None = None
+    averaged: bool = False
+    image_size: NonNegativeInt | None = None
 
 
-def _is_data(value: object) -> bool:
-    if not isinstance(value, Mapping):
-        return False
-    counts, sums = value.get("counts") or {}, value.get("pixels_sha256") or {}
-    return (
-        isinstance(counts, Mapping)
-        and all(map(is_whole, counts.values()))
-        and isinstance(sums, Mapping)
-        and all(map(is_text, [*sums.values(), value.get("identity") or ""]))
-    )
+class Summary(BaseModel):
+    """``summary.json``."""
+
+    recipe: str | None = None
+    world_size: NonNegativeInt | None = None
+    steps: NonNegativeInt | None = None
+    epochs: FiniteFloat | None = None
+    train_seconds: FiniteFloat | None = None
+    images_per_second: FiniteFloat | None = None
+    parameters: NonNegativeInt | None = None
+    checkpoint: EvaluatedCheckpoint | None = None
+    data: Data | None = None
+    val: Metrics | None = None
+    test: Metrics | None = None
 
 
-Kinds = Mapping[str, Callable[[Any], bool]]
-STATE: Kinds = {"state": is_text, "step": is_whole, "reason": is_text}
-SUMMARY: Kinds = {
-    "recipe": is_text,
-    "steps": is_whole,
-    "epochs": is_number,
-    "train_seconds": is_number,
-    "images_per_second": is_number,
-    "parameters": is_whole,
-    "world_size": is_whole,
-    "checkpoint": _is_checkpoint,
-    "data": _is_data,
-    "val": lambda value: isinstance(value, Mapping),
-    "test": lambda value: isinstance(value, Mapping),
-}
-ROW: Kinds = {
-    "kind": is_text,
-    "step": is_whole,
-    "epoch": is_whole,
-    "image_size": is_number,
-    "val/accuracy": is_number,
-    "val/loss": is_number,
-    "train/image_size": is_number,
-    # A loss that is no number is a part of the story: the curve leaves it out.
-    "train/loss": lambda value: type(value) is float or is_number(value),
-    "train/learning_rate": is_number,
-}
-LAYER: Kinds = {
-    "name": is_text,
-    "layer": is_text,
-    "output_shape": lambda value: isinstance(value, list) and all(map(is_whole, value)),
-    "parameters": is_whole,
-}
+class Layer(BaseModel):
+    """A row of ``architecture.json``."""
+
+    name: str
+    layer: str
+    output_shape: list[NonNegativeInt]
+    """Of one image: channels, height, width."""
+    parameters: NonNegativeInt
 
 
-def wrong_fields(found: Mapping[str, Any], kinds: Kinds) -> list[str]:
-    """The names of the fields that hold something else than they may; None stands for nothing."""
-    return [name for name, fits in kinds.items() if found.get(name) is not None and not fits(found[name])]
+Row = TypedDict(
+    "Row",
+    {
+        "kind": Required[str],
+        "step": Required[NonNegativeInt],
+        "epoch": NonNegativeInt,
+        "image_size": NonNegativeInt | None,
+        "val/loss": FiniteFloat | None,
+        "val/accuracy": FiniteFloat | None,
+        # NaN is valid: the row of the step at which a run failed has it.
+        "train/loss": float | None,
+        "train/learning_rate": FiniteFloat | None,
+        "train/image_size": NonNegativeInt | None,
+    },
+    total=False,
+)
+"""A line of ``log.jsonl``."""

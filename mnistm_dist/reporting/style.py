@@ -1,8 +1,8 @@
-"""How every figure looks, and how it is saved: to a file for print, or to SVG that follows a page's theme.
+"""The style of all figures, and how they are saved: to a file, or to SVG that follows the theme of a page.
 
 The colours of series are those of Okabe and Ito, "Color Universal Design" (2008), which colour-blind readers can tell
-apart; markers and line styles differ too, for print in grey. Nothing global is changed: figures are made without
-pyplot, and the style holds while one is drawn.
+apart; markers and line styles differ too, for print in grey. No global setting is changed: figures are made without
+pyplot, and the style is active only while a figure is drawn or saved.
 """
 
 from __future__ import annotations
@@ -15,25 +15,30 @@ from pathlib import Path
 from typing import Any, ParamSpec
 
 import matplotlib
+from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+from mnistm_dist.files import atomic_path
 
 INK = "#1f2328"
 MUTED = "#656d76"
 GRID = "#d8dee4"
 GROUND = "#ffffff"
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#56b4e9")
-"""Blue, vermilion, green, purple, yellow (darkened, to be seen on white) and sky blue."""
+"""Blue, vermilion, green, purple, yellow (darkened for contrast on white) and sky blue."""
 LINES = ("-", "--", "-.", ":")
 MARKERS = ("o", "D", "s", "^", "v", "P")
 PRINT_DPI = 160
 COLUMN_INCHES = 5.0
-"""The width of a figure: a column of a paper, the whole width of a phone."""
+"""Width of a figure: one column of a paper, the full width of a phone."""
+SMALL = 7.5
+"""Font size of annotations, points."""
 
 THEME = {INK: "ink", MUTED: "muted", GRID: "rule", GROUND: "ground"} | {
     colour: f"series-{i + 1}" for i, colour in enumerate(SERIES)
 }
-"""Which colour of a figure becomes which CSS variable in SVG."""
+"""The CSS variable that replaces each colour of a figure in SVG."""
 
 STYLE: Any = {  # Any: matplotlib types its keys as one literal of hundreds of names
     "font.family": "DejaVu Sans",
@@ -70,44 +75,39 @@ Arguments = ParamSpec("Arguments")
 
 
 def styled(draw: Callable[Arguments, Figure]) -> Callable[Arguments, Figure]:
-    """Makes a function that draws a figure do so in `STYLE`, and leaves the process's own settings alone."""
+    """Decorate a function that draws a figure so that it runs with `STYLE`."""
 
     @wraps(draw)
-    def drawn(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Figure:
+    def draw_styled(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Figure:
         with matplotlib.rc_context(STYLE):
             return draw(*args, **kwargs)
 
-    return drawn
+    return draw_styled
 
 
-def new_figure(height: float, width: float = COLUMN_INCHES, gap: float = 0.04) -> Figure:
-    """An empty figure, sizes and the gap around its parts in inches, that lays itself out."""
-    return Figure(
-        figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=gap, h_pad=gap, wspace=0.01, hspace=0.01)
-    )
+def new_figure(height: float, width: float = COLUMN_INCHES, gap: float = 0.04, title: str = "") -> Figure:
+    """Return an empty figure with constrained layout; sizes and the gap around its axes are in inches."""
+    layout = ConstrainedLayoutEngine(w_pad=gap, h_pad=gap, wspace=0.01, hspace=0.01)
+    figure = Figure(figsize=(width, height), layout=layout)
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=9.5, fontweight="bold")
+    return figure
 
 
-def save(figure: Figure, path: Path) -> Path:
-    """Writes a figure as the suffix says (``.png``, ``.svg``, ``.pdf``), without a date, whole or not at all, and
-    returns the path."""
-    temporary = path.with_name(f".{path.stem}.part{path.suffix}")
-    try:
-        with matplotlib.rc_context(STYLE):
-            figure.savefig(temporary, dpi=PRINT_DPI, metadata={"Software": None} if path.suffix == ".png" else {})
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    return path
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure atomically, without a date. The suffix is the format: ``.png``, ``.svg``, ``.pdf``. Raises
+    `OSError`."""
+    with matplotlib.rc_context(STYLE), atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=PRINT_DPI, metadata={"Software": None} if path.suffix == ".png" else {})
 
 
-def to_svg(figure: Figure, name: str, alternative: str) -> str:
-    """A figure as an ``<svg>`` element whose colours are CSS variables (`THEME`), to stand in a page.
+def to_svg(figure: Figure, name: str, description: str) -> Markup:
+    """Return a figure as an ``<svg>`` element whose colours are the CSS variables of `THEME`.
 
     Args:
         figure: the figure.
-        name: unique in the page; every id in the element begins with it.
-        alternative: what the figure shows, for those who do not see it.
+        name: prefix of every id in the element; unique in the page.
+        description: text alternative for screen readers.
     """
     buffer = io.StringIO()
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
@@ -119,11 +119,7 @@ def to_svg(figure: Figure, name: str, alternative: str) -> str:
     text = re.sub(r"(font: [^;\"']*?px) '[^;\"]*", r"\g<1> system-ui, sans-serif", text)
     for colour, variable in THEME.items():
         text = text.replace(colour, f"var(--{variable})")
-    label = alternative.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-    # The page gives the width; the view box keeps the shape.
-    return re.sub(
-        r'<svg ([^>]*?)width="[^"]*" ([^>]*?)height="[^"]*"',
-        rf'<svg role="img" aria-label="{label}" \1\2',
-        text,
-        count=1,
-    )
+    # The page sets the width; the view box keeps the aspect ratio.
+    head, _, body = text.partition(">")
+    head = re.sub(r' (width|height)="[^"]*"', "", head)
+    return Markup(f'{head} role="img" aria-label="{escape(description)}">{body}')

@@ -1,235 +1,290 @@
-"""Weights & Biases beside a run, through Accelerate's tracker; it never stops, delays or slows the training.
+"""Experiment trackers beside a run: they never stop, delay or slow training.
 
-1. `open_tracker` decides whether and how, and starts a thread that alone talks to W&B. It connects
-   (`mnistm_dist.reporting.wandb_connection`), online or else offline, and says in one line how to upload later; the
-   training does not wait for it.
-2. `Tracker.log` and its sisters put work on a queue; `Tracker.finish` says how the run ended, and waits no longer than
-   `FINISH_SECONDS` for what is not uploaded by then.
+1. `Tracker` is the interface, and the no-op twin: on ranks other than 0, and with ``--tracker none``.
+2. `WandbTracker` logs to Weights & Biases. Another tracker is another subclass, opened in `open_tracker`.
+3. `BackgroundTracker` runs a tracker in a thread of its own, with a bounded queue and a bounded end.
 
-Only rank 0 opens a tracker; the others, and a run without W&B, have a `NullTracker`. What W&B holds is a copy: the run
-folder is the truth.
+A tracker holds a copy: the run folder is complete without it.
 """
 
 from __future__ import annotations
 
+import netrc
 import os
 import queue
+import textwrap
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+from urllib.parse import urlsplit
 
-from mnistm_dist.reporting.wandb_connection import FINISH_SECONDS, INIT_SECONDS, STEP, choose_mode, connect, one_line
+from mnistm_dist.reporting.predictions import Predictions, mistakes
 
-if TYPE_CHECKING:
-    from accelerate.tracking import WandBTracker
+PROJECT = "mnistm-dist"
+"""W&B project, unless WANDB_PROJECT names another."""
+STEP = "step"
+"""Our own step metric: steps done, over all launches of a run. W&B's own counter drops repeated steps."""
+INIT_SECONDS, FINISH_SECONDS = 10.0, 8.0
+"""Timeouts of W&B at the start, after which the run is offline, and of the uploads at its end."""
+END_SECONDS = 20.0
+"""Most time that a run waits for its tracker to end: a launcher or Slurm kills a process that takes 30 s to exit."""
+QUEUE_SIZE = 20_000
+"""Entries that may wait for a tracker; further ones are dropped, and counted."""
+MOST_MISTAKES = 500
+"""Rows of a table of mistakes, at most."""
 
-GRACE_SECONDS = 2.0
-"""What W&B may take beyond `FINISH_SECONDS` to notice that they are over."""
-LONGEST_QUEUE = 20_000
-"""Pieces of work that wait for W&B at most; what comes then is dropped, and the number is told at the end."""
 
-Work = Callable[["WandBTracker"], None]
-
-
-class NullTracker:
-    """A tracker that does nothing: on every rank but 0, and where W&B is not wanted."""
+class Tracker:
+    """Logs a run somewhere; this class does nothing."""
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
-        """Logs scalars at a step."""
+        """Log scalars; ``step``: steps done."""
 
     def log_images(self, images: Mapping[str, Path], step: int) -> None:
-        """Logs image files, which must stay where they are until the run ends."""
+        """Log image files, which must exist until the run ends."""
 
     def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
-        """Logs a table of texts and numbers."""
+        """Log a table of texts and numbers."""
 
     def log_checkpoint(self, folder: Path, aliases: Sequence[str] = ()) -> None:
-        """Uploads a checkpoint's folder as an artifact of type ``model``."""
+        """Upload a checkpoint."""
 
     def summary(self, values: Mapping[str, Any]) -> None:
-        """Sets values that hold for the run as a whole."""
+        """Set values of the run as a whole."""
 
     def finish(self, exit_code: int, state: str) -> None:
-        """Ends the run in W&B.
+        """End the run.
 
         Args:
-            exit_code: of the process; W&B shows what is not 0 as failed.
+            exit_code: of the process; a tracker shows others than 0 as failed.
             state: as in ``state.json``: ``finished``, ``preempted`` or ``failed``.
         """
 
 
-class Tracker(NullTracker):
-    """A tracker that hands everything to a thread of its own; made by `open_tracker`."""
+class BackgroundTracker(Tracker):
+    """A tracker with a thread of its own.
 
-    def __init__(self, connect: Callable[[], tuple[WandBTracker | None, str]], say: Callable[[str], None]) -> None:
-        self._connect = connect
-        self._say = say
-        self._work: queue.Queue[Work | None] = queue.Queue(LONGEST_QUEUE)
-        self._dropped = 0
-        self._connected = False
-        self._over = False
-        self._listens = True
-        self._place = ""
-        # A daemon, so that a W&B that hangs for ever cannot hold the process.
-        self._thread = threading.Thread(target=self._run, name="wandb", daemon=True)
+    A subclass implements `open`, `close` and the methods that log; they hand their work to `submit`.
+
+    Args:
+        say: shows one line; called from the thread, too.
+    """
+
+    failures: tuple[type[Exception], ...] = (ImportError,)
+    """What `open` and the work may raise; `open` adds the exceptions of a library that it imports."""
+    hint = "the run folder is complete"
+    """What to do after a failure."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say = say
+        self._queue: queue.Queue[Callable[[Any], None] | None] = queue.Queue(QUEUE_SIZE)
+        self._dropped, self._failed = 0, False
+        # A daemon: a tracker that hangs cannot hold the process.
+        self._thread = threading.Thread(target=self._serve, name="tracker", daemon=True)
         self._thread.start()
 
-    def log(self, values: Mapping[str, Any], step: int) -> None:
-        row = {**values, STEP: step}
-        self._put(lambda wandb_tracker: wandb_tracker.log(row))
+    def open(self) -> Any:
+        """Connect, and return what the work gets. Called in the thread."""
 
-    def log_images(self, images: Mapping[str, Path], step: int) -> None:
-        files = {name: [str(path)] for name, path in images.items()}
+    def close(self, opened: Any, exit_code: int, state: str) -> None:
+        """End the run; see `Tracker.finish`. Called in the thread."""
 
-        def work(wandb_tracker: WandBTracker) -> None:
-            import wandb
-
-            shown = {name: [wandb.Image(path) for path in paths] for name, paths in files.items()}
-            wandb_tracker.log({**shown, STEP: step})
-
-        self._put(work)
-
-    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
-        def work(wandb_tracker: WandBTracker) -> None:
-            import wandb
-
-            wandb_tracker.log({name: wandb.Table(columns=list(columns), data=[*map(list, rows)]), STEP: step})
-
-        self._put(work)
-
-    def log_checkpoint(self, folder: Path, aliases: Sequence[str] = ()) -> None:
-        def work(wandb_tracker: WandBTracker) -> None:
-            import wandb
-
-            run = wandb_tracker.tracker
-            artifact = wandb.Artifact(f"checkpoint-{run.id}", type="model", metadata={"folder": folder.name})
-            artifact.add_dir(str(folder))
-            run.log_artifact(artifact, aliases=list(aliases))
-
-        self._put(work)
-
-    def summary(self, values: Mapping[str, Any]) -> None:
-        kept = dict(values)
-        self._put(lambda wandb_tracker: wandb_tracker.tracker.summary.update(kept))
+    def submit(self, work: Callable[[Any], None] | None) -> None:
+        """Call ``work`` in the thread, or drop it if the queue is full; None ends the thread."""
+        try:
+            if self._thread.is_alive():
+                self._queue.put_nowait(work)
+        except queue.Full:
+            self._dropped += 1
 
     def finish(self, exit_code: int, state: str) -> None:
-        def work(wandb_tracker: WandBTracker) -> None:
-            run = wandb_tracker.tracker
-            run.summary.update({"state": state})
-            if state == "preempted":
-                run.mark_preempting()
-            # Accelerate's own finish would end every run with exit code 0.
-            run.finish(exit_code=exit_code)
-
-        self._put(work)
-        try:
-            self._work.put_nowait(None)
-        except queue.Full:
-            self._dropped += 1
-        self._thread.join(FINISH_SECONDS + GRACE_SECONDS + (0 if self._connected else INIT_SECONDS))
-        self._over = True
+        self.submit(lambda opened: self.close(opened, exit_code, state))
+        self.submit(None)
+        self._thread.join(END_SECONDS)
         if self._thread.is_alive():
-            self._say(f"W&B did not end in time; {self._how_to_sync()}")
+            self.say(f"the tracker did not end in time; {self.hint}")
         if self._dropped:
-            self._say(f"W&B was too slow for {self._dropped:,} entries, which are only in log.jsonl")
-
-    def _put(self, work: Work) -> None:
-        if not self._listens:
-            return
-        try:
-            self._work.put_nowait(work)
-        except queue.Full:
-            self._dropped += 1
-
-    def _run(self) -> None:
-        try:
-            self._serve()
-        except ImportError as error:
-            self._tell(f"W&B is off (it cannot be imported: {one_line(error)}); the run folder holds everything")
-        finally:
-            self._listens = False
+            self.say(f"the tracker was too slow for {self._dropped:,} entries, which are only in log.jsonl")
 
     def _serve(self) -> None:
-        # W&B's reports on itself go over the network, and hold the end of the process while a server stalls.
+        try:
+            opened = self.open()
+        except self.failures as error:
+            self._report(error)
+            return
+        for work in iter(self._queue.get, None):
+            try:
+                work(opened)
+            except self.failures as error:
+                self._report(error)
+
+    def _report(self, error: Exception) -> None:
+        if not self._failed:
+            self.say(f"the tracker failed ({one_line(error)}); training continues; {self.hint}")
+        self._failed = True
+
+
+class WandbTracker(BackgroundTracker):
+    """Logs to Weights & Biases.
+
+    Args:
+        reason: why the run is offline, if that was not requested.
+        say: shows one line; called from the thread, too.
+        init: arguments of ``wandb.init``. Without a mode the run is offline if the server cannot be reached.
+    """
+
+    def __init__(self, reason: str, say: Callable[[str], None], **init: Any) -> None:
+        self._reason, self._init = reason, init
+        super().__init__(say)
+
+    def open(self) -> Any:
+        # Its crash reports go over the network, and would delay the exit of the process while a server stalls.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        os.environ.setdefault("WANDB_SILENT", "true")
         import wandb
         from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
 
-        gone = (HandleAbandonedError, MailboxClosedError, ConnectionError)  # W&B's own process has died
-        wandb_tracker, reason = self._connect()
-        self._connected = True
-        if wandb_tracker is None:
-            self._tell(f"W&B is off ({reason}); the run folder holds everything")
-            return
-        run = wandb_tracker.tracker
-        self._place = run.settings.sync_dir
-        if run.offline:
-            self._tell(f"W&B is offline{f' ({reason})' if reason else ''}; {self._how_to_sync()}")
-        else:
-            self._tell(f"W&B: {run.url}")
-        try:
-            while (work := self._work.get()) is not None and not self._over:
-                self._do(work, wandb_tracker, (wandb.Error, OSError, ValueError, TypeError), gone)
-            if not self._over:
-                # Here, and not when the interpreter ends: there, nothing would catch what goes wrong.
-                wandb.teardown()
-        except gone:
-            if not self._over:
-                self._say("W&B's own process has died; the run goes on, and its folder holds everything")
-                with suppress(*gone):
-                    wandb.teardown()
-
-    def _do(
-        self,
-        work: Work,
-        wandb_tracker: WandBTracker,
-        failures: tuple[type[Exception], ...],
-        gone: tuple[type[Exception], ...],
-    ) -> None:
-        try:
-            work(wandb_tracker)
-        except gone:
-            raise
-        except TimeoutError:
-            self._tell(f"W&B did not take everything in {FINISH_SECONDS:.0f} s; {self._how_to_sync()}")
-        except failures as error:
-            self._tell(f"W&B failed ({one_line(error)}); the run goes on, and its folder holds everything")
-
-    def _tell(self, text: str) -> None:
-        # Nobody listens to a run that has ended.
-        if not self._over:
-            self._say(text)
-
-    def _how_to_sync(self) -> str:
-        return (
-            f"to upload this run later: wandb sync {self._place}" if self._place else "the run folder holds everything"
+        # The two of the mailbox: W&B's own process has died.
+        self.failures = (wandb.Error, HandleAbandonedError, MailboxClosedError, OSError, TypeError, ValueError)
+        settings = wandb.Settings(
+            silent=True,
+            console="off",  # capturing our output would cost time, and log the control codes of the bars
+            save_code=False,
+            init_timeout=INIT_SECONDS,
+            finish_timeout=FINISH_SECONDS,
+            finish_timeout_raises=True,
         )
+        try:
+            run = wandb.init(**self._init, settings=settings)
+        except self.failures as error:
+            self._reason = one_line(error)
+            run = wandb.init(**{**self._init, "mode": "offline"}, settings=settings)
+        run.define_metric(STEP, hidden=True)
+        run.define_metric("*", step_metric=STEP)
+        self.hint = f"to upload this run later: wandb sync {run.settings.sync_dir}"
+        offline = f"W&B is offline{f' ({self._reason})' if self._reason else ''}; {self.hint}"
+        self.say(offline if run.offline else f"W&B: {run.url}")
+        return wandb
+
+    def close(self, opened: Any, exit_code: int, state: str) -> None:
+        try:
+            opened.summary.update({"state": state})
+            if state == "preempted":
+                opened.run.mark_preempting()
+            opened.finish(exit_code=exit_code)
+        finally:
+            # Not at the exit of the interpreter, where nothing would catch its errors.
+            opened.teardown()
+
+    def log(self, values: Mapping[str, Any], step: int) -> None:
+        row = {**values, STEP: step}
+        self.submit(lambda wandb: wandb.log(row))
+
+    def log_images(self, images: Mapping[str, Path], step: int) -> None:
+        self.submit(
+            lambda wandb: wandb.log({STEP: step, **{name: wandb.Image(str(path)) for name, path in images.items()}})
+        )
+
+    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
+        self.submit(
+            lambda wandb: wandb.log(
+                {STEP: step, name: wandb.Table(columns=list(columns), data=[list(row) for row in rows])}
+            )
+        )
+
+    def log_checkpoint(self, folder: Path, aliases: Sequence[str] = ()) -> None:
+        self.submit(
+            lambda wandb: wandb.log_artifact(
+                str(folder), name=f"checkpoint-{wandb.run.id}", type="model", aliases=[*aliases, folder.name]
+            )
+        )
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        kept = dict(values)
+        self.submit(lambda wandb: wandb.summary.update(kept))
+
+
+def one_line(error: Exception) -> str:
+    """Return the message of an error in one short line, without W&B's advice to wait longer."""
+    text = textwrap.shorten(str(error).partition("Consider increasing")[0], 160, placeholder=" ...")
+    return type(error).__name__ if text in ("", "<no message>") else text
 
 
 def open_tracker(
-    track: Literal["auto", "wandb", "none"],
+    tracker: Literal["auto", "wandb", "none"],
     *,
     run_dir: Path,
     config: Mapping[str, Any],
     name: str,
     group: str | None,
     say: Callable[[str], None],
-) -> NullTracker:
-    """Starts tracking where it is wanted; returns at once.
+) -> Tracker:
+    """Open the tracker that is asked for, and return at once.
 
     Args:
-        track: ``auto`` is W&B where an API key or WANDB_MODE is set.
-        run_dir: the run folder; W&B's own files go to ``wandb`` in it.
-        config: the whole configuration.
+        tracker: ``auto`` is W&B if an API key or WANDB_MODE is set.
+        run_dir: the run folder; W&B's own files go to its ``wandb``.
+        config: the configuration.
         name: of the run.
-        group: what the launches of one run have in common, so that W&B shows a chain of requeued jobs together.
-        say: takes one line for the person who watches; called from another thread, too.
+        group: common to all launches of a run, so that W&B shows a chain of requeued jobs together.
+        say: shows one line; called from another thread, too.
     """
-    mode, reason = choose_mode(track, os.environ)
+    mode, reason = choose_mode(tracker, os.environ)
     if mode == "none":
-        if reason:
-            say(f"W&B is off: {reason}")
-        return NullTracker()
-    return Tracker(lambda: connect(mode, reason, run_dir, dict(config), name, group), say)
+        return Tracker()
+    # Without a mode W&B uses WANDB_MODE and its own settings; an argument would override them.
+    offline = {"mode": "offline"} if mode == "offline" else {}
+    return WandbTracker(
+        reason,
+        say,
+        project=os.environ.get("WANDB_PROJECT", PROJECT),
+        name=os.environ.get("WANDB_NAME", name),
+        group=os.environ.get("WANDB_RUN_GROUP", group),
+        dir=str(run_dir),
+        job_type="train",
+        config=dict(config),
+        **offline,
+    )
+
+
+def choose_mode(tracker: Literal["auto", "wandb", "none"], environ: Mapping[str, str]) -> tuple[str, str]:
+    """Return how to use W&B (``none``, ``online`` or ``offline``), and why not online if there is no API key."""
+    wandb_mode, key = environ.get("WANDB_MODE", "").lower(), has_api_key(environ)
+    if tracker == "none" or wandb_mode == "disabled" or (tracker == "auto" and not wandb_mode and not key):
+        return "none", ""
+    if key or wandb_mode in ("offline", "dryrun"):
+        return "offline" if wandb_mode in ("offline", "dryrun") else "online", ""
+    return "offline", "no API key: set WANDB_API_KEY or run wandb login"
+
+
+def has_api_key(environ: Mapping[str, str]) -> bool:
+    """Return whether W&B can log in without a prompt: by the environment, or by what ``wandb login`` wrote."""
+    if environ.get("WANDB_API_KEY") or environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlsplit(environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
+    try:
+        entry = netrc.netrc(environ.get("NETRC") or Path(environ.get("HOME", "~"), ".netrc")).authenticators(host)
+    except (OSError, netrc.NetrcParseError):
+        return False
+    return bool(entry and entry[2])
+
+
+def log_results(tracker: Tracker, figures: Iterable[Path], predictions: Mapping[str, Predictions], step: int) -> None:
+    """Log the figures of a run, and per split the confusion matrix (exact counts) and the mistakes as tables."""
+    tracker.log_images({f"figures/{path.stem}": path for path in figures}, step)
+    for split, results in predictions.items():
+        metrics = results.metrics
+        cells = [
+            [metrics.classes[i], metrics.classes[j], count]
+            for i, row in enumerate(metrics.confusion_matrix)
+            for j, count in enumerate(row)
+            if count
+        ]
+        tracker.log_table(f"{split}/confusion_matrix", ["true", "predicted", "count"], cells, step)
+        columns = ["key", "true", "predicted", "p(predicted)", "p(true)"]
+        rows = [
+            [row.key, row.true, row.predicted, row.probability, row.true_probability]
+            for row in mistakes(results, MOST_MISTAKES)
+        ]
+        tracker.log_table(f"{split}/mistakes", columns, rows, step)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +10,7 @@ from pathlib import Path
 import pytest
 from local_server import LocalServer
 from packed_sets import edit_manifest, flip_byte, tiny_source
+from s3_server import serve_s3
 
 from mnistm_dist.data import fetch as transfer
 from mnistm_dist.data.fetch import fetch_set, is_address, open_shards
@@ -202,42 +200,13 @@ def test_concurrent_launches_fetch_once(served, packed, tmp_path):
 
 def test_a_set_on_s3_is_fetched(packed, tmp_path, monkeypatch):
     pytest.importorskip("s3fs", reason="s3fs is not installed (pip install 'mnistm-dist[s3]')")
-    pytest.importorskip("moto.server", reason="moto's server is not installed (pip install 'moto[server]')")
-    import boto3
-    import botocore.exceptions
-
     for name, value in (("ACCESS_KEY_ID", "key"), ("SECRET_ACCESS_KEY", "secret"), ("DEFAULT_REGION", "us-east-1")):
         monkeypatch.setenv(f"AWS_{name}", value)
-    server, endpoint = start_moto()
-    try:
+    stored = Path(shutil.copytree(packed, tmp_path / "s3" / "sets" / "a" / "tiny"))
+    with serve_s3(tmp_path / "s3") as endpoint:
         monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-        client = boto3.client("s3")
-        for _ in range(100):
-            try:
-                client.create_bucket(Bucket="sets")
-                break
-            except botocore.exceptions.EndpointConnectionError:
-                time.sleep(0.1)
-        for path in packed.iterdir():
-            client.upload_file(str(path), "sets", f"a/tiny/{path.name}")
         folder = fetch_set("s3://sets/a/tiny", tmp_path / "cache")
         assert same_files(folder, packed)
-        changed = (packed / "train-000000.tar").read_bytes()[:-1] + b"x"
-        client.put_object(Bucket="sets", Key="a/tiny/train-000000.tar", Body=changed)
+        flip_byte(stored / "train-000000.tar", 600)
         assert "sha256 is not the expected" in refusal("s3://sets/a/tiny", tmp_path / "other")
         assert "no such file" in refusal("s3://sets/nothing", tmp_path / "other")
-    finally:
-        server.terminate()
-        server.wait()
-
-
-def start_moto() -> tuple[subprocess.Popen, str]:
-    """Moto's S3 server as a process of its own, on a free port, and its address."""
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return process, f"http://127.0.0.1:{port}"

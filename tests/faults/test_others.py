@@ -101,11 +101,12 @@ def test_shards_that_are_altered_under_a_streaming_run_are_named_and_whole_again
     assert_ended_alike(tmp_path / "run", undisturbed(1, *STREAMING))
 
 
-def test_a_run_whose_wandb_settings_are_refused_says_so_and_ends_the_same(door, small_set, tmp_path, undisturbed):
+def test_a_run_whose_wandb_settings_are_refused_is_offline_and_ends_the_same(door, small_set, tmp_path, undisturbed):
     flags = ("--shards", small_set, "--run-dir", "run", *FLAGS, "--tracker", "wandb")
     done = door("train", *flags, WANDB_MODE="nonsense", WANDB_API_KEY="0123456789" * 4)
-    assert "W&B is off (1 validation error for Settings mode" in worked(done)
+    assert "W&B is offline (1 validation error for Settings mode" in worked(done)
     assert error_lines(done.stderr) == []
+    shutil.rmtree(tmp_path / "run" / "wandb")
     assert_ended_alike(tmp_path / "run", undisturbed())
 
 

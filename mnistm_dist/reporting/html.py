@@ -1,0 +1,252 @@
+"""``report.html``: run folders as one page that loads nothing.
+
+The templates hold the markup; this module prepares the values that they show.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from mnistm_dist import __version__
+from mnistm_dist.config import Config
+from mnistm_dist.files import explain_os_errors, write_atomic
+from mnistm_dist.reporting import figures
+from mnistm_dist.reporting.comparison import differing_fields, paired_difference, seed_groups
+from mnistm_dist.reporting.curves import learning_curve, learning_curves
+from mnistm_dist.reporting.describe import describe, describe_checkpoint, duration, number, percent, plural
+from mnistm_dist.reporting.metrics import calibration_bins
+from mnistm_dist.reporting.predictions import Predictions, mistakes
+from mnistm_dist.reporting.runs import SPLITS, RunRecord, flatten, read_runs
+from mnistm_dist.reporting.style import to_svg
+
+SPLIT_NAMES = {"val": "validation", "test": "test"}
+MISTAKES_LISTED = 20
+"""Rows of a table of mistakes, at most."""
+
+
+def write_report(
+    run_dirs: Sequence[Path], out: Path, predictions: Mapping[str, Predictions] | None = None
+) -> list[str]:
+    """Write the report of one run, or the comparison of several, atomically.
+
+    Args:
+        run_dirs: run folders.
+        out: the file to write.
+        predictions: of a single run, by split: predictions that need not be read again.
+
+    Returns:
+        What is missing, one sentence each; the page lists it too.
+
+    Raises:
+        UserError: a folder is no run folder, or ``out`` cannot be written.
+    """
+    runs = read_runs(run_dirs, __version__, predictions)
+    environment = Environment(
+        loader=PackageLoader("mnistm_dist.reporting"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_finalize,
+    )
+    environment.filters |= {
+        "count": "{:,}".format,
+        "duration": duration,
+        "percent": percent,
+        "plural": plural,
+        "points": lambda share: None if share is None else f"{100 * share:.2f}",
+        "value": value_text,
+    }
+    several = len(runs) > 1
+    missing = [f"{run.name}: {line}" if several else line for run in runs for line in run.missing]
+    name, values = ("comparison", comparison_values(runs)) if several else ("run", run_values(runs[0]))
+    page = environment.get_template(f"{name}.html.j2").render(values, missing=missing, version=__version__)
+    with explain_os_errors(out, advice="free some space or choose another --out"):
+        write_atomic(out, page)
+    return missing
+
+
+def _finalize(value: Any) -> Any:
+    if isinstance(value, Markup):
+        return value
+    # A number and its % stay on one line.
+    return "–" if value is None else str(value).replace(" %", "\N{NO-BREAK SPACE}%")
+
+
+def value_text(value: object) -> str:
+    """Return a value of a configuration or an environment as text."""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(value_text, value))
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "none"}[value]
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def run_values(run: RunRecord) -> dict[str, Any]:
+    """Return the values of ``run.html.j2``."""
+    evaluations = [row for row in run.rows if row["kind"] == "evaluation" and row.get("val/accuracy") is not None]
+    wrong = [_mistakes(run, split) for split in SPLITS]
+    processes = run.environment.get("world_size")
+    sections = {
+        "results": ("Results", run.metrics),
+        "curve": ("Learning curve", run.rows),
+        **{f"mistakes-{m['split']}": (f"Mistakes, {m['name']}", m["rows"] or m["image"]) for m in wrong},
+        "config": ("Configuration", run.config),
+        "architecture": ("Architecture", run.architecture),
+        "data": ("Data", run.summary.data),
+        "environment": ("Environment", run.environment),
+    }
+    return {
+        "run": run,
+        "title": run.name,
+        "subtitle": _subtitle(run),
+        "tiles": _tiles(run),
+        "sections": {anchor: title for anchor, (title, content) in sections.items() if content},
+        "checkpoint": run.summary.checkpoint and describe_checkpoint(run.summary.checkpoint.model_dump()),
+        "splits": [_split(run, split) for split in run.metrics],
+        "curve": to_svg(learning_curve(run.rows), "curve", "Learning curve") if run.rows else None,
+        "evaluations": evaluations,
+        "full_size": max((row.get("image_size") or 0 for row in evaluations), default=0),
+        "mistakes": wrong,
+        "config": _config(run.config),
+        "command_title": ("Command of the last launch" if _resumes(run) else "To reproduce this run")
+        + (f", on {processes} processes" if isinstance(processes, int) and processes > 1 else ""),
+    }
+
+
+def _resumes(run: RunRecord) -> int:
+    return sum(row["kind"] == "resume" for row in run.rows)
+
+
+def _subtitle(run: RunRecord) -> str:
+    state, step = run.state.state, run.state.step
+    if state == "running":
+        # A run writes its summary, then this page, and then the state `finished`.
+        state, step = ("finished", run.summary.steps) if run.summary.steps else ("running, or killed", step)
+    recipe = run.summary.recipe or run.config.get("recipe", "unknown")
+    parts = [f"recipe {recipe}", state, "" if step is None else f"step {step:,}", run.state.reason or ""]
+    parts.append(f"resumed {plural(_resumes(run), 'time')}" if _resumes(run) else "")
+    return " · ".join(filter(None, parts))
+
+
+def _tiles(run: RunRecord) -> list[tuple[str, str]]:
+    """Return the numbers at the top of the page, each with its name."""
+    summary, tiles = run.summary, []
+    for split, metrics in run.metrics.items():
+        low, high = metrics.interval95
+        name = f"{SPLIT_NAMES[split]} accuracy, 95 % interval {100 * low:.2f} to {100 * high:.2f} %"
+        tiles.append((percent(metrics.accuracy), name))
+    if summary.train_seconds:
+        epochs = f", {number(summary.epochs)} epochs" if summary.epochs else ""
+        tiles.append((duration(summary.train_seconds), f"training{epochs}"))
+    if summary.images_per_second:
+        processes = f", world size {summary.world_size:,}" if summary.world_size else ""
+        tiles.append((number(summary.images_per_second), f"images/s{processes}"))
+    if summary.parameters:
+        tiles.append((f"{summary.parameters:,}", "parameters"))
+    return tiles
+
+
+def _split(run: RunRecord, split: str) -> dict[str, Any]:
+    metrics, name, results = run.metrics[split], SPLIT_NAMES[split], run.predictions.get(split)
+    matrix = figures.confusion_matrix(metrics, f"Confusion matrix, {name}")
+    calibration = None
+    if results is not None:
+        bins = calibration_bins(results.labels, results.probabilities, results.predicted)
+        calibration = figures.calibration(bins, metrics.calibration_error, f"Calibration, {name}")
+    return {
+        "name": name,
+        "metrics": metrics,
+        "text": describe(metrics).splitlines(),
+        "matrix": to_svg(matrix, f"matrix-{split}", f"Confusion matrix, {name}"),
+        "classes": to_svg(figures.per_class(metrics), f"classes-{split}", f"Precision and recall, {name}"),
+        "calibration": calibration and to_svg(calibration, f"calibration-{split}", "Accuracy at each confidence"),
+    }
+
+
+def _mistakes(run: RunRecord, split: str) -> dict[str, Any]:
+    path = run.path / f"mistakes_{split}.png"
+    image = base64.b64encode(path.read_bytes()).decode("ascii") if path.is_file() else None
+    rows = mistakes(run.predictions[split]) if split in run.predictions else []
+    return {
+        "split": split,
+        "name": SPLIT_NAMES[split],
+        "image": image and f"data:image/png;base64,{image}",
+        "rows": rows[:MISTAKES_LISTED],
+        "total": len(rows),
+    }
+
+
+def _config(config: Mapping[str, Any]) -> dict[str, list[tuple[str, str, bool]]]:
+    """Return name and value of every field and whether it differs from the default, by section."""
+    defaults = flatten(dataclasses.asdict(Config()))
+    sections: dict[str, list[tuple[str, str, bool]]] = {}
+    for name, value in config.items():
+        section, _, field = name.rpartition(".")
+        differs = value_text(value) != value_text(defaults.get(name, value))
+        sections.setdefault(section, []).append((field, value_text(value), differs))
+    return sections
+
+
+def comparison_values(runs: Sequence[RunRecord]) -> dict[str, Any]:
+    """Return the values of ``comparison.html.j2``."""
+    logged = {run.name: run.rows for run in runs if run.rows}
+    epochs = {
+        run.name: run.summary.epochs / run.summary.steps for run in runs if run.summary.epochs and run.summary.steps
+    }
+    values = {
+        "fields": differing_fields(runs),
+        "accuracy": [_accuracy(runs, split) for split in SPLITS if any(split in run.metrics for run in runs)],
+        "seeds": [
+            _seeds(group, split)
+            for group in seed_groups(runs)
+            for split in SPLITS
+            if len(group) > 1 and any(split in run.metrics for run in group)
+        ],
+        "curves": to_svg(learning_curves(logged, epochs_per_step=epochs), "curves", "Learning curves")
+        if logged
+        else None,
+    }
+    titles = {"fields": "Differences", "accuracy": "Accuracy", "seeds": "Seeds", "curves": "Learning curves"}
+    sections = {anchor: title for anchor, title in titles.items() if anchor == "fields" or values[anchor]}
+    names = ", ".join(run.name for run in runs)
+    return {**values, "runs": runs, "title": f"{len(runs)} runs", "subtitle": names, "sections": sections}
+
+
+def _accuracy(runs: Sequence[RunRecord], split: str) -> dict[str, Any]:
+    """Return the accuracies on one split, with the differences to the first run as numbers and in sentences."""
+    scored = [run for run in runs if split in run.metrics]
+    reference, rows, text = scored[0], [], []
+    for run in scored:
+        both = split in run.predictions and split in reference.predictions and run is not reference
+        difference = paired_difference(run.predictions[split], reference.predictions[split]) if both else None
+        rows.append((run, run.metrics[split], difference))
+        if difference is not None:
+            better = run.name if difference.difference > 0 else reference.name
+            text.append(
+                f"Only {run.name} correct: {difference.only_correct:,}; only {reference.name}: "
+                f"{difference.only_reference_correct:,} (p = {difference.p_value:.2g}): "
+                f"{f'{better} is better' if difference.significant else 'not significant'}."
+            )
+        elif run is not reference:
+            text.append(f"{run.name} and {reference.name} cannot be paired: no predictions, or of other images.")
+    return {"name": SPLIT_NAMES[split], "reference": reference, "rows": rows, "text": text}
+
+
+def _seeds(group: Sequence[RunRecord], split: str) -> dict[str, Any]:
+    accuracies = [run.metrics[split].accuracy for run in group if split in run.metrics]
+    return {
+        "names": ", ".join(run.name for run in group),
+        "split": split,
+        "accuracies": accuracies,
+        "mean": statistics.fmean(accuracies),
+        "deviation": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+    }

@@ -1,0 +1,280 @@
+"""Claims about `mnistm_dist.report` and `mnistm_dist.reporting.html`."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from browser import CHROMEDRIVER, CHROMIUM, Browser, browser
+from run_folders import synthetic_images, write_run
+
+from mnistm_dist import __version__, report
+from mnistm_dist.errors import run_cli
+from mnistm_dist.reporting import figures
+from mnistm_dist.reporting.html import write_report
+from mnistm_dist.reporting.predictions import mistakes
+from mnistm_dist.reporting.runs import read_run
+from mnistm_dist.reporting.style import save
+
+
+def small_run(folder: Path, **options: object) -> Path:
+    """Write a run with val alone by default: a page of two splits takes twice as long."""
+    size = {"val_size": 60, "test_split": False, "accuracy": 0.8, "epochs": 3, "steps_per_epoch": 4, "resume_at": 6}
+    return write_run(folder, **{**size, **options})  # type: ignore[arg-type]
+
+
+def text_of(page: Path) -> str:
+    """Return the text of a page, without its figures."""
+    text = re.sub(r"<(style|svg)\b.*?</\1>", " ", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", text)).replace("\xa0", " ")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = small_run(tmp_path_factory.mktemp("runs") / "fast-1", test_split=True)
+    predictions = read_run(run, __version__).predictions["val"]
+    wrong = mistakes(predictions, 12)
+    images = synthetic_images(predictions.labels[[row.id for row in wrong]], 0)
+    save(figures.mistakes(images, wrong, len(wrong), "Mistakes, val"), run / "mistakes_val.png")
+    return run
+
+
+@pytest.fixture(scope="module")
+def page(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("page") / "report.html"
+    assert write_report([finished], out) == []
+    return out
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("three")
+    runs = [
+        small_run(root / "a", seed=0, val_size=300, accuracy=0.9),
+        small_run(root / "b", seed=1, val_size=300, accuracy=0.9),
+        small_run(root / "c", seed=2, val_size=300, accuracy=0.2, learning_rate=1e-5),
+    ]
+    assert write_report(runs, root / "compare.html") == []
+    return root / "compare.html"
+
+
+def test_the_report_of_a_run_shows_everything_in_the_run_folder(finished: Path, page: Path) -> None:
+    html, text = page.read_text(encoding="utf-8"), text_of(page)
+    summary = json.loads((finished / "summary.json").read_text())
+    assert f"{100 * summary['val']['accuracy']:.2f} %" in text
+    assert f"{100 * summary['test']['accuracy']:.2f} %" in text
+    for part in (
+        "fast-1",
+        "recipe fast · finished · step 12 · resumed 1 time",
+        "702 images/s, world size 2",
+        "692,106 parameters",
+        "Evaluated checkpoint: step 12 (best on val), 64 px.",
+        "of 60 correct: ",
+        "mean gap between confidence and accuracy",
+        "class images precision % recall % F1 %",
+        "32 px (smaller)",
+        "key true predicted p(predicted) p(true)",
+        "Bold: differs from the defaults.",
+        "learning_rate 0.004",
+        "image_size 32, 64, 64",
+        "cache_dir none",
+        "Conv2d(3, 64, kernel_size=7, stride=2, padding=3, bias=False) 64 × 32 × 32 9,408",
+        "lineage regenerated",
+        "ab" * 32,
+        "Command of the last launch, on 2 processes",
+        "python -m mnistm_dist.train --recipe fast --seed 0 --learning-rate 0.004",
+        "torch 2.14.1",
+    ):
+        assert part in text, part
+    assert "<b>0.5</b>" in html
+    assert "Missing or unreadable" not in text
+    assert html.count("<svg") == 3 * 2 + 1
+    assert html.count("data:image/png;base64,") == 1
+
+
+def test_the_page_loads_nothing_and_runs_nothing(page: Path, comparison: Path) -> None:
+    for html in (page.read_text(encoding="utf-8"), comparison.read_text(encoding="utf-8")):
+        assert html.startswith("<!DOCTYPE html>")
+        assert not re.findall(r'(?:src|href)="(?!#|data:)[^"]*"', html)
+        assert "<script" not in html
+        assert "url(" not in re.sub(r"url\(#", "", html)
+        assert "default-src 'none'" in html
+
+
+def test_markup_in_names_and_commands_is_escaped(tmp_path: Path) -> None:
+    run = small_run(tmp_path / "<img src=x onerror=alert(1)>")
+    environment = json.loads((run / "environment.json").read_text())
+    environment |= {"command": "train --shards '<script>alert(1)</script>'", "host": "\ud800"}
+    (run / "environment.json").write_text(json.dumps(environment))
+    write_report([run], tmp_path / "report.html")
+    html = (tmp_path / "report.html").read_text()
+    assert "<script" not in html
+    assert "<img src=x" not in html
+    assert "&lt;script&gt;" in html
+    assert "\\ud800" in html
+
+
+def test_a_report_is_written_in_less_than_ten_seconds_of_cpu_time(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", val_size=4001, epochs=10, steps_per_epoch=43)
+    began = time.process_time()
+    write_report([run], tmp_path / "report.html")
+    assert time.process_time() - began < 10.0
+
+
+def test_a_run_that_was_killed_is_reported_as_far_as_it_goes(tmp_path: Path) -> None:
+    run = small_run(tmp_path / "run", resume_at=None)
+    for name in ("summary.json", "predictions_val.csv", "architecture.json", "config.yaml"):
+        (run / name).unlink()
+    log = (run / "log.jsonl").read_text()
+    (run / "log.jsonl").write_text(log[: len(log) // 2])
+    (run / "state.json").write_text('{"state": "preempted", "step": 7, "reason": "SIGTERM"}')
+    missing = write_report([run], tmp_path / "report.html")
+    assert len(missing) == 5
+    text = text_of(tmp_path / "report.html")
+    assert "recipe unknown · preempted · step 7 · SIGTERM" in text
+    assert all(line in text for line in missing)
+    assert "Learning curve" in text
+    assert "To reproduce this run, on 2 processes" in text
+
+
+def test_an_empty_run_folder_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "state.json").write_text("{}")
+    assert write_report([tmp_path], tmp_path / "report.html")
+    assert "recipe unknown · unknown" in text_of(tmp_path / "report.html")
+
+
+def test_a_comparison_begins_with_what_differs(comparison: Path) -> None:
+    text = text_of(comparison)
+    places = [text.index(part) for part in ("optim.learning_rate", "difference to a, points", "standard deviation")]
+    assert places == sorted(places)
+    assert re.search(r"Only b correct: \d+; only a: \d+ \(p = [\d.e-]+\): not significant\.", text)
+    assert re.search(r"Only c correct: \d+; only a: \d+ \(p = [\d.e-]+\): a is better\.", text)
+    assert "The interval excludes seed variance: train several seeds." in text
+    assert "a, b val 2 " in text
+    assert comparison.read_text().count("<svg") == 1
+
+
+def test_runs_on_other_images_are_shown_and_not_compared(tmp_path: Path) -> None:
+    runs = [small_run(tmp_path / name, val_size=size) for name, size in (("a", 60), ("b", 61))]
+    write_report(runs, tmp_path / "compare.html")
+    text = text_of(tmp_path / "compare.html")
+    assert "b and a cannot be paired" in text
+    assert "not on the same images" in text
+
+
+# The command
+
+
+def test_the_command_writes_into_the_run_and_prints_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = small_run(tmp_path / "run")
+    (run / "architecture.json").unlink()
+    assert run_cli(report.main, [str(run)]) == 0
+    assert [line[9:] for line in capsys.readouterr().out.splitlines()] == [
+        "warning: architecture.json: not found.",
+        f"report: {run / 'report.html'}",
+    ]
+    assert "architecture.json: not found." in text_of(run / "report.html")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "nowhere: no such run folder"),
+        (["run", "run"], "run, run: a run is given twice"),
+        (["run", "--out", "missing/folder/x.html"], "missing/folder/x.html: cannot be written"),
+    ],
+)
+def test_a_user_error_is_one_line_and_exit_code_2(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    write_run(tmp_path / "run", val_size=20, epochs=1, steps_per_epoch=2, test_split=False, resume_at=None)
+    monkeypatch.chdir(tmp_path)
+    assert run_cli(report.main, arguments) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert len(output.err.splitlines()) == 1
+    assert message in output.err
+    assert not list(tmp_path.glob("*.html"))
+
+
+def test_help_needs_no_heavy_import() -> None:
+    script = (
+        "import sys\nfrom mnistm_dist import report\n"
+        "try: report.main(['--help'])\nexcept SystemExit as end: assert end.code == 0\n"
+        "assert not {'numpy', 'matplotlib', 'torch', 'jinja2'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "RUN" in done.stdout
+
+
+# In a browser
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    if not (CHROMIUM and CHROMEDRIVER):
+        pytest.skip("chromium and chromedriver are not installed")
+    with browser(tmp_path_factory.mktemp("browser") / "profile") as found:
+        yield found
+
+
+CONTRAST = """
+const light = c => { const v = c / 255; return v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; };
+const luminance = text => { const [r, g, b] = text.match(/[\\d.]+/g).map(Number);
+    return 0.2126 * light(r) + 0.7152 * light(g) + 0.0722 * light(b); };
+const ratio = (a, b) => (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+const ground = luminance(getComputedStyle(document.body).backgroundColor);
+const words = [...document.querySelectorAll('h1, h2, p, th, td, a, footer')].map(e => getComputedStyle(e).color);
+const drawn = [...document.querySelectorAll('svg text')].map(e => getComputedStyle(e).fill);
+return {ground, least: Math.min(...[...words, ...drawn].map(c => ratio(luminance(c), ground)))};
+"""
+"""Smallest contrast of any text with the background: WCAG 2.1, success criterion 1.4.3, requires 4.5."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [1200, 375], ids=["desktop", "phone"])
+@pytest.mark.parametrize("several", [False, True], ids=["one", "several"])
+def test_the_page_is_complete_and_legible_in_a_browser(
+    chromium: Browser, page: Path, comparison: Path, several: bool, width: int, dark: bool
+) -> None:
+    chromium.open(comparison if several else page, width=width, dark=dark)
+    assert chromium.evaluate("return innerWidth") == width
+    assert chromium.evaluate("return document.documentElement.scrollWidth <= innerWidth"), "a horizontal scroll bar"
+    assert chromium.evaluate("return performance.getEntriesByType('resource').length") == 0
+    contrast = chromium.evaluate(CONTRAST)
+    assert (contrast["ground"] < 0.1) == dark
+    assert contrast["least"] >= 4.5
+    heights = chromium.evaluate(
+        "return [...document.querySelectorAll('svg')].map(e => e.getBoundingClientRect().height)"
+    )
+    assert min(heights) > 100
+    widths = chromium.evaluate("return [...document.images].map(e => e.complete && e.naturalWidth > 0)")
+    assert all(widths)
+    links = chromium.evaluate(
+        "return [...document.querySelectorAll('nav a')].every(a => document.querySelector(a.getAttribute('href')))"
+    )
+    assert links
+    shown = chromium.evaluate("return document.querySelector('td').getBoundingClientRect().height")
+    assert shown > 0
+
+
+@pytest.mark.slow
+def test_a_page_is_printed_dark_on_light_in_a_dark_theme_too(chromium: Browser, page: Path) -> None:
+    chromium.open(page, width=800, dark=True)
+    dark = [{"name": "prefers-color-scheme", "value": "dark"}]
+    chromium.command("Emulation.setEmulatedMedia", media="print", features=dark)
+    assert chromium.evaluate(CONTRAST)["ground"] == 1.0
+    assert chromium.evaluate("return getComputedStyle(document.querySelector('nav')).display") == "none"
+    chromium.command("Emulation.setEmulatedMedia", media="", features=[])

@@ -1,4 +1,4 @@
-"""Small packed sets of real MNIST-M, and the package's doors run as a person runs them."""
+"""Small packed sets of real MNIST-M, and the package's commands run as a person runs them."""
 
 import os
 import shutil
@@ -81,7 +81,7 @@ def environment(cache_dir) -> dict[str, str]:
     return {**kept, "MNISTM_DIST_CACHE": str(cache_dir), "PYTHONPATH": str(ROOT), "WANDB_MODE": "disabled"}
 
 
-Door = Callable[..., subprocess.CompletedProcess[str]]
+RunCommand = Callable[..., subprocess.CompletedProcess[str]]
 Start = Callable[..., Started]
 
 
@@ -105,8 +105,8 @@ def start(environment, tmp_path) -> Iterator[Start]:
 
 
 @pytest.fixture
-def door(start) -> Door:
-    """Runs a door to its end."""
+def run_command(start) -> RunCommand:
+    """Runs a run_command to its end."""
 
     def run(name: str, *arguments: object, timeout: float = 300, **more: object) -> subprocess.CompletedProcess[str]:
         return start(name, *arguments, **more).wait(timeout)
@@ -122,16 +122,16 @@ def launcher(world_size: int) -> list[str]:
     return ["-m", "accelerate.commands.launch", *several]
 
 
-def worked(done: subprocess.CompletedProcess[str]) -> str:
-    """The output of a door that ended well, and in which no library's ``UserWarning``, or the like, was shown."""
+def output_of(done: subprocess.CompletedProcess[str]) -> str:
+    """Return the output of a command that succeeded and showed no Python warning."""
     assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
     said = done.stdout + done.stderr
     assert "Warning" not in said, said[-5000:]
     return done.stdout
 
 
-def refused(done: subprocess.CompletedProcess[str]) -> str:
-    """The one line in which a door refused what a person got wrong."""
+def error_of(done: subprocess.CompletedProcess[str]) -> str:
+    """The one line in which a run_command refused what a person got wrong."""
     assert done.returncode == 2, f"exit {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
     lines = done.stderr.splitlines()
     assert len(lines) == 1, done.stderr

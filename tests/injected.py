@@ -1,4 +1,4 @@
-"""Faults that a test puts under a run, in its own process: `processes.py` calls one of these before the door."""
+"""Faults that a test puts under a run, in its own process: `processes.py` calls one of these before the run_command."""
 
 from __future__ import annotations
 

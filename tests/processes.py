@@ -1,4 +1,4 @@
-"""Runs the package's doors as real processes that need not import torch anew.
+"""Runs the package's commands as real processes that need not import torch anew.
 
 A server process imports the package once and forks: a child has its own arguments, environment, folder, output and
 exit code, as ``python -m mnistm_dist.NAME`` has, a few seconds sooner. With several processes the child forks the
@@ -25,7 +25,7 @@ import pytest
 
 from mnistm_dist.errors import run_cli
 
-DOORS = ("pack", "verify", "plan", "train", "evaluate", "predict", "export", "report", "cache")
+COMMANDS = ("pack", "verify", "plan", "train", "evaluate", "predict", "export", "report", "cache")
 """Doors that may be run; what they import is imported before the fork."""
 
 
@@ -33,7 +33,7 @@ DOORS = ("pack", "verify", "plan", "train", "evaluate", "predict", "export", "re
 class Command:
     """What a child is to be."""
 
-    door: str
+    run_command: str
     arguments: tuple[str, ...]
     world_size: int
     cwd: Path
@@ -41,11 +41,11 @@ class Command:
     stdout: Path
     stderr: Path
     before: str | None = None
-    """``module:function`` to call in each rank before the door, where a test wants to look inside."""
+    """``module:function`` to call in each rank before the run_command, where a test wants to look inside."""
 
 
 class Started:
-    """A door that runs, in a process group of its own."""
+    """A run_command that runs, in a process group of its own."""
 
     def __init__(self, command: Command) -> None:
         self.command = command
@@ -59,11 +59,13 @@ class Started:
         return self._process.exitcode
 
     def wait(self, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-        """What it left when it ended. A door that does not end in time is killed, and fails the test."""
+        """What it left when it ended. A run_command that does not end in time is killed, and fails the test."""
         self._process.join(timeout)
         if self._process.exitcode is None:
             self.kill()
-            raise TimeoutError(f"{self.command.door} ran for {timeout} s: {self.command.stderr.read_text()[-2000:]}")
+            raise TimeoutError(
+                f"{self.command.run_command} ran for {timeout} s: {self.command.stderr.read_text()[-2000:]}"
+            )
         texts = [path.read_text() for path in (self.command.stdout, self.command.stderr)]
         return subprocess.CompletedProcess(self.command.arguments, self._process.exitcode, *texts)
 
@@ -94,7 +96,7 @@ def server() -> multiprocessing.context.ForkServerContext:
 
 
 def _child(command: Command) -> None:
-    """Becomes the door. Leads a process group, so that all of it can be killed at once."""
+    """Becomes the run_command. Leads a process group, so that all of it can be killed at once."""
     os.setsid()
     os.chdir(command.cwd)
     for path, descriptor in ((command.stdout, 1), (command.stderr, 2)):
@@ -103,7 +105,7 @@ def _child(command: Command) -> None:
         os.close(opened)
     os.environ.clear()
     os.environ.update(command.environment)
-    sys.argv = [f"mnistm_dist.{command.door}", *command.arguments]
+    sys.argv = [f"mnistm_dist.{command.run_command}", *command.arguments]
     if command.world_size > 1:
         rank = _become_a_rank(command.world_size)
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
@@ -112,7 +114,7 @@ def _child(command: Command) -> None:
         getattr(importlib.import_module(module), function)()
     code = 1
     try:
-        code = run_cli(importlib.import_module(f"mnistm_dist.{command.door}").main)
+        code = run_cli(importlib.import_module(f"mnistm_dist.{command.run_command}").main)
     except SystemExit as left:
         code = left.code if isinstance(left.code, int) else int(left.code is not None)
     finally:

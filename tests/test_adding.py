@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT, Door, worked
+from conftest import ROOT, RunCommand, output_of
 from layouts import noise, write_folder, write_tar
 from packed_sets import tiny_source
 
@@ -212,12 +212,12 @@ def added(tmp_path: Path) -> Callable[[str], Copy]:
 
 
 @pytest.fixture
-def trained(door: Door, tmp_path: Path, few: Path) -> Callable[..., Path]:
+def trained(run_command: RunCommand, tmp_path: Path, few: Path) -> Callable[..., Path]:
     """Trains with a copy of the package, and returns the run folder."""
 
     def train(copy: Copy, name: str, *flags: object, before: str = "test_adding:take_the_copy") -> Path:
         flags = ("--shards", few, "--run-dir", tmp_path / name, *flags)
-        worked(door("train", *flags, before=before, PYTHONPATH=str(copy.root)))
+        output_of(run_command("train", *flags, before=before, PYTHONPATH=str(copy.root)))
         return tmp_path / name
 
     return train
@@ -232,7 +232,7 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def take_the_copy() -> None:
-    """In the process of a door, before it: the package is the one of PYTHONPATH."""
+    """In the process of a run_command, before it: the package is the one of PYTHONPATH."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "mnistm_dist"]:
         del sys.modules[name]
     sys.path.insert(0, os.environ["PYTHONPATH"])
@@ -308,7 +308,7 @@ def test_a_metric_takes_a_field_with_its_formula_and_a_place_on_the_page(added, 
     assert "validation balanced accuracy" in (run / "report.html").read_text()
 
 
-def test_a_layout_takes_a_reader_and_a_row_of_the_catalog(added, door: Door, tmp_path) -> None:
+def test_a_layout_takes_a_reader_and_a_row_of_the_catalog(added, run_command: RunCommand, tmp_path) -> None:
     copy, parts = added("layout of MNIST-M"), noise()
     source = tmp_path / "source"
     source.mkdir()
@@ -328,7 +328,9 @@ def test_a_layout_takes_a_reader_and_a_row_of_the_catalog(added, door: Door, tmp
     pixels = []
     for name, path in sources.items():
         out = tmp_path / f"set of {name}"
-        worked(door("pack", path, "--out", out, before="test_adding:take_the_copy", PYTHONPATH=str(copy.root)))
+        output_of(
+            run_command("pack", path, "--out", out, before="test_adding:take_the_copy", PYTHONPATH=str(copy.root))
+        )
         manifest = json.loads((out / "manifest.json").read_text())
         assert manifest["layout"] == name.partition(",")[0]
         assert manifest["splits"]["test"]["count"] == len(parts["test"].labels)

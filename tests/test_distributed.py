@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, launcher, refused, worked
+from conftest import ROOT, error_of, launcher, output_of
 
 from mnistm_dist.errors import NodeError, UserError
 from mnistm_dist.training.hardware import check_gpus, check_world_size, default_threads
@@ -109,15 +109,15 @@ def test_the_projects_accelerate_config_starts_as_many_as_it_is_asked_for(
         (["--no-such-flag"], "--no-such-flag"),
     ],
 )
-def test_of_two_processes_one_tells_a_mistake(door, small_set, tmp_path, flags, named):
-    assert named in refused(door("train", "--shards", small_set, "--run-dir", "run", *flags, world_size=2))
+def test_of_two_processes_one_tells_a_mistake(run_command, small_set, tmp_path, flags, named):
+    assert named in error_of(run_command("train", "--shards", small_set, "--run-dir", "run", *flags, world_size=2))
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("flags", [("--resume", "nowhere"), ("--recipe", "nowhere.yaml")])
-def test_what_one_node_finds_before_all_have_joined_its_first_process_tells(door, flags):
+def test_what_one_node_finds_before_all_have_joined_its_first_process_tells(run_command, flags):
     second_node = {"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
-    assert flags[1] in refused(door("train", *flags, **second_node))
+    assert flags[1] in error_of(run_command("train", *flags, **second_node))
 
 
 def test_under_the_launcher_too_a_mistake_is_told_once(launched, small_set, tmp_path):
@@ -153,30 +153,34 @@ def free_port():
         return unused.getsockname()[1]
 
 
-def test_a_port_in_use_is_told_at_once_by_the_head(door, small_set, taken_port):
-    error = refused(door("train", "--shards", small_set, timeout=60, **rank(0, head="127.0.0.1", port=taken_port)))
+def test_a_port_in_use_is_told_at_once_by_the_head(run_command, small_set, taken_port):
+    error = error_of(
+        run_command("train", "--shards", small_set, timeout=60, **rank(0, head="127.0.0.1", port=taken_port))
+    )
     assert f"rendezvous at 127.0.0.1:{taken_port}" in error
     assert "address already in use" in error
 
 
 @pytest.mark.parametrize("head", ["192.0.2.1", "no-such-host.invalid"], ids=["silent", "unknown"])
-def test_a_head_that_cannot_be_reached_is_told_by_the_node_that_cannot_reach_it(door, small_set, free_port, head):
+def test_a_head_that_cannot_be_reached_is_told_by_the_node_that_cannot_reach_it(
+    run_command, small_set, free_port, head
+):
     began = time.monotonic()
     flags = ("--shards", small_set, "--collective-timeout", 3)
-    error = refused(door("train", *flags, timeout=60, **rank(1, head=head, port=free_port)))
+    error = error_of(run_command("train", *flags, timeout=60, **rank(1, head=head, port=free_port)))
     assert f"head node {head}:{free_port}: rank 1 on {socket.gethostname()} cannot reach it" in error
     assert time.monotonic() - began < 40
 
 
-def test_a_head_that_does_not_know_its_own_name_says_so(door, small_set, free_port):
+def test_a_head_that_does_not_know_its_own_name_says_so(run_command, small_set, free_port):
     flags = ("--shards", small_set, "--collective-timeout", 3)
-    error = refused(door("train", *flags, timeout=60, **rank(0, head="no-such-host.invalid", port=free_port)))
+    error = error_of(run_command("train", *flags, timeout=60, **rank(0, head="no-such-host.invalid", port=free_port)))
     assert f"head node no-such-host.invalid:{free_port}: rank 0 on {socket.gethostname()} cannot reach it" in error
 
 
-def test_a_head_that_nobody_joins_says_so(door, small_set, free_port):
+def test_a_head_that_nobody_joins_says_so(run_command, small_set, free_port):
     flags = ("--shards", small_set, "--collective-timeout", 3)
-    error = refused(door("train", *flags, timeout=60, **rank(0, head="127.0.0.1", port=free_port)))
+    error = error_of(run_command("train", *flags, timeout=60, **rank(0, head="127.0.0.1", port=free_port)))
     assert "all 2 processes started" in error
 
 
@@ -192,19 +196,19 @@ def test_a_head_that_nobody_joins_says_so(door, small_set, free_port):
         ("small_disk", "No space left on device"),
     ],
 )
-def test_a_run_folder_that_cannot_be_written_is_told_in_one_line(door, small_set, tmp_path, disk, reason):
+def test_a_run_folder_that_cannot_be_written_is_told_in_one_line(run_command, small_set, tmp_path, disk, reason):
     (tmp_path / "disk").mkdir()
     flags = ("--shards", small_set, "--run-dir", "disk/run", *QUICK)
-    error = refused(door("train", *flags, world_size=2, before=f"injected:{disk}", timeout=120))
+    error = error_of(run_command("train", *flags, world_size=2, before=f"injected:{disk}", timeout=120))
     assert "disk/run" in error
     assert reason in error
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_the_clock_asks_for_a_checkpoint_once(door, small_set, tmp_path, world_size):
+def test_the_clock_asks_for_a_checkpoint_once(run_command, small_set, tmp_path, world_size):
     clock = ("--checkpoint-every", 0, "--checkpoint-minutes", 0.1, "--keep-checkpoints", 100, "--max-steps", 20)
     flags = ("--shards", small_set, "--run-dir", "run", *QUICK, *clock)
-    worked(door("train", *flags, world_size=world_size, before="injected:a_second_a_look"))
+    output_of(run_command("train", *flags, world_size=world_size, before="injected:a_second_a_look"))
     steps = sorted(int(path.name.removeprefix("step-")) for path in (tmp_path / "run" / "checkpoints").iterdir())
     # The tenth and the twentieth step end an epoch.
     assert steps[0] in (7, 8)
@@ -212,24 +216,26 @@ def test_the_clock_asks_for_a_checkpoint_once(door, small_set, tmp_path, world_s
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.soak), 1])
-def test_a_mistake_that_one_rank_finds_is_told_and_ends_all_in_bounded_time(door, small_set, tmp_path, rank):
+def test_a_mistake_that_one_rank_finds_is_told_and_ends_all_in_bounded_time(run_command, small_set, tmp_path, rank):
     flags = ("--shards", small_set, "--run-dir", "run", *QUICK)
     injected = {"before": "injected:mistake_on_one_rank", "FAULT_RANK": str(rank)}
-    done = door("train", *flags, world_size=2, timeout=100, **injected)
+    done = run_command("train", *flags, world_size=2, timeout=100, **injected)
     assert f"error: a mistake that only rank {rank} finds" in done.stderr.splitlines()
     assert read_state(tmp_path / "run")["state"] == "failed"
 
 
-def test_nodes_without_a_shared_run_folder_train_to_the_end_and_are_refused_at_a_resume(door, small_set, tmp_path):
+def test_nodes_without_a_shared_run_folder_train_to_the_end_and_are_refused_at_a_resume(
+    run_command, small_set, tmp_path
+):
     flags = ("--shards", small_set, "--run-dir", "run", "--resume", "auto", *QUICK)
     apart = {"world_size": 2, "before": "injected:a_folder_for_each_rank", "timeout": 120}
-    worked(door("train", *flags, **apart))
+    output_of(run_command("train", *flags, **apart))
     run = tmp_path / "rank0" / "run"
     assert read_state(run)["state"] == "finished"
     assert (run / "predictions_val.csv").stat().st_size > 0
     assert not (tmp_path / "rank1" / "run").exists()
     write_state(run, "preempted", 4)
-    error = refused(door("train", *flags, **apart))
+    error = error_of(run_command("train", *flags, **apart))
     assert "of rank 1 on " in error
     assert error.endswith("on nodes of one kind, with the run folder on a file system that all nodes see")
     (tmp_path / "rank1" / "run").mkdir()
@@ -237,5 +243,5 @@ def test_nodes_without_a_shared_run_folder_train_to_the_end_and_are_refused_at_a
     found = run / "checkpoints" / "step-00000004"
     (tmp_path / "rank1" / "run" / "checkpoints").mkdir()
     shutil.copytree(found, tmp_path / "rank1" / "run" / "checkpoints" / "step-00000002")
-    error = refused(door("train", *flags, **apart))
+    error = error_of(run_command("train", *flags, **apart))
     assert error.startswith("error: checkpoint run/checkpoints/step-00000004: rank 0 on ")

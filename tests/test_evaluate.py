@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import VAL, refused, worked
+from conftest import VAL, error_of, output_of
 
 FILES = ("predictions_val.csv", "predictions_test.csv")
 
@@ -25,13 +25,13 @@ def run(small_set, cache_dir, tmp_path_factory) -> Path:
     return folder
 
 
-def test_the_predictions_are_the_same_bytes_at_every_world_size(run, door):
+def test_the_predictions_are_the_same_bytes_at_every_world_size(run, run_command):
     """97 and 53 images, both prime, in one canonical batch each: at 2 and 3 processes some ranks have none."""
     before = {name: (run / name).read_bytes() for name in FILES}
     for world_size in (1, 2, 3):
         for name in FILES:
             (run / name).unlink()
-        worked(door("evaluate", run, world_size=world_size))
+        output_of(run_command("evaluate", run, world_size=world_size))
         assert {name: (run / name).read_bytes() for name in FILES} == before
 
 
@@ -49,16 +49,16 @@ def test_every_image_is_there_once_in_manifest_order(run, small_set):
         assert probabilities.index(max(probabilities)) == int(row[2])
 
 
-def test_a_checkpoint_and_a_split_can_be_named(run, door):
-    out = worked(door("evaluate", run, "--checkpoint", "last", "--split", "val"))
+def test_a_checkpoint_and_a_split_can_be_named(run, run_command):
+    out = output_of(run_command("evaluate", run, "--checkpoint", "last", "--split", "val"))
     assert "val" in out
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["checkpoint"]["step"], summary["checkpoint"]["chosen"]) == (20, "last")
     # What was known of test was the chosen checkpoint's.
     assert ("val" in summary, "test" in summary) == (True, False)
-    worked(door("evaluate", run, "--checkpoint", "last", "--split", "test"))
+    output_of(run_command("evaluate", run, "--checkpoint", "last", "--split", "test"))
     assert json.loads((run / "summary.json").read_text()).keys() >= {"val", "test"}
-    worked(door("evaluate", run, "--checkpoint", run / "checkpoints" / "step-00000010"))
+    output_of(run_command("evaluate", run, "--checkpoint", run / "checkpoints" / "step-00000010"))
     assert json.loads((run / "summary.json").read_text())["checkpoint"]["step"] == 10
 
 
@@ -71,18 +71,18 @@ def test_a_checkpoint_and_a_split_can_be_named(run, door):
         (["RUN", "--split", "train"], "--split"),
     ],
 )
-def test_a_mistake_is_one_line(run, door, arguments, named):
-    assert named in refused(door("evaluate", *(run if a == "RUN" else a for a in arguments)))
+def test_a_mistake_is_one_line(run, run_command, arguments, named):
+    assert named in error_of(run_command("evaluate", *(run if a == "RUN" else a for a in arguments)))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has more precisions")
-def test_a_run_in_a_precision_that_this_machine_lacks_is_scored_in_fp32(run, door, tmp_path):
+def test_a_run_in_a_precision_that_this_machine_lacks_is_scored_in_fp32(run, run_command, tmp_path):
     copy = shutil.copytree(run, tmp_path / "run")
-    output = worked(door("evaluate", copy, "--split", "val"))
+    output = output_of(run_command("evaluate", copy, "--split", "val"))
     assert "warning" not in output
     predictions = (copy / "predictions_val.csv").read_bytes()
     text = (copy / "config.yaml").read_text()
     (copy / "config.yaml").write_text(text.replace("precision: fp32", "precision: bf16"))
-    output = worked(door("evaluate", copy, "--split", "val"))
+    output = output_of(run_command("evaluate", copy, "--split", "val"))
     assert "warning: precision: bf16 is not native here; evaluating in fp32" in output
     assert (copy / "predictions_val.csv").read_bytes() == predictions

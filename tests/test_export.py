@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import refused, worked
+from conftest import error_of, output_of
 from safetensors.torch import load_file, save_file
 
 from mnistm_dist import load_model
@@ -23,7 +23,7 @@ pytest.importorskip("onnxruntime", reason='needs pip install "mnistm-dist[export
 
 @pytest.fixture(scope="module")
 def exported(trained_run, tmp_path_factory) -> dict[str, Path]:
-    """The run's model in both formats, each in a folder of its own that the door makes."""
+    """The run's model in both formats, each in a folder of its own that the run_command makes."""
     folder = tmp_path_factory.mktemp("exported")
     files = {"onnx": folder / "onnx" / "model.onnx", "torch": folder / "torch" / "model.pt2"}
     for name, file in files.items():
@@ -93,9 +93,9 @@ def test_the_torch_file_is_not_tied_to_the_cpu(exported):
 def test_a_file_that_is_there_is_replaced_only_by_force(exported, trained_run, here, tmp_path):
     (tmp_path / "model.pt2").write_text("mine")
     flags = [trained_run, "--to", "torch", "--out", "model.pt2"]
-    assert "--force" in refused(here(main, *flags))
+    assert "--force" in error_of(here(main, *flags))
     assert (tmp_path / "model.pt2").read_text() == "mine"
-    assert "differ by" in worked(here(main, *flags, "--force"))
+    assert "differ by" in output_of(here(main, *flags, "--force"))
     assert run_torch(tmp_path / "model.pt2")(np.zeros((1, 28, 28, 3), np.uint8)).shape == (1, 10)
 
 
@@ -114,7 +114,7 @@ def test_a_file_that_does_not_give_what_the_model_gives_is_not_kept(trained_run,
         (checkpoint / "state.json").write_text(json.dumps(state))
     out = tmp_path / "out"
     out.mkdir()
-    assert "differ" in refused(here(main, run, "--to", "torch", "--out", "out/model.pt2"))
+    assert "differ" in error_of(here(main, run, "--to", "torch", "--out", "out/model.pt2"))
     assert not list(out.iterdir())
 
 
@@ -145,7 +145,7 @@ def test_the_images_are_the_runs_own_while_they_are_there(trained_run, small_set
 
 def test_a_missing_package_is_named_with_its_remedy(trained_run, here, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    error = refused(here(main, trained_run, "--to", "onnx", "--out", "model.onnx"))
+    error = error_of(here(main, trained_run, "--to", "onnx", "--out", "model.onnx"))
     assert "onnxscript is not installed" in error
     assert 'pip install "mnistm-dist[export]"' in error
 
@@ -164,5 +164,5 @@ def test_a_missing_package_is_named_with_its_remedy(trained_run, here, monkeypat
 def test_a_user_error_is_one_line(trained_run, here, tmp_path, arguments, named):
     (tmp_path / "file").touch()
     before = set(tmp_path.iterdir())
-    assert named in refused(here(main, *(trained_run if a == "RUN" else a for a in arguments)))
+    assert named in error_of(here(main, *(trained_run if a == "RUN" else a for a in arguments)))
     assert set(tmp_path.iterdir()) == before

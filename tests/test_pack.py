@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import refused, worked
+from conftest import error_of, output_of
 from packed_sets import ARCHIVE, names_in, write_official
 from trained_run import Here
 
@@ -29,7 +29,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def test_pack_writes_a_set_and_prints_a_summary(tmp_path: Path, here: Here) -> None:
     write_official(tmp_path / "in")
-    printed = worked(here(pack.main, "in", "--out", "shards/mine", "--num-shards", 4, "--split-size", 3, "--seed", 7))
+    printed = output_of(
+        here(pack.main, "in", "--out", "shards/mine", "--num-shards", 4, "--split-size", 3, "--seed", 7)
+    )
     manifest = ShardSet.open(tmp_path / "shards" / "mine").manifest
     assert [(split.count, len(split.shards)) for split in manifest.splits.values()] == [(20, 4), (3, 1), (7, 1)]
     assert (manifest.seed, manifest.lineage) == (7, "unknown")
@@ -56,12 +58,12 @@ def test_a_user_error_is_one_line_and_nothing_is_written(
 ) -> None:
     write_official(tmp_path / "here" / "in")
     before = sorted((tmp_path / "here").rglob("*"))
-    assert named in refused(here(pack.main, *arguments))
+    assert named in error_of(here(pack.main, *arguments))
     assert sorted((tmp_path / "here").rglob("*")) == before
 
 
 def test_layouts_lists_every_layout_with_its_structure(here: Here) -> None:
-    lines = worked(here(pack.main, "--layouts")).splitlines()
+    lines = output_of(here(pack.main, "--layouts")).splitlines()
     assert [line.split(maxsplit=1) for line in lines] == [[name, text] for name, text in KNOWN_LAYOUTS.items()]
 
 
@@ -99,7 +101,7 @@ def cpu_seconds() -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Packed:
-    """The official set, packed by the door."""
+    """The official set, packed by the run_command."""
 
     shards: ShardSet
     seconds: float
@@ -110,7 +112,7 @@ class Packed:
 
 @pytest.fixture(scope="module")
 def official(tmp_path_factory: pytest.TempPathFactory) -> Packed:
-    """The official set, packed by the door, what that took and how long."""
+    """The official set, packed by the run_command, what that took and how long."""
     if not ARCHIVE.exists():
         pytest.skip("the official archive is not here (../shared/data/mnist_m.tar.gz)")
     folder = tmp_path_factory.mktemp("official")

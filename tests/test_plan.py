@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TRAIN, refused, worked
+from conftest import TRAIN, error_of, output_of
 from PIL import Image
 
 from mnistm_dist import config as configuration
@@ -55,27 +55,27 @@ def test_plan_names_what_every_rank_is_given(world_size, order, reading, here, s
             stop_step=step + 1,
         )
         ranks.append(shards.keys("train", np.concatenate([batch.ids for batch in share])))
-    result = json.loads(worked(here(plan.main, run, "--step", step, "--world-size", world_size, "--json")))
+    result = json.loads(output_of(here(plan.main, run, "--step", step, "--world-size", world_size, "--json")))
     assert result == {"step": step, "epoch": step * 48 // TRAIN, "ranks": ranks}
 
 
 def test_plan_of_shards_is_that_of_a_new_run_of_the_default_recipe(here, small_set, tmp_path):
     given = ["--shards", small_set, "--step", 3, "--json"]
-    result = json.loads(worked(here(plan.main, *given)))
+    result = json.loads(output_of(here(plan.main, *given)))
     recipe = configuration.build("fast", configuration.read_recipe("fast"))
     assert len(result["ranks"][0]) == recipe.steps.batch_size
-    chosen = json.loads(worked(here(plan.main, *given, "--batch-size", 48, "--seed", 11)))
+    chosen = json.loads(output_of(here(plan.main, *given, "--batch-size", 48, "--seed", 11)))
     run = run_folder(tmp_path / "run", small_set)
-    assert json.loads(worked(here(plan.main, run, "--step", 3, "--json"))) == chosen
+    assert json.loads(output_of(here(plan.main, run, "--step", 3, "--json"))) == chosen
     other = json.loads(
-        worked(here(plan.main, *given, "--batch-size", 48, "--seed", 11, "--order", "windowed", "--world-size", 2))
+        output_of(here(plan.main, *given, "--batch-size", 48, "--seed", 11, "--order", "windowed", "--world-size", 2))
     )
     assert [len(keys) for keys in other["ranks"]] == [24, 24]
     assert [*other["ranks"][0], *other["ranks"][1]] != chosen["ranks"][0]
 
 
 def test_without_json_it_prints_lines_of_80_columns(here, small_set):
-    text = worked(here(plan.main, "--shards", small_set, "--step", 1, "--batch-size", 12, "--world-size", 2))
+    text = output_of(here(plan.main, "--shards", small_set, "--step", 1, "--batch-size", 12, "--world-size", 2))
     lines = text.splitlines()
     assert lines[0] == "step 1 of epoch 0: 12 images, full order, seed 0"
     assert sum(line.startswith("rank ") for line in lines) == 2
@@ -115,4 +115,4 @@ def test_saved_images_are_those_of_the_step(small_set, tmp_path, capsys):
     ],
 )
 def test_a_user_error_is_one_line(arguments, message, here, small_set):
-    assert message in refused(here(plan.main, *(str(small_set) if a == "SET" else a for a in arguments)))
+    assert message in error_of(here(plan.main, *(str(small_set) if a == "SET" else a for a in arguments)))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import VAL, refused, worked
+from conftest import VAL, error_of, output_of
 from PIL import Image
 
 from mnistm_dist.data.shards import ShardSet
@@ -29,8 +29,10 @@ def val(small_set, tmp_path_factory) -> Path:
     return folder
 
 
-def test_the_pngs_of_val_give_the_predictions_of_the_evaluation(trained_run, val, door):
-    found = list(csv.reader(worked(door("predict", trained_run, val, "--csv", "--batch-size", "40")).splitlines()))
+def test_the_pngs_of_val_give_the_predictions_of_the_evaluation(trained_run, val, run_command):
+    found = list(
+        csv.reader(output_of(run_command("predict", trained_run, val, "--csv", "--batch-size", "40")).splitlines())
+    )
     written = list(csv.reader((trained_run / "predictions_val.csv").read_text().splitlines()))
     assert found[0] == ["file", "predicted", "probability", *written[0][3:]]
     expected = {row[0]: row for row in written[1:]}
@@ -45,7 +47,7 @@ def test_the_pngs_of_val_give_the_predictions_of_the_evaluation(trained_run, val
 def test_json_is_exactly_what_other_programs_expect(trained_run, val, here):
     files = sorted(val.iterdir())[:3]
     done = here(main, trained_run, *files, "--json")
-    found = json.loads(worked(done))
+    found = json.loads(output_of(done))
     assert done.stderr == ""
     assert [row["file"] for row in found] == [str(file) for file in files]
     for row in found:
@@ -57,8 +59,8 @@ def test_json_is_exactly_what_other_programs_expect(trained_run, val, here):
 
 def test_in_a_pipe_there_is_a_plain_line_for_each_file(trained_run, val, here):
     files = sorted(val.iterdir())[:3]
-    lines = [line.split("  ") for line in worked(here(main, trained_run, *files)).splitlines()]
-    found = json.loads(worked(here(main, trained_run, *files, "--json")))
+    lines = [line.split("  ") for line in output_of(here(main, trained_run, *files)).splitlines()]
+    found = json.loads(output_of(here(main, trained_run, *files, "--json")))
     assert lines == [[str(row["predicted"]), f"{row['probability']:.4f}", row["file"]] for row in found]
 
 
@@ -71,7 +73,7 @@ def test_in_a_terminal_there_is_a_table(trained_run, val, here, monkeypatch):
     ):
         patch.setenv("TERM", "xterm")
         patch.setattr(sys, "stdout", terminal)
-        worked(here(main, trained_run, min(val.iterdir())))
+        output_of(here(main, trained_run, min(val.iterdir())))
         terminal.flush()
         shown = screen.read(100_000).decode()
     assert "probability" in shown
@@ -101,7 +103,7 @@ def test_pictures_of_any_size_and_mode_go_together(trained_run, val, here, tmp_p
     image.convert("RGBA").resize((300, 100)).save(folder / "wide.webp")
     image.resize((1, 1)).save(folder / "dot.bmp")
     image.resize((3000, 2000)).save(folder / "large.jpg")
-    found = json.loads(worked(here(main, trained_run, "any", "--json")))
+    found = json.loads(output_of(here(main, trained_run, "any", "--json")))
     names = ["cmyk.jpg", "dot.bmp", "grey.png", "large.jpg", "palette.gif", "wide.webp"]
     assert [row["file"] for row in found] == [f"any/{name}" for name in names]
 
@@ -113,10 +115,10 @@ def test_a_files_name_is_never_obeyed_or_lost(trained_run, val, here, tmp_path):
     folder.mkdir()
     for name in names:
         (folder / os.fsdecode(name)).write_bytes(min(val.iterdir()).read_bytes())
-    plain = worked(here(main, trained_run, "odd"))
+    plain = output_of(here(main, trained_run, "odd"))
     assert len(plain.splitlines()) == len(names)
     assert "\x1b" not in plain
-    found = json.loads(worked(here(main, trained_run, "odd", "--json")))
+    found = json.loads(output_of(here(main, trained_run, "odd", "--json")))
     assert sorted(os.fsencode(row["file"]) for row in found) == sorted(b"odd/" + name for name in names)
 
 
@@ -148,5 +150,5 @@ def test_a_user_error_is_one_line(trained_run, val, here, tmp_path, arguments, n
     (tmp_path / "empty").mkdir()
     places = {"RUN": trained_run, "VAL": val}
     done = here(main, *(places.get(argument, argument) for argument in arguments))
-    assert named in refused(done)
+    assert named in error_of(done)
     assert done.stdout == ""

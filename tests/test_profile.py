@@ -4,14 +4,16 @@ import gzip
 import json
 
 import pytest
-from conftest import worked
+from conftest import output_of
 
 from mnistm_dist.training.diagnostics import profile_steps
 
 
-def test_profile_writes_a_trace_of_some_steps_after_a_warm_up(door, small_set, tmp_path):
+def test_profile_writes_a_trace_of_some_steps_after_a_warm_up(run_command, small_set, tmp_path):
     flags = ("--shards", small_set, "--recipe", "fast", "--batch-size", 16, "--image-size", 16, "--max-steps", 10)
-    worked(door("train", *flags, "--threads", 1, "--tracker", "none", "--run-dir", "run", "--profile-steps", 2))
+    output_of(
+        run_command("train", *flags, "--threads", 1, "--tracker", "none", "--run-dir", "run", "--profile-steps", 2)
+    )
     traces = tmp_path / "run" / "profile"
     assert {path.name for path in traces.iterdir()} == {"operators-step-00000005.txt", "trace-step-00000005.json.gz"}
     assert "convolution" in (traces / "operators-step-00000005.txt").read_text()

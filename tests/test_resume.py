@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import launcher, refused, worked
+from conftest import error_of, launcher, output_of
 from processes import Started
 from safetensors.torch import load_file
 from trained_run import here
@@ -135,13 +135,13 @@ def test_twenty_kills_change_nothing(environment, tmp_path, small_set, world_siz
 
 
 @pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
-def test_a_run_goes_on_at_another_number_of_processes(start, door, tmp_path, small_set, reference, first, then):
+def test_a_run_goes_on_at_another_number_of_processes(start, run_command, tmp_path, small_set, reference, first, then):
     run = tmp_path / "run"
     flags = ("--shards", small_set, "--run-dir", run, "--resume", "auto", *FLAGS)
     process = start("train", *flags, world_size=first)
     wait_for_step(process, run, 12)
     process.kill()
-    worked(door("train", *flags, world_size=then))
+    output_of(run_command("train", *flags, world_size=then))
     assert [row["world_size"] for row in read_log(run / "log.jsonl") if row["kind"] in ("start", "resume")] == [
         first,
         then,
@@ -173,10 +173,10 @@ def interrupted(environment, tmp_path, small_set, world_size: int, number: signa
     "number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.soak), signal.SIGINT]
 )
 def test_a_signal_saves_and_leaves_with_75_and_the_run_goes_on(
-    environment, door, tmp_path, small_set, reference, number
+    environment, run_command, tmp_path, small_set, reference, number
 ):
     run = interrupted(environment, tmp_path, small_set, 1, number)
-    worked(door("train", "--resume", run))
+    output_of(run_command("train", "--resume", run))
     assert final_model(run) == final_model(reference)
     assert learning(run) == learning(reference)
 
@@ -235,17 +235,17 @@ def test_a_rank_that_is_killed_ends_the_run_on_all(environment, tmp_path, small_
     assert read_state(run)["state"] in ("failed", "preempted")
 
 
-def test_a_finished_run_says_so(door, reference):
-    done = door("train", "--resume", reference)
-    assert "is finished" in worked(done) + done.stderr
+def test_a_finished_run_says_so(run_command, reference):
+    done = run_command("train", "--resume", reference)
+    assert "is finished" in output_of(done) + done.stderr
     assert "--max-steps" not in done.stderr
 
 
-def test_a_run_that_its_max_steps_ended_says_how_it_goes_on(door, small_set, tmp_path):
-    worked(door("train", "--shards", small_set, "--run-dir", "run", "--max-steps", 3, *FLAGS))
-    done = door("train", "--resume", "run")
-    assert "to train beyond its --max-steps: --resume run/checkpoints/step-00000003" in worked(done) + done.stderr
-    worked(door("train", "--resume", "run/checkpoints/step-00000003", "--max-steps", 5))
+def test_a_run_that_its_max_steps_ended_says_how_it_goes_on(run_command, small_set, tmp_path):
+    output_of(run_command("train", "--shards", small_set, "--run-dir", "run", "--max-steps", 3, *FLAGS))
+    done = run_command("train", "--resume", "run")
+    assert "to train beyond its --max-steps: --resume run/checkpoints/step-00000003" in output_of(done) + done.stderr
+    output_of(run_command("train", "--resume", "run/checkpoints/step-00000003", "--max-steps", 5))
     assert read_state(tmp_path / "run") == {"state": "finished", "step": 5, "reason": None}
 
 
@@ -257,15 +257,15 @@ def test_a_run_that_its_max_steps_ended_says_how_it_goes_on(door, small_set, tmp
         (["--recipe", "baseline"], "optimizer was muon, now adam"),
     ],
 )
-def test_a_resume_of_another_run_is_refused_with_the_difference(door, tmp_path, reference, flags, named):
+def test_a_resume_of_another_run_is_refused_with_the_difference(run_command, tmp_path, reference, flags, named):
     import shutil
 
     shutil.copytree(reference, tmp_path / "run")
     (tmp_path / "run" / "state.json").write_text('{"state": "preempted", "step": 40, "reason": "SIGTERM"}')
-    assert named in refused(door("train", "--resume", "run", *flags))
+    assert named in error_of(run_command("train", "--resume", "run", *flags))
 
 
-def test_a_best_checkpoint_that_is_gone_does_not_keep_a_run_from_its_end(door, tmp_path, reference):
+def test_a_best_checkpoint_that_is_gone_does_not_keep_a_run_from_its_end(run_command, tmp_path, reference):
     """It was pruned for a better one, and that one was damaged."""
     run = tmp_path / "run"
     shutil.copytree(reference, run)
@@ -273,11 +273,11 @@ def test_a_best_checkpoint_that_is_gone_does_not_keep_a_run_from_its_end(door, t
     state = json.loads((path / "state.json").read_text())
     state["scalars"]["history"]["best"] = {"step": 7, "accuracy": 1.0, "image_size": 28}
     (path / "state.json").write_text(json.dumps(state))
-    worked(door("train", "--resume", path))
+    output_of(run_command("train", "--resume", path))
     assert json.loads((run / "summary.json").read_text())["checkpoint"]["step"] > state["step"]
 
 
-def test_a_resume_on_other_shards_is_refused(door, tmp_path, reference):
+def test_a_resume_on_other_shards_is_refused(run_command, tmp_path, reference):
     import shutil
 
     from conftest import part_of_the_sample
@@ -287,14 +287,16 @@ def test_a_resume_on_other_shards_is_refused(door, tmp_path, reference):
     pack(part_of_the_sample({"train": 320, "val": 31}), tmp_path / "other")
     shutil.copytree(reference, tmp_path / "run")
     (tmp_path / "run" / "state.json").write_text('{"state": "preempted", "step": 40, "reason": "SIGTERM"}')
-    assert "not the set that the run was started with" in refused(door("train", "--resume", "run", "--shards", "other"))
+    assert "not the set that the run was started with" in error_of(
+        run_command("train", "--resume", "run", "--shards", "other")
+    )
 
 
-def test_the_second_run_in_a_folder_is_refused_while_the_first_lives(environment, door, tmp_path, small_set):
+def test_the_second_run_in_a_folder_is_refused_while_the_first_lives(environment, run_command, tmp_path, small_set):
     run = tmp_path / "run"
     process = started(environment, tmp_path, 1, "--shards", small_set, "--run-dir", run, *FLAGS, "--epochs", 40)
     wait_for_step(process, run, 4)
-    assert "held by a live run" in refused(
-        door("train", "--shards", small_set, "--run-dir", run, "--resume", "auto", *FLAGS, "--epochs", 40)
+    assert "held by a live run" in error_of(
+        run_command("train", "--shards", small_set, "--run-dir", run, "--resume", "auto", *FLAGS, "--epochs", 40)
     )
     killed(process, run)

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import TEST, TRAIN, VAL, refused, worked
+from conftest import TEST, TRAIN, VAL, error_of, output_of
 from safetensors.torch import load_file
 from torch.nn import functional
 
@@ -29,9 +29,9 @@ def newest_model(run) -> dict[str, torch.Tensor]:
     return load_file(max((run / "checkpoints").iterdir()) / "model.safetensors")
 
 
-def test_baselines_first_steps_are_those_of_a_plain_loop(door, small_set, cache_dir, tmp_path):
+def test_baselines_first_steps_are_those_of_a_plain_loop(run_command, small_set, cache_dir, tmp_path):
     flags = ("--recipe", "baseline", "--batch-size", 32, "--max-steps", 3, "--log-every", 1, *QUICK)
-    worked(door("train", "--shards", small_set, "--run-dir", "run", *flags))
+    output_of(run_command("train", "--shards", small_set, "--run-dir", "run", *flags))
 
     shards = ShardSet.open(small_set)
     data = open_resident(shards, "train", cache_dir=cache_dir, device="cpu", workers=1)
@@ -53,7 +53,7 @@ def test_baselines_first_steps_are_those_of_a_plain_loop(door, small_set, cache_
     assert losses(tmp_path / "run") == pytest.approx(plain, abs=1e-5)
 
 
-def test_two_processes_are_bit_for_bit_one_with_two_micro_batches(door, small_set, tmp_path):
+def test_two_processes_are_bit_for_bit_one_with_two_micro_batches(run_command, small_set, tmp_path):
     """Parameters and losses after 15 steps; BatchNorm's running statistics are over rank 0's half of the images."""
     flags = (
         "--recipe",
@@ -70,8 +70,10 @@ def test_two_processes_are_bit_for_bit_one_with_two_micro_batches(door, small_se
         1,
     )
     for world_size in (1, 2):
-        out = worked(
-            door("train", "--shards", small_set, "--run-dir", f"w{world_size}", *flags, *QUICK, world_size=world_size)
+        out = output_of(
+            run_command(
+                "train", "--shards", small_set, "--run-dir", f"w{world_size}", *flags, *QUICK, world_size=world_size
+            )
         )
         assert json.loads((tmp_path / f"w{world_size}" / "summary.json").read_text())["world_size"] == world_size
         assert f"32 = {world_size} x {2 // world_size} x 16" in out
@@ -82,9 +84,9 @@ def test_two_processes_are_bit_for_bit_one_with_two_micro_batches(door, small_se
     assert losses(tmp_path / "w1") == losses(tmp_path / "w2")
 
 
-def test_a_run_leaves_a_whole_folder(door, small_set, tmp_path):
-    out = worked(
-        door(
+def test_a_run_leaves_a_whole_folder(run_command, small_set, tmp_path):
+    out = output_of(
+        run_command(
             "train",
             "--shards",
             small_set,
@@ -140,14 +142,14 @@ def test_a_run_leaves_a_whole_folder(door, small_set, tmp_path):
         assert part in out, part
 
 
-def test_the_last_step_counts_where_there_is_only_val(door, small_set, tmp_path, monkeypatch):
+def test_the_last_step_counts_where_there_is_only_val(run_command, small_set, tmp_path, monkeypatch):
     from conftest import part_of_the_sample
 
     from mnistm_dist.data.packing.writer import pack
 
     pack(part_of_the_sample({"train": 64, "val": 31}), tmp_path / "set")
-    worked(
-        door(
+    output_of(
+        run_command(
             "train",
             "--shards",
             "set",
@@ -167,19 +169,23 @@ def test_the_last_step_counts_where_there_is_only_val(door, small_set, tmp_path,
     assert "test" not in summary
 
 
-def test_the_debug_recipe_takes_seconds_and_checks_itself(door, small_set, tmp_path):
-    out = worked(
-        door("train", "--recipe", "debug", "--shards", small_set, "--run-dir", "run", "--threads", 1, "--no-report")
+def test_the_debug_recipe_takes_seconds_and_checks_itself(run_command, small_set, tmp_path):
+    out = output_of(
+        run_command(
+            "train", "--recipe", "debug", "--shards", small_set, "--run-dir", "run", "--threads", 1, "--no-report"
+        )
     )
     assert "one batch overfitted" in out
     assert abs(losses(tmp_path / "run")[0] - math.log(10)) < 0.7
 
 
-def test_the_norm_in_the_log_is_that_of_before_the_clipping(door, small_set, tmp_path):
+def test_the_norm_in_the_log_is_that_of_before_the_clipping(run_command, small_set, tmp_path):
     quick = ("--image-size", 28, "--batch-size", 32, "--max-steps", 1, "--threads", 1, "--no-report")
     norms = {}
     for clip in (0, 0.001):
-        worked(door("train", "--shards", small_set, "--run-dir", f"run-{clip}", "--max-grad-norm", clip, *quick))
+        output_of(
+            run_command("train", "--shards", small_set, "--run-dir", f"run-{clip}", "--max-grad-norm", clip, *quick)
+        )
         rows = [row for row in read_log(tmp_path / f"run-{clip}" / "log.jsonl") if row["kind"] == "train"]
         norms[clip] = rows[0]["train/gradient_norm"]
     assert norms[0] == pytest.approx(norms[0.001], rel=1e-5)
@@ -189,30 +195,30 @@ def test_the_norm_in_the_log_is_that_of_before_the_clipping(door, small_set, tmp
 @pytest.mark.soak
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="there is no C++ compiler here")
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_compiled_step_learns_the_same(door, small_set, tmp_path, world_size):
+def test_a_compiled_step_learns_the_same(run_command, small_set, tmp_path, world_size):
     quick = ("--image-size", 28, "--batch-size", 32, "--micro-batch", 8, "--max-steps", 12, "--log-every", 1, *QUICK)
     for flag in ("--compile", "--no-compile"):
         flags = ("--shards", small_set, "--run-dir", flag[2:], flag, *quick)
-        worked(door("train", *flags, world_size=world_size, timeout=900))
+        output_of(run_command("train", *flags, world_size=world_size, timeout=900))
     assert losses(tmp_path / "compile") == pytest.approx(losses(tmp_path / "no-compile"), rel=1e-2)
     scores = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("compile", "no-compile")]
     assert scores[0]["val"]["log_loss"] == pytest.approx(scores[1]["val"]["log_loss"], rel=0.05)
 
 
-def test_max_steps_cuts_the_run_and_not_its_schedule(door, small_set, tmp_path):
+def test_max_steps_cuts_the_run_and_not_its_schedule(run_command, small_set, tmp_path):
     flags = ("--shards", small_set, "--batch-size", 32, "--image-size", 28, "--epochs", 2, "--log-every", 1, *QUICK)
-    worked(door("train", "--run-dir", "whole", *flags))
-    worked(door("train", "--run-dir", "cut", "--max-steps", 7, *flags))
+    output_of(run_command("train", "--run-dir", "whole", *flags))
+    output_of(run_command("train", "--run-dir", "cut", "--max-steps", 7, *flags))
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")[:7]
     summary = json.loads((tmp_path / "cut" / "summary.json").read_text())
     assert (summary["steps"], summary["val"]["total"], summary["test"]["total"]) == (7, VAL, TEST)
 
 
-def test_without_shards_the_bundled_sample_is_packed_first(door, tmp_path):
+def test_without_shards_the_bundled_sample_is_packed_first(run_command, tmp_path):
     flags = ("--recipe", "debug", "--max-steps", 2, *QUICK, "--run-dir")
-    worked(door("train", *flags, "first"))
+    output_of(run_command("train", *flags, "first"))
     manifest = (tmp_path / "shards" / "sample" / "manifest.json").read_bytes()
-    worked(door("train", *flags, "second"))
+    output_of(run_command("train", *flags, "second"))
     assert (tmp_path / "shards" / "sample" / "manifest.json").read_bytes() == manifest
 
 
@@ -236,28 +242,28 @@ def test_without_shards_the_bundled_sample_is_packed_first(door, tmp_path):
         (["--order", "full", "--reader", "streaming"], "windowed"),
     ],
 )
-def test_a_mistake_is_one_line_and_makes_no_run_folder(door, small_set, tmp_path, flags, named):
+def test_a_mistake_is_one_line_and_makes_no_run_folder(run_command, small_set, tmp_path, flags, named):
     if "--shards" not in flags:
         flags = ["--shards", small_set, *flags]
-    assert named in refused(door("train", *flags))
+    assert named in error_of(run_command("train", *flags))
     assert not (tmp_path / "runs").exists()
     assert not (tmp_path / "shards").exists()
 
 
-def test_a_folder_that_holds_a_run_is_refused_and_left_as_it_was(door, small_set, tmp_path):
+def test_a_folder_that_holds_a_run_is_refused_and_left_as_it_was(run_command, small_set, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("mine")
-    assert "not empty" in refused(door("train", "--shards", small_set, "--run-dir", "run"))
+    assert "not empty" in error_of(run_command("train", "--shards", small_set, "--run-dir", "run"))
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.yaml"]
 
 
 @pytest.mark.parametrize("how", ["cut", "changed", "missing"])
-def test_a_damaged_shard_is_refused_by_name_though_the_cache_is_warm(door, small_set, tmp_path, how):
+def test_a_damaged_shard_is_refused_by_name_though_the_cache_is_warm(run_command, small_set, tmp_path, how):
     import shutil
 
     shutil.copytree(small_set, tmp_path / "set")
     flags = ("--shards", "set", "--recipe", "debug", "--max-steps", 1, *QUICK)
-    worked(door("train", *flags, "--run-dir", "first"))
+    output_of(run_command("train", *flags, "--run-dir", "first"))
     shard = tmp_path / "set" / "train-000003.tar"
     data = shard.read_bytes()
     match how:
@@ -267,13 +273,13 @@ def test_a_damaged_shard_is_refused_by_name_though_the_cache_is_warm(door, small
             shard.write_bytes(data[:700] + bytes([data[700] ^ 1]) + data[701:])
         case "missing":
             shard.unlink()
-    assert "train-000003.tar" in refused(door("train", *flags, "--run-dir", "second"))
+    assert "train-000003.tar" in error_of(run_command("train", *flags, "--run-dir", "second"))
     assert not (tmp_path / "second").exists()
 
 
 @pytest.mark.parametrize(("order", "data"), [("full", "resident"), ("windowed", "resident"), ("windowed", "streaming")])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_training_consumes_what_plan_says(door, small_set, tmp_path, order, data, world_size):
+def test_training_consumes_what_plan_says(run_command, small_set, tmp_path, order, data, world_size):
     """Recorded in the ranks; over the end of an epoch, which 320 images of a batch of 48 do not end with a step."""
     flags = (
         "--order",
@@ -291,7 +297,7 @@ def test_training_consumes_what_plan_says(door, small_set, tmp_path, order, data
     )
     run = ("--max-steps", 9, "--image-size", 16, "--seed", 3, "--run-dir", "run")
     recording = {"world_size": world_size, "before": "recorder:record_batches"}
-    worked(door("train", "--shards", small_set, *flags, *run, *QUICK, **recording))
+    output_of(run_command("train", "--shards", small_set, *flags, *run, *QUICK, **recording))
     shards = ShardSet.open(small_set)
     consumed = [
         [json.loads(line) for line in (tmp_path / f"consumed-{rank}.jsonl").read_text().splitlines()]
@@ -300,14 +306,16 @@ def test_training_consumes_what_plan_says(door, small_set, tmp_path, order, data
     assert [step for step, _ in consumed[0]] == list(range(9))
     for step in (0, 5, 6, 8):
         arguments = ("run", "--step", step, "--world-size", world_size, "--json")
-        told = json.loads(worked(door("plan", *arguments)))
+        told = json.loads(output_of(run_command("plan", *arguments)))
         assert told["ranks"] == [shards.keys("train", steps[step][1]) for steps in consumed]
 
 
-def test_a_loss_that_is_no_number_names_the_step_its_images_and_the_last_good_checkpoint(door, small_set, tmp_path):
+def test_a_loss_that_is_no_number_names_the_step_its_images_and_the_last_good_checkpoint(
+    run_command, small_set, tmp_path
+):
     wild = ("--optimizer", "sgd", "--learning-rate", "1e20", "--lr-schedule", "constant", "--checkpoint-every", 1)
     flags = ("--batch-size", 32, "--image-size", 16, "--epochs", 1, "--max-steps", 9, "--run-dir", "run")
-    line = refused(door("train", "--shards", small_set, *flags, *wild, *QUICK))
+    line = error_of(run_command("train", "--shards", small_set, *flags, *wild, *QUICK))
     step = int(line.split("loss of step ")[1].split()[0])
     shards = ShardSet.open(small_set)
     first = FullOrder(size=TRAIN, seed=0).ids(np.arange(step * 32, step * 32 + 1))

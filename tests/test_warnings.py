@@ -5,11 +5,11 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, worked
+from conftest import ROOT, output_of
 
 pytest_plugins = ["trained_run"]
 SHORT = ("--batch-size", 32, "--image-size", 16, "--epochs", 1, "--max-steps", 3, "--threads", 1)
-DOORS = {
+COMMANDS = {
     "verify": ("verify", "SET"),
     "plan": ("plan", "RUN", "--step", 3, "--save", "batch.png"),
     "evaluate": ("evaluate", "RUN"),
@@ -22,8 +22,8 @@ DOORS = {
 
 
 def without_a_warning(done: subprocess.CompletedProcess[str]) -> None:
-    """A door that ended well, on whose two streams there is neither our ``warning: ...`` nor a ``...Warning``."""
-    said = worked(done) + done.stderr
+    """Check that a command succeeded without a warning on either stream."""
+    said = output_of(done) + done.stderr
     assert "warning" not in said.lower(), said
 
 
@@ -37,17 +37,17 @@ def test_no_import_warns_even_of_what_is_deprecated():
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_training_says_no_warning(door, small_set, world_size):
+def test_a_training_says_no_warning(run_command, small_set, world_size):
     """With its report, and W&B offline, as it is on a machine without a network."""
     places = ("--shards", small_set, "--run-dir", "run")
-    without_a_warning(door("train", *places, *SHORT, world_size=world_size, WANDB_MODE="offline"))
+    without_a_warning(run_command("train", *places, *SHORT, world_size=world_size, WANDB_MODE="offline"))
 
 
-@pytest.mark.parametrize("name", DOORS)
-def test_no_other_door_says_a_warning(door, small_set, trained_run, tmp_path, name):
+@pytest.mark.parametrize("name", COMMANDS)
+def test_no_other_door_says_a_warning(run_command, small_set, trained_run, tmp_path, name):
     if "onnx" in name:
         pytest.importorskip("onnxruntime", reason='needs pip install "mnistm-dist[export]"')
     run = shutil.copytree(trained_run, tmp_path / "run")
-    first, *arguments = DOORS[name]
+    first, *arguments = COMMANDS[name]
     places = {"SET": small_set, "RUN": run}
-    without_a_warning(door(first, *(places.get(argument, argument) for argument in arguments)))
+    without_a_warning(run_command(first, *(places.get(argument, argument) for argument in arguments)))

@@ -1,4 +1,4 @@
-"""A small run, really trained, and its doors: what the tests of a trained model share."""
+"""A small run, really trained, and its commands: what the tests of a trained model share."""
 
 import subprocess
 from collections.abc import Callable
@@ -44,7 +44,7 @@ Here = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def here(tmp_path, monkeypatch, capsys) -> Here:
-    """Runs a door's ``main`` in this process, in an empty folder: `here(main, *arguments)`."""
+    """Runs a run_command's ``main`` in this process, in an empty folder: `here(main, *arguments)`."""
     monkeypatch.chdir(tmp_path)
 
     def run(main: Callable[[list[str]], int], *arguments: object) -> subprocess.CompletedProcess[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TRAIN, refused, worked
+from conftest import TRAIN, error_of, output_of
 from packed_sets import flip_byte, tiny_source
 from processes import server
 
@@ -220,25 +220,25 @@ def test_the_command_lists_and_clears(here, small_set, tmp_path):
     pack(tiny_source(), tmp_path / "set")
     for folder in (small_set, tmp_path / "set"):
         decode(folder, cache_dir)
-    listed = worked(here(cache.main, "list", "--cache-dir", cache_dir))
+    listed = output_of(here(cache.main, "list", "--cache-dir", cache_dir))
     assert str(small_set) in listed
     assert "2 entries" in listed
-    rows = json.loads(worked(here(cache.main, "list", "--json", "--cache-dir", cache_dir)))
+    rows = json.loads(output_of(here(cache.main, "list", "--json", "--cache-dir", cache_dir)))
     assert [row["source"] for row in rows] == [str(tmp_path / "set"), str(small_set)]
     assert rows[1]["bytes"] > TRAIN * 28 * 28 * 3
-    assert "nowhere: no such entry" in refused(here(cache.main, "clear", "nowhere", "--cache-dir", cache_dir))
-    assert "removed 1 entries" in worked(here(cache.main, "clear", rows[1]["name"][:8], "--cache-dir", cache_dir))
+    assert "nowhere: no such entry" in error_of(here(cache.main, "clear", "nowhere", "--cache-dir", cache_dir))
+    assert "removed 1 entries" in output_of(here(cache.main, "clear", rows[1]["name"][:8], "--cache-dir", cache_dir))
     assert [entry.about["source"] for entry in entries(cache_dir)] == [str(tmp_path / "set")]
     with cache_entry(cache_dir, "sets", rows[0]["name"], {"source": str(tmp_path / "set")}):
-        assert "a process is writing it" in refused(here(cache.main, "clear", "--cache-dir", cache_dir))
-    assert "removed 1 entries" in worked(here(cache.main, "clear", "--cache-dir", cache_dir))
+        assert "a process is writing it" in error_of(here(cache.main, "clear", "--cache-dir", cache_dir))
+    assert "removed 1 entries" in output_of(here(cache.main, "clear", "--cache-dir", cache_dir))
     assert not entries(cache_dir)
 
 
 def test_a_mapped_split_survives_clearing(small_set, tmp_path, here):
     resident = decode(small_set, tmp_path)
     before = int(resident.images.long().sum())
-    worked(here(cache.main, "clear", "--cache-dir", tmp_path))
+    output_of(here(cache.main, "clear", "--cache-dir", tmp_path))
     assert int(resident.images.long().sum()) == before
     decode(small_set, tmp_path)
 

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 
 import pytest
-from conftest import refused, worked
+from conftest import error_of, output_of
 from trained_run import here, trained_run, val_images
 from undisturbed import FLAGS, STEPS, STREAMING, assert_ended_alike, error_lines, mounted, undisturbed
 
@@ -48,13 +48,13 @@ TABLE = (
     "row", [pytest.param(row, id=str(row), marks=() if row.usual else pytest.mark.soak) for row in TABLE]
 )
 def test_a_disk_that_fills_up_ends_the_run_with_one_line_and_with_room_it_ends_the_same(
-    door, small_set, tmp_path, mounted, undisturbed, row
+    run_command, small_set, tmp_path, mounted, undisturbed, row
 ):
     disk = mounted("disk", "size=64m")
     flags = ("--shards", small_set, "--run-dir", "disk/run", "--resume", "auto", *FLAGS)
     fault = {"FAULT": "full disk", "FAULT_PHASE": row.phase}
-    done = door("train", *flags, world_size=row.world_size, before="injected:in_phase", timeout=100, **fault)
-    line = refused(done)
+    done = run_command("train", *flags, world_size=row.world_size, before="injected:in_phase", timeout=100, **fault)
+    line = error_of(done)
     assert row.named in line
     assert "No space left on device" in line
     run = disk / "run"
@@ -67,7 +67,7 @@ def test_a_disk_that_fills_up_ends_the_run_with_one_line_and_with_room_it_ends_t
         assert path.read_bytes().endswith(b"IEND\xaeB`\x82"), path
     assert not list(run.glob(".*"))
     (disk / "filling").unlink()
-    worked(door("train", *flags, world_size=row.world_size, timeout=100))
+    output_of(run_command("train", *flags, world_size=row.world_size, timeout=100))
     assert_ended_alike(run, undisturbed(row.world_size))
 
 
@@ -77,8 +77,8 @@ def test_figures_and_reports_on_a_full_disk_are_refused_and_leave_nothing(here, 
 
     disk = mounted("disk", "size=16k")
     saved = ("--save", "disk/images.png")
-    assert "disk/images.png" in refused(here(plan, "--shards", small_set, "--step", 0, "--batch-size", 64, *saved))
-    assert "disk/page.html" in refused(here(report, trained_run, "--out", "disk/page.html"))
+    assert "disk/images.png" in error_of(here(plan, "--shards", small_set, "--step", 0, "--batch-size", 64, *saved))
+    assert "disk/page.html" in error_of(here(report, trained_run, "--out", "disk/page.html"))
     assert list(disk.iterdir()) == []
 
 
@@ -88,7 +88,7 @@ def test_an_export_to_a_full_disk_is_refused_and_leaves_nothing(here, trained_ru
     from mnistm_dist.export import main as export
 
     disk = mounted("disk", "size=16k")
-    assert "disk/model: cannot be written (No space left on device)" in refused(
+    assert "disk/model: cannot be written (No space left on device)" in error_of(
         here(export, trained_run, "--to", target, "--out", "disk/model")
     )
     assert list(disk.iterdir()) == []
@@ -97,11 +97,11 @@ def test_an_export_to_a_full_disk_is_refused_and_leaves_nothing(here, trained_ru
 FULL = "/dev/full"
 
 
-def to_full_disk(environment, cwd, door: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """A door whose output goes to a disk that is full."""
+def to_full_disk(environment, cwd, run_command: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """A run_command whose output goes to a disk that is full."""
     with open(FULL, "w") as full:  # noqa: PTH123  # a device, not a path to work with
         return subprocess.run(
-            [sys.executable, "-m", f"mnistm_dist.{door}", *map(str, arguments)],
+            [sys.executable, "-m", f"mnistm_dist.{run_command}", *map(str, arguments)],
             cwd=cwd,
             env=environment,
             stdout=full,
@@ -113,7 +113,7 @@ def to_full_disk(environment, cwd, door: str, *arguments: object) -> subprocess.
 
 def test_a_result_that_is_piped_to_a_full_disk_is_refused(environment, tmp_path, small_set):
     done = to_full_disk(environment, tmp_path, "plan", "--shards", small_set, "--step", 0, "--json")
-    assert "standard output: cannot be written (No space left on device)" in refused(done)
+    assert "standard output: cannot be written (No space left on device)" in error_of(done)
 
 
 @pytest.mark.soak
@@ -123,7 +123,7 @@ def test_predictions_that_are_piped_to_a_full_disk_are_refused(environment, tmp_
 
     Image.fromarray(val_images[0]).save(tmp_path / "digit.png")
     done = to_full_disk(environment, tmp_path, "predict", trained_run, "digit.png", form)
-    assert "standard output: cannot be written (No space left on device)" in refused(done)
+    assert "standard output: cannot be written (No space left on device)" in error_of(done)
 
 
 def test_a_run_whose_log_is_on_a_full_disk_goes_on_to_its_end(environment, tmp_path, small_set, undisturbed):
@@ -135,19 +135,19 @@ def test_a_run_whose_log_is_on_a_full_disk_goes_on_to_its_end(environment, tmp_p
 
 
 @pytest.mark.parametrize("more", [(), pytest.param(STREAMING, marks=pytest.mark.soak)], ids=["resident", "streaming"])
-def test_shards_that_can_only_be_read_train_as_others_do(door, small_set, tmp_path, mounted, undisturbed, more):
+def test_shards_that_can_only_be_read_train_as_others_do(run_command, small_set, tmp_path, mounted, undisturbed, more):
     shards = mounted("shards", of=small_set)
     with pytest.raises(OSError):
         (shards / "probe").touch()
-    worked(door("train", "--shards", "shards", "--run-dir", "run", "--cache-dir", "cache", *FLAGS, *more))
+    output_of(run_command("train", "--shards", "shards", "--run-dir", "run", "--cache-dir", "cache", *FLAGS, *more))
     assert_ended_alike(tmp_path / "run", undisturbed(1, *more))
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == STEPS
 
 
-def test_a_shards_folder_that_can_only_be_read_takes_no_sample(door, tmp_path, mounted):
+def test_a_shards_folder_that_can_only_be_read_takes_no_sample(run_command, tmp_path, mounted):
     (tmp_path / "empty").mkdir()
     mounted("shards", of=tmp_path / "empty")
-    line = refused(door("train", "--run-dir", "run", *FLAGS))
+    line = error_of(run_command("train", "--run-dir", "run", *FLAGS))
     assert "shards/sample: cannot be written (Read-only file system)" in line
     assert line.endswith("or use --shards with a packed set")
     assert not (tmp_path / "run").exists()

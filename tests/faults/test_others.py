@@ -7,7 +7,7 @@ import signal
 import time
 
 import pytest
-from conftest import refused, worked
+from conftest import error_of, output_of
 from undisturbed import FLAGS, STREAMING, assert_ended_alike, error_lines, undisturbed
 from wandb_files import server
 
@@ -32,19 +32,19 @@ def test_of_two_jobs_that_start_in_one_folder_one_trains(start, small_set, tmp_p
         # It came when the other had finished.
         assert "is finished" in ended[1].stderr
     else:
-        line = refused(ended[1])
+        line = error_of(ended[1])
         assert "held by a live run" in line or "another job has trained in it" in line
     assert_ended_alike(tmp_path / "run", undisturbed())
 
 
-def test_a_job_that_comes_late_to_a_folder_throws_nothing_away(start, door, small_set, tmp_path, undisturbed):
+def test_a_job_that_comes_late_to_a_folder_throws_nothing_away(start, run_command, small_set, tmp_path, undisturbed):
     """It looked into the folder before the other began, and waited for its data while the other trained."""
     flags = ("--shards", small_set, "--run-dir", "run", "--resume", "auto", *FLAGS)
     late = start("train", *flags, before="injected:in_phase", FAULT="wait", FAULT_PHASE="opening")
     wait_for(tmp_path / "waits")
-    worked(door("train", *flags))
+    output_of(run_command("train", *flags))
     (tmp_path / "go").touch()
-    assert "another job has trained in it since this one started (step 0 then, 20 now)" in refused(late.wait(60))
+    assert "another job has trained in it since this one started (step 0 then, 20 now)" in error_of(late.wait(60))
     assert_ended_alike(tmp_path / "run", undisturbed())
 
 
@@ -61,50 +61,52 @@ def test_a_job_that_waits_for_a_cache_takes_over_when_the_one_that_writes_it_is_
     assert second.poll() is None
     assert not (tmp_path / "run").exists()
     os.kill(first.pid, signal.SIGKILL)
-    worked(second.wait(100))
+    output_of(second.wait(100))
     assert_ended_alike(tmp_path / "run", undisturbed())
     assert not list((tmp_path / "cache").rglob("*.partial"))
 
 
-def altered_run(door, small_set, tmp_path, *more: str):
+def altered_run(run_command, small_set, tmp_path, *more: str):
     """A run whose shards are altered at its ninth step, and how it ended."""
     shutil.copytree(small_set, tmp_path / "altered")
     flags = ("--shards", "altered", "--run-dir", "run", "--cache-dir", "cache", "--resume", "auto", *FLAGS, *more)
     fault = {"FAULT": "altered shards", "FAULT_PHASE": "training"}
-    return flags, door("train", *flags, before="injected:in_phase", timeout=100, **fault)
+    return flags, run_command("train", *flags, before="injected:in_phase", timeout=100, **fault)
 
 
 def test_shards_that_are_altered_under_a_resident_run_change_nothing_and_the_next_launch_names_one(
-    door, small_set, tmp_path, undisturbed
+    run_command, small_set, tmp_path, undisturbed
 ):
-    flags, done = altered_run(door, small_set, tmp_path)
-    worked(done)
+    flags, done = altered_run(run_command, small_set, tmp_path)
+    output_of(done)
     assert_ended_alike(tmp_path / "run", undisturbed())
-    assert "altered/train-" in refused(door("train", *flags, "--run-dir", "another"))
+    assert "altered/train-" in error_of(run_command("train", *flags, "--run-dir", "another"))
     assert not (tmp_path / "another").exists()
 
 
 def test_shards_that_are_altered_under_a_streaming_run_are_named_and_whole_again_it_ends_the_same(
-    door, small_set, tmp_path, undisturbed
+    run_command, small_set, tmp_path, undisturbed
 ):
-    flags, done = altered_run(door, small_set, tmp_path, *STREAMING)
-    line = refused(done)
+    flags, done = altered_run(run_command, small_set, tmp_path, *STREAMING)
+    line = error_of(done)
     assert "altered/train-" in line
     assert "copy the set again" in line
     state = read_state(tmp_path / "run")
     assert state["state"] == "failed"
     assert 8 <= state["step"] < 20
-    assert "altered/train-" in refused(door("train", *flags))
+    assert "altered/train-" in error_of(run_command("train", *flags))
     shutil.rmtree(tmp_path / "altered")
     shutil.copytree(small_set, tmp_path / "altered")
-    worked(door("train", *flags))
+    output_of(run_command("train", *flags))
     assert_ended_alike(tmp_path / "run", undisturbed(1, *STREAMING))
 
 
-def test_a_run_whose_wandb_settings_are_refused_is_offline_and_ends_the_same(door, small_set, tmp_path, undisturbed):
+def test_a_run_whose_wandb_settings_are_refused_is_offline_and_ends_the_same(
+    run_command, small_set, tmp_path, undisturbed
+):
     flags = ("--shards", small_set, "--run-dir", "run", *FLAGS, "--tracker", "wandb")
-    done = door("train", *flags, WANDB_MODE="nonsense", WANDB_API_KEY="0123456789" * 4)
-    assert "W&B is offline (1 validation error for Settings mode" in worked(done)
+    done = run_command("train", *flags, WANDB_MODE="nonsense", WANDB_API_KEY="0123456789" * 4)
+    assert "W&B is offline (1 validation error for Settings mode" in output_of(done)
     assert error_lines(done.stderr) == []
     shutil.rmtree(tmp_path / "run" / "wandb")
     assert_ended_alike(tmp_path / "run", undisturbed())
@@ -112,7 +114,7 @@ def test_a_run_whose_wandb_settings_are_refused_is_offline_and_ends_the_same(doo
 
 @pytest.mark.soak
 def test_a_run_whose_wandb_server_hangs_ends_the_same_half_a_minute_later_at_most(
-    door, small_set, tmp_path, undisturbed
+    run_command, small_set, tmp_path, undisturbed
 ):
     flags = [flag for flag in FLAGS if flag not in ("--tracker", "none")]
     with server("stalls") as address:
@@ -122,8 +124,8 @@ def test_a_run_whose_wandb_server_hangs_ends_the_same_half_a_minute_later_at_mos
             "WANDB_BASE_URL": address,
             "HOME": str(tmp_path),
         }
-        done = door("train", "--shards", small_set, "--run-dir", "run", *flags, "--tracker", "wandb", **keys)
-    said = worked(done)
+        done = run_command("train", "--shards", small_set, "--run-dir", "run", *flags, "--tracker", "wandb", **keys)
+    said = output_of(done)
     assert "W&B is offline (" in said
     assert error_lines(done.stderr) == []
     shutil.rmtree(tmp_path / "run" / "wandb")

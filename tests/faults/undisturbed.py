@@ -1,5 +1,5 @@
 """The run that nothing happened to, which every run that a fault cut short must end like; disks of any size; what a
-door said."""
+run_command said."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """What every input must end in, and what it must not do on its way.
 
-It works, or it ends in a `UserError` of one line (at a door: exit code 2 and one line on stderr). Never another
+It works, or it ends in a `UserError` of one line (at a run_command: exit code 2 and one line on stderr). Never another
 exception; no program is started, nothing is written outside of the folder of the test, no memory is taken because a
 header says so, and no input takes long.
 """
@@ -55,7 +55,7 @@ def assert_one_line(text: str) -> None:
 
 
 def at_door(main: Callable[[list[str]], int], *arguments: object, codes: tuple[int, ...] = (0,)) -> None:
-    """Runs a door in this process. Raises `UserError` with its line where it ended with exit code 2."""
+    """Runs a run_command in this process. Raises `UserError` with its line where it ended with exit code 2."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(Stdout(out)), contextlib.redirect_stderr(err):
         try:
@@ -74,7 +74,7 @@ def at_door(main: Callable[[list[str]], int], *arguments: object, codes: tuple[i
 
 
 class Stdout(io.TextIOWrapper):
-    """A stdout that is thrown away, with the ``buffer`` that some doors write to."""
+    """A stdout that is thrown away, with the ``buffer`` that some commands write to."""
 
     def __init__(self, _: io.StringIO) -> None:
         super().__init__(io.BytesIO(), encoding="utf-8", errors="surrogateescape")

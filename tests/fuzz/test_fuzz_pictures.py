@@ -38,7 +38,7 @@ def written(kind: str, mode: str) -> bytes | None:
     return target.getvalue()
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of what it passes over; a door shows it in a line
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of what it passes over; a run_command shows it in a line
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_file_of_any_format_gives_pixels_or_a_user_error(fuzz: Fuzz, kind: str) -> None:
     files = [data for mode in ("RGB", "L", "P", "1", "RGBA", "I;16", "F") if (data := written(kind, mode))]

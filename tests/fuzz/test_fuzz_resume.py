@@ -79,8 +79,8 @@ def test_a_run_with_other_values_goes_on_or_is_refused_in_a_line(fuzz: Fuzz, tra
         inputs = changed(document["scalars"]).map(lambda value: write({**document, "scalars": value})) | inputs
     elif name.endswith("json"):
         inputs = changed(json.loads(file.read_bytes())).map(write) | inputs
-    doors = st.sampled_from(["resume", "evaluate", "predict"])
-    fuzz.search(f"trained run, {name}", 0.004, st.tuples(inputs, doors), attempt)
+    commands = st.sampled_from(["resume", "evaluate", "predict"])
+    fuzz.search(f"trained run, {name}", 0.004, st.tuples(inputs, commands), attempt)
 
 
 def write(document: Any) -> bytes:

@@ -53,7 +53,7 @@ class Job:
         assert not self.processes(), self.log()
         return job
 
-    def worked(self) -> None:
+    def output_of(self) -> None:
         job = self.ended()
         assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), self.log()
         assert read_state(self.run) == {"state": "finished", "step": STEPS, "reason": None}
@@ -131,7 +131,7 @@ def reference(cluster, environment, small_set, tmp_path_factory) -> Job:
     """A run of two nodes that nobody interrupted, in a folder with a space in its name."""
     folder = tmp_path_factory.mktemp("reference")
     job = submit(cluster, environment, folder, "--shards", small_set, *FLAGS, run=folder / "a run")
-    job.worked()
+    job.output_of()
     return job
 
 
@@ -158,7 +158,7 @@ def test_usr1_saves_and_requeues_and_the_same_run_ends_as_if_nothing_had_happene
     state = read_state(job.run)
     assert (state["state"], state["reason"]) == ("preempted", "SIGUSR1")
     assert (job.run / "checkpoints" / f"step-{state['step']:08d}" / "state.json").exists()
-    job.worked()
+    job.output_of()
     assert cluster.job(job.number)["Restarts"] == "1"
     assert job.launches() == [("start", 2), ("resume", 2)]
     assert job.model() == reference.model()
@@ -216,7 +216,7 @@ def test_a_job_whose_head_was_killed_goes_on_when_resubmitted_to_another_node(
     assert json.loads((job.run / ".lock").read_text())["host"] == "node1"
 
     again = submit(cluster, environment, tmp_path, *flags, run=job.run, options=("--nodes", 1, "--nodelist", "node2"))
-    again.worked()
+    again.output_of()
     assert again.launches() == [("start", 2), ("resume", 1)]
     ours, theirs = (
         load_file(run / "checkpoints" / f"step-{STEPS:08d}" / "model.safetensors") for run in (job.run, reference.run)

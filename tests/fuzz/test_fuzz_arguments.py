@@ -47,7 +47,8 @@ def test_any_words_are_accepted_or_refused_in_one_line(fuzz: Fuzz, name: str) ->
     main, known = COMMANDS[name]
     packing.pack(tiny_source(9, 3, size=(8, 8)), Path("set"), num_shards=2)
     Path("run").mkdir()
-    Path("run/config.yaml").write_text("recipe: fast\n")
+    resolved = {"reader": "resident", "order": "full", "shuffle_streams": 1, "micro_batch": 2, "threads": 1}
+    Path("run/config.yaml").write_text(configuration.dump(configuration.replace(configuration.Config(), **resolved)))
     Path("image.png").write_bytes(b"none")
     words = known.split()
     word = st.sampled_from([*words, *words, *filter(is_safe, WORDS), "set", "set", "run", "1", "2", "3"])

@@ -23,7 +23,7 @@ from mnistm_dist.errors import UserError, os_error_reason
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Block:
-    """The encoded images of some samples, with what lies between neighbours in their shards."""
+    """The encoded images of some samples, with the bytes between neighbours in their shards."""
 
     ids: np.ndarray
     """The samples, int64 (n,)."""

@@ -42,7 +42,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, kw_only=True)
 class RemoteFile:
-    """A file on a server, and what is known of it."""
+    """A file on a server, with its size and checksum if they are known."""
 
     address: str
     size: int | None = None
@@ -64,7 +64,7 @@ def split_address(address: str) -> SplitResult | None:
     try:
         parts = urlsplit(address)
     except ValueError:
-        return None  # brackets around what is not an IPv6 address
+        return None  # brackets without an IPv6 address
     return parts if parts.scheme in SCHEMES and parts.netloc else None
 
 
@@ -90,7 +90,7 @@ def fetch_file(file: RemoteFile, target: Path, report: Callable[[int], None]) ->
     wrong = _size(partial)
     partial.unlink()
     report(-wrong)
-    if earlier:  # which may be what is wrong
+    if earlier:  # the earlier part may be wrong
         fetch_file(file, target, report)
     elif wrong < (file.size or 1):
         expected = f" of the expected {file.size:,}" if file.size else ""

@@ -36,7 +36,7 @@ _MIN_AGE_NS = 100_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class FileClaim:
-    """A file and what is claimed of it."""
+    """A file, with the size and hash that a manifest claims."""
 
     path: Path
     size: int
@@ -87,7 +87,7 @@ def find_damaged(
     """Check files in parallel threads and yield those that are not as claimed, in the order of the claims.
 
     ``record`` is a JSON file of earlier checks, updated when all files have been checked; a missing or damaged one is
-    created anew, and one that cannot be written is ignored. ``progress(done, total)`` counts bytes.
+    replaced, and one that cannot be written is ignored. ``progress(done, total)`` counts bytes.
     """
     known = load_record(record) if record is not None else {}
     verified: Record = {}

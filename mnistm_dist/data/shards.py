@@ -6,6 +6,7 @@ Everything downstream uses that id. ``data/packing`` writes such a folder; ``sha
 """
 
 import os
+import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from mnistm_dist.errors import UserError, os_error_reason
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Block:
-    """The encoded images of some samples, with what lies between neighbours in their shards."""
+    """The encoded images of some samples, with the bytes between neighbours in their shards."""
 
     ids: np.ndarray
     """The samples, int64 (n,)."""
@@ -32,6 +33,8 @@ class Block:
     """Where each PNG starts in ``data``, int64 (n,)."""
     sizes: np.ndarray
     """Bytes of each PNG, int64 (n,)."""
+    plain: np.ndarray
+    """Whether each has the header of an 8-bit RGB PNG of the set's image size, not interlaced, bool (n,)."""
 
     def png(self, place: int) -> bytes:
         """Return the PNG of the sample ``ids[place]``."""
@@ -128,7 +131,8 @@ class ShardSet:
                 for _, offset, start, length in shard_spans:
                     _read_into(descriptor, data[start : start + length].data, offset)
         in_data = offsets + np.repeat(starts - offsets[firsts], np.diff(edges))
-        return Block(ids=ids, data=data, offsets=in_data, sizes=sizes)
+        plain = _has_header(data, in_data, self.manifest.image_size)
+        return Block(ids=ids, data=data, offsets=in_data, sizes=sizes, plain=plain)
 
     @contextmanager
     def _opened(self, shard: SetFile) -> Iterator[int]:
@@ -171,6 +175,16 @@ class ShardSet:
 
 def _as_ids(ids: Sequence[int] | np.ndarray) -> np.ndarray:
     return np.asarray(ids, dtype=np.int64)
+
+
+def _has_header(data: np.ndarray, offsets: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
+    """Return whether a PNG of 8-bit RGB, not interlaced, of that (height, width) starts at each offset."""
+    height, width = image_size
+    # Signature and IHDR, PNG specification (third edition), 5.2 and 11.2.1.
+    header = b"\x89PNG\r\n\x1a\n" + struct.pack(">I4sIIBBBBB", 13, b"IHDR", width, height, 8, 2, 0, 0, 0)
+    # The last PNGs of a damaged set may end before their header does.
+    places = np.minimum(offsets[:, None] + np.arange(len(header)), len(data) - 1)
+    return (data[places] == np.frombuffer(header, dtype=np.uint8)).all(axis=1)
 
 
 def _read_into(descriptor: int, target: memoryview, offset: int) -> None:

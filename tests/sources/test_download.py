@@ -202,7 +202,7 @@ def test_pack_refuses_a_download_whose_pixels_are_not_official(server, tmp_path,
     arguments = ["--download", f"{server.address}/{NAME}", "--out", str(tmp_path / "out" / "set")]
     assert run_cli(pack_main, arguments) == 2
     error = capsys.readouterr().err
-    assert "nothing is packed" in error
+    assert "its pixels and labels are not those of the official set" in error
     assert len(error.splitlines()) == 1
     assert not (tmp_path / "out").exists()
     # It has nothing but its pixels to tell that it is bad: the line says how the file is had anew.

@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -69,17 +70,25 @@ def cut(path: Path) -> None:
     os.truncate(path, path.stat().st_size - 1)
 
 
+def change_record(path: Path) -> None:
+    """Record another checksum of the decoded file, with its present stamp."""
+    record = path.with_name("checked.json")
+    entries = json.loads(record.read_text())
+    entries[str(path)][1] = "00" * 32
+    record.write_text(json.dumps(entries))
+
+
 @pytest.mark.parametrize(
     "damage",
     [
         cut,
         lambda path: flip_byte(path, 5_000),
         lambda path: path.unlink(),
-        lambda path: path.with_suffix(".json").unlink(),
-        lambda path: path.with_suffix(".json").write_text("{"),
-        lambda path: path.with_suffix(".json").write_text('{"crc32": 1, "stamp": "x"}'),
+        lambda path: path.with_name("checked.json").unlink(),
+        lambda path: path.with_name("checked.json").write_text("{"),
+        change_record,
     ],
-    ids=["cut", "one byte", "gone", "without its card", "broken card", "wrong card"],
+    ids=["cut", "one byte", "missing", "no record", "broken record", "wrong record"],
 )
 def test_a_damaged_cache_is_rebuilt(damage, small_set, tmp_path):
     images = decode(small_set, tmp_path).images.numpy().copy()
@@ -121,18 +130,23 @@ def test_a_killed_decode_leaves_nothing_that_looks_whole_and_the_next_one_goes_t
     process.join()
     assert process.exitcode == -signal.SIGKILL
     (folder,) = (tmp_path / "sets").iterdir()
-    assert (folder / "train.u8.partial").exists()
+    assert (folder / ".train.tmp.u8").exists()
     assert not (folder / "train.u8").exists()
     decode(small_set, tmp_path)
-    assert sorted(path.name for path in folder.iterdir()) == ["about.json", "checked.json", "train.json", "train.u8"]
+    assert sorted(path.name for path in folder.iterdir()) == ["about.json", "checked.json", "train.u8"]
 
 
 def count_decoded(folder: Path, cache_dir: Path, ready, answers) -> None:
     """Opens when all are ready, and says which images it decoded itself and what it sees."""
     resident_module._CHUNK_BYTES = 20 * 28 * 28 * 3
     decoded = []
-    build = resident_module._build
-    resident_module._build = lambda *arguments: decoded.append(build(*arguments))
+    decode_to = resident_module._decode_to
+
+    def count(*arguments: Any) -> str:
+        decoded.append(sha256 := decode_to(*arguments))
+        return sha256
+
+    resident_module._decode_to = count
     ready.wait()
     images = decode(folder, cache_dir).images
     answers.put((len(decoded), int(images.long().sum())))
@@ -166,7 +180,7 @@ def small_disk(tmp_path) -> Iterator[Path]:
 def test_a_full_disk_is_named_with_what_is_needed(foreseen, small_set, small_disk, monkeypatch):
     if not foreseen:
         # As if another program had filled the disk after the look at its free space.
-        monkeypatch.setattr(resident_module, "make_room", lambda path, need: None)
+        monkeypatch.setattr(resident_module, "require_free_space", lambda path, need: None)
     with pytest.raises(UserError) as caught:
         decode(small_set, small_disk / "cache")
     message = str(caught.value)

@@ -44,7 +44,7 @@ def test_pack_writes_a_set_and_prints_a_summary(tmp_path: Path, here: Here) -> N
     ("arguments", "named"),
     [
         (["here/none", "--out", "here/new"], "here/none"),
-        (["here/in", "--out", "here/in"], "here/in: exists already"),
+        (["here/in", "--out", "here/in"], "here/in: already exists"),
         (["here/in"], "--out"),
         (["--out", "here/new"], "SOURCE"),
         (["here/in", "--out", "here/new", "--num-shards", "many"], "many"),

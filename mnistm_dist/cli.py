@@ -127,11 +127,13 @@ def write_result(text: str) -> None:
         # Python flushes stdout once more when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):
-            reason = f"cannot be written ({error.strerror}) and is incomplete"
-            raise UserError(f"standard output: {reason}; free some space, or write elsewhere") from error
+            raise UserError(
+                f"standard output: cannot be written ({error.strerror}), so it is incomplete; free some space"
+            ) from error
 
 
 def _only_recipe(*, recipe: str = "") -> str:
+    """The target of the first pass over the flags of training."""
     return recipe
 
 
@@ -197,10 +199,8 @@ def _metavar(kind: Any) -> str:
     origin, members = get_origin(kind), get_args(kind)
     if origin is Literal:
         return "|".join(members)
-    if origin is Annotated:
-        return _metavar(members[0])
-    if origin is tuple:
-        return f"{_metavar(members[0])},..."
+    if origin in (Annotated, tuple):
+        return _metavar(members[0]) + (",..." if origin is tuple else "")
     return _METAVARS.get(kind) or "|".join(map(_metavar, members))
 
 

@@ -9,8 +9,6 @@ with python -m mnistm_dist.report RUN. On one kind of device the predictions are
 the same bytes at every world size.
 """
 
-from __future__ import annotations
-
 import sys
 from contextlib import nullcontext
 from dataclasses import replace

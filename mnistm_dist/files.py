@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import shutil
 import socket
@@ -11,8 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mnistm_dist.errors import UserError, os_error_reason
-
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextlib.contextmanager

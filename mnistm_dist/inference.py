@@ -10,8 +10,6 @@ Every image is converted to uint8 RGB and then processed as in training and eval
 checkpoint (without keeping the aspect ratio), normalised, classified.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext

@@ -90,7 +90,7 @@ def main(
         write_result("".join(f"{name:{width}}  {structure}\n" for name, structure in KNOWN_LAYOUTS.items()))
         return 0
     if (source is None) == (download is None):
-        raise UserError("pack: name either SOURCE or --download official")
+        raise UserError("either SOURCE or --download official is needed, and not both")
     if target.out is None:
         raise UserError("--out: none is named; name the new folder of the packed set")
 

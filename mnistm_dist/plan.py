@@ -77,7 +77,8 @@ def main(
 
     from mnistm_dist.data.cache import choose_cache_dir
     from mnistm_dist.data.fetch import open_shards
-    from mnistm_dist.data.order import choose_reading, create_order, step_positions, steps_for
+    from mnistm_dist.data.order import choose_reading, create_order, step_positions
+    from mnistm_dist.training.schedule import Schedule
 
     shards = open_shards(str(config.data.shards), cache_dir=choose_cache_dir(config.data.cache_dir))
     batch_size = config.steps.batch_size
@@ -85,19 +86,21 @@ def main(
         config.data, shards.manifest, batch_size=batch_size, world_size=world_size
     )
     config = configuration.replace(config, order=order_name, reader=reader, shuffle_streams=streams)
-    steps = steps_for(config.steps.epochs, size=shards.split("train").count, batch_size=batch_size)
-    if run is not None and step >= steps:
-        raise UserError(f"--step {step}: {run} has {steps:,} steps; use 0 to {steps - 1}")
     order = create_order(config.data, config.steps, shards.manifest)
+    schedule = Schedule.of(config, order.size)
+    if run is not None and step >= schedule.total_steps:
+        steps = schedule.total_steps
+        raise UserError(f"--step {step}: {run} has {steps:,} steps; use 0 to {steps - 1}")
     shares = [
         step_positions(step, batch_size=batch_size, world_size=world_size, rank=rank) for rank in range(world_size)
     ]
     ids = [order.ids(share) for share in shares]
     ranks = [shards.keys("train", of_rank) for of_rank in ids]
-    epoch = int(order.epoch(shares[0][:1])[0])
+    epoch = schedule.epoch(step)
     title = f"step {step} of epoch {epoch}: {batch_size} images, {order_name} order, seed {config.steps.seed}"
     if save:
-        save_images(Path(save), config, shards, np.concatenate(shares), np.concatenate(ids), title)
+        size = schedule.image_size(step)
+        save_images(Path(save), config, shards, np.concatenate(shares), np.concatenate(ids), size, title)
     if json_output:
         write_result(json.dumps({"step": step, "epoch": epoch, "ranks": ranks}) + "\n")
         return 0
@@ -125,9 +128,9 @@ def choose_config(run: str | None, new_run: NewRun) -> Config:
 
 
 def save_images(
-    path: Path, config: Config, shards: ShardSet, positions: np.ndarray, ids: np.ndarray, title: str
+    path: Path, config: Config, shards: ShardSet, positions: np.ndarray, ids: np.ndarray, size: int, title: str
 ) -> None:
-    """Draw the samples ``ids`` at training ``positions``, augmented, with key and label below each.
+    """Draw the samples ``ids`` at training ``positions``, augmented to ``size`` pixels, with key and label below each.
 
     Raises `UserError` if a shard is damaged or the file cannot be written.
     """
@@ -135,20 +138,16 @@ def save_images(
     import torch
 
     from mnistm_dist.data.image_io import decode_png
-    from mnistm_dist.data.order import part_of_run
     from mnistm_dist.data.transforms import Augment, Preprocess
     from mnistm_dist.files import explain_os_errors
     from mnistm_dist.reporting.figures import batch_grid
     from mnistm_dist.reporting.style import save
 
-    split, schedule = shards.split("train"), config.steps
+    split = shards.split("train")
     keys, labels = shards.keys("train", ids), shards.labels("train")[ids]
     pngs = zip(shards.read("train", ids), keys, strict=True)
     images = np.stack([decode_png(png, f"{shards.root}: {key}.png", shards.manifest.image_size) for png, key in pngs])
-    sizes = schedule.image_size
-    epoch = int(positions[0]) // split.count
-    size = sizes[part_of_run(epoch, epochs=schedule.epochs, parts=len(sizes))]
-    floats = Augment(config.augment, Preprocess(split.mean, split.std), schedule.seed)(
+    floats = Augment(config.augment, Preprocess(split.mean, split.std), config.steps.seed)(
         torch.from_numpy(images), positions, size
     )
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (split.mean, split.std))

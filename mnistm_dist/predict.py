@@ -78,7 +78,7 @@ def main(
         batch_size: Images per forward pass.
     """
     if not images:
-        raise UserError("IMAGE|FOLDER: none is named; name image files, or folders of them")
+        raise UserError("IMAGE|FOLDER: at least one image file or folder is required")
     if json_output and csv_output:
         raise UserError("--json and --csv: choose one of them")
 

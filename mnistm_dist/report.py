@@ -28,7 +28,7 @@ def main(runs: Annotated[tuple[str, ...], arg(metavar="RUN")], /, *, out: OrNone
         out: File to write. none: RUN/report.html; for several runs, report.html in the current folder.
     """
     if not runs:
-        raise UserError("report: no run is named; name one or more run folders")
+        raise UserError("RUN: at least one run folder is required")
     # Heavy imports come after the flags, so that --help and a mistyped flag answer at once.
     from mnistm_dist.reporting.console import Console
     from mnistm_dist.reporting.html import write_report

@@ -3,8 +3,6 @@
 `train` writes results at the end of a run, `evaluate` at any time after it.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 from pathlib import Path
@@ -14,19 +12,19 @@ import numpy as np
 
 from mnistm_dist.data.loader import Reader
 from mnistm_dist.data.order import accumulation
-from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.data.transforms import Preprocess
-from mnistm_dist.errors import UserError
+from mnistm_dist.errors import UserError, escape_control
 from mnistm_dist.files import write_atomic
 from mnistm_dist.reporting.console import Console
 from mnistm_dist.reporting.describe import describe
 from mnistm_dist.reporting.predictions import Predictions, mistakes, read_predictions
+from mnistm_dist.reporting.tracking import Tracker, log_results
 from mnistm_dist.training import checkpoint as checkpoints
 from mnistm_dist.training.checkpoint import Checkpoint
 from mnistm_dist.training.environment import device_name
 from mnistm_dist.training.evaluation import SplitOutputs, predict_split, write_predictions
 from mnistm_dist.training.models import count_parameters, create_model, to_device
-from mnistm_dist.training.run_dir import writing
+from mnistm_dist.training.run_dir import RunDir, writing
 from mnistm_dist.training.schedule import Schedule
 from mnistm_dist.training.setup import RunSetup
 from mnistm_dist.training.train_state import TrainState
@@ -85,30 +83,30 @@ def evaluate_checkpoint(run: RunSetup, checkpoint: Checkpoint, console: Console)
             continue
         with console.progress(f"evaluating {split}", reader.size) as bar:
             outputs = predict_split(world, model, preprocess, reader, image_size=scalars.image_size, progress=bar)
-        predictions = world.run_on_all_ranks(functools.partial(write_split, run.path, split, outputs, run.shards))
+        predictions = world.run_on_all_ranks(functools.partial(write_split, run, split, outputs))
         if predictions is not None:
             results[split] = predictions
-        if config.run.report:
-            world.run_on_all_ranks(functools.partial(draw_split, run.path, split, predictions, reader))
     return results
 
 
-def write_split(run_dir: Path, split: str, outputs: SplitOutputs | None, shards: ShardSet) -> Predictions | None:
-    """Write ``predictions_SPLIT.csv`` on rank 0 and return what is read back from it: every number and figure comes
-    from the file. Raise `UserError` if the run folder cannot be written."""
+def write_split(run: RunSetup, split: str, outputs: SplitOutputs | None) -> Predictions | None:
+    """Write ``predictions_SPLIT.csv`` and the figures of a split on rank 0; return the predictions.
+
+    Every number and figure comes from the file. Raise `UserError` if the run folder cannot be written.
+    """
     if outputs is None:
         return None
-    path, classes = run_dir / f"predictions_{split}.csv", shards.manifest.classes
-    with writing(run_dir):
-        write_predictions(path, shards.keys(split, np.arange(len(outputs.labels))), outputs, classes)
-    return read_predictions(path, classes)
+    path, classes = run.path / f"predictions_{split}.csv", run.shards.manifest.classes
+    with writing(run.path):
+        write_predictions(path, run.shards.keys(split, np.arange(len(outputs.labels))), outputs, classes)
+    predictions = read_predictions(path, classes)
+    if run.config.run.report:
+        draw_split(run.path, split, predictions, run.readers[split])
+    return predictions
 
 
-def draw_split(run_dir: Path, split: str, predictions: Predictions | None, reader: Reader) -> None:
-    """Draw the figures of a split on rank 0. Raise `UserError` if the run folder cannot be written."""
-    if predictions is None:
-        return
-    # matplotlib takes a second to import, and a prediction does not need it.
+def draw_split(run_dir: Path, split: str, predictions: Predictions, reader: Reader) -> None:
+    """Draw the figures of a split. Raise `UserError` if the run folder cannot be written."""
     from mnistm_dist.reporting import figures
     from mnistm_dist.reporting.style import save
 
@@ -119,6 +117,31 @@ def draw_split(run_dir: Path, split: str, predictions: Predictions | None, reade
     with writing(run_dir):
         save(matrix, run_dir / f"confusion_matrix_{split}.png")
         save(figures.mistakes(images, shown, len(wrong), f"Mistakes, {split}"), run_dir / f"mistakes_{split}.png")
+
+
+def finish(run: RunSetup, run_dir: RunDir, state: TrainState, console: Console, tracker: Tracker) -> None:
+    """Evaluate the chosen checkpoint on val and test; write figures, summary and report. All ranks take part."""
+    # matplotlib and Jinja2 take a second to import, and a prediction does not need them.
+    from mnistm_dist.reporting.curves import learning_curve
+    from mnistm_dist.reporting.html import write_report
+    from mnistm_dist.reporting.style import save
+
+    has_test = "test" in run.readers
+    checkpoint, entry = run.world.run_on_main(lambda: choose_checkpoint(run.path, "chosen", has_test=has_test))
+    predictions = evaluate_checkpoint(run, checkpoint, console)
+    if not run.world.is_main:
+        return
+    summary = write_summary(run.path, {**summary_fields(run, state), "checkpoint": entry}, predictions)
+    if run.config.run.report:
+        curve = learning_curve(run_dir.rows, f"Learning curve, {escape_control(run.path.name)}")
+        with writing(run.path):
+            save(curve, run.path / "learning_curve.png")
+        write_report([run.path], run.path / "report.html", predictions)
+    tracker.summary(summary)
+    log_results(tracker, sorted(run.path.glob("*.png")), predictions, state.steps_done)
+    if run.config.run.upload_checkpoint:
+        tracker.log_checkpoint(checkpoint.path, [str(entry["chosen"]).split()[0]])
+    print_result(console, run.path, summary, predictions, report=run.config.run.report)
 
 
 def header_rows(run: RunSetup, state: TrainState, schedule: Schedule) -> dict[str, str]:

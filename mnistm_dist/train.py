@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from mnistm_dist.cli import parse_train_flags
-from mnistm_dist.errors import EXIT_PREEMPTED, errors_once_per_node, escape_control, run_cli
+from mnistm_dist.errors import EXIT_PREEMPTED, errors_once_per_node, run_cli
 
 if TYPE_CHECKING:
     from mnistm_dist.config import Config
@@ -30,9 +30,7 @@ if TYPE_CHECKING:
     from mnistm_dist.training.checkpoint import Checkpoint
     from mnistm_dist.training.distributed import World
     from mnistm_dist.training.preemption import StopRequest
-    from mnistm_dist.training.run_dir import RunDir
     from mnistm_dist.training.setup import RunSetup
-    from mnistm_dist.training.train_state import TrainState
 
 
 def main(argv: list[str]) -> int:
@@ -66,12 +64,12 @@ def main(argv: list[str]) -> int:
 def train(config: Config, checkpoint: Checkpoint | None, world: World, console: Console, stop: StopRequest) -> int:
     """Steps 2 to 5 of a run. Return the exit code. All ranks take part."""
     from mnistm_dist.reporting.run_logger import RunLogger
-    from mnistm_dist.results import header_rows
+    from mnistm_dist.results import finish, header_rows
     from mnistm_dist.training.distributed import peer_failures
     from mnistm_dist.training.preemption import Preempted
     from mnistm_dist.training.resume import agree_on_start, restore_state
     from mnistm_dist.training.schedule import Schedule
-    from mnistm_dist.training.setup import acquire_run_dir, open_run
+    from mnistm_dist.training.setup import acquire_run_dir, open_run, write_start
     from mnistm_dist.training.train_state import create_train_state
     from mnistm_dist.training.trainer import Trainer
 
@@ -84,7 +82,7 @@ def train(config: Config, checkpoint: Checkpoint | None, world: World, console: 
         state = create_train_state(run.config, world, len(classes))
         if checkpoint is not None:
             world.run_on_all_ranks(lambda: restore_state(state, checkpoint, run, console.warn))
-        world.run_on_all_ranks(lambda: write_start(run, run_dir, state, "start" if checkpoint is None else "resume"))
+        world.run_on_all_ranks(lambda: write_start(run, run_dir, state, resumed=checkpoint is not None))
         try:
             with tracking(run, console) as tracker:
                 console.header("mnistm_dist", header_rows(run, state, schedule))
@@ -100,23 +98,6 @@ def train(config: Config, checkpoint: Checkpoint | None, world: World, console: 
             return EXIT_PREEMPTED
         run_dir.set_state("finished")
     return 0
-
-
-def write_start(run: RunSetup, run_dir: RunDir, state: TrainState, kind: str) -> None:
-    """Write the files that a run folder has from the start. Rank 0 writes."""
-    from mnistm_dist import config as configuration
-    from mnistm_dist.training import checkpoint as checkpoints
-    from mnistm_dist.training.environment import describe_environment
-    from mnistm_dist.training.models import architecture
-
-    run_dir.open_log(state.steps_done)
-    if run_dir.active:
-        checkpoints.remove_after(run.path, state.steps_done)
-        run_dir.write("config.yaml", configuration.dump(run.config))
-        run_dir.write("environment.json", describe_environment(run.world))
-        run_dir.write("architecture.json", architecture(state.model, max(run.config.steps.image_size)))
-        run_dir.set_state("running")
-        run_dir.log({"kind": kind, "step": state.steps_done, "world_size": run.world.size})
 
 
 @contextmanager
@@ -142,33 +123,6 @@ def tracking(run: RunSetup, console: Console) -> Iterator[Tracker]:
         tracker.finish(1, "failed")
         raise
     tracker.finish(0, "finished")
-
-
-def finish(run: RunSetup, run_dir: RunDir, state: TrainState, console: Console, tracker: Tracker) -> None:
-    """Evaluate the chosen checkpoint on val and test; write figures, summary and report. All ranks take part."""
-    from mnistm_dist.reporting.curves import learning_curve
-    from mnistm_dist.reporting.html import write_report
-    from mnistm_dist.reporting.style import save
-    from mnistm_dist.reporting.tracking import log_results
-    from mnistm_dist.results import choose_checkpoint, evaluate_checkpoint, print_result, summary_fields, write_summary
-    from mnistm_dist.training.run_dir import writing
-
-    has_test = "test" in run.readers
-    checkpoint, entry = run.world.run_on_main(lambda: choose_checkpoint(run.path, "chosen", has_test=has_test))
-    predictions = evaluate_checkpoint(run, checkpoint, console)
-    if not run.world.is_main:
-        return
-    summary = write_summary(run.path, {**summary_fields(run, state), "checkpoint": entry}, predictions)
-    if run.config.run.report:
-        curve = learning_curve(run_dir.rows, f"Learning curve, {escape_control(run.path.name)}")
-        with writing(run.path):
-            save(curve, run.path / "learning_curve.png")
-        write_report([run.path], run.path / "report.html", predictions)
-    tracker.summary(summary)
-    log_results(tracker, sorted(run.path.glob("*.png")), predictions, state.steps_done)
-    if run.config.run.upload_checkpoint:
-        tracker.log_checkpoint(checkpoint.path, [str(entry["chosen"]).split()[0]])
-    print_result(console, run.path, summary, predictions, report=run.config.run.report)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Imports run one way: commands -> training -> data -> floor, and commands -> reporting -> floor; --help is quick."""
 
 import ast
+import os
 import resource
 import subprocess
 import sys
@@ -76,7 +77,8 @@ def test_every_command_is_listed():
 def run_python(*arguments: str) -> tuple[subprocess.CompletedProcess[str], float]:
     """Run Python in a process of its own. Return it, and the CPU seconds that it took."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
+    environment = {**os.environ, "COLUMNS": "80"}
+    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return done, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 

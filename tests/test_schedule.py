@@ -3,6 +3,8 @@
 from itertools import pairwise
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from mnistm_dist.config import OptimConfig, StepsConfig
 from mnistm_dist.training.schedule import Schedule
@@ -61,3 +63,21 @@ def test_an_epoch_ends_with_the_step_that_takes_its_last_image():
     assert [step for step in range(made.total_steps) if made.ends_epoch(step)] == [2, 4]
     assert [made.epoch(step) for step in range(5)] == [0, 0, 0, 1, 1]
     assert [made.epochs_done(steps) for steps in range(6)] == [0, 0, 0, 1, 1, 2]
+
+
+@settings(max_examples=60, deadline=None)
+@given(size=st.integers(1, 2000), batch=st.integers(1, 300), step=st.integers(0, 3000))
+def test_an_epoch_ends_with_the_first_step_that_reaches_its_last_position(size, batch, step):
+    made = schedule(OptimConfig(), batch_size=batch, train_size=size)
+    ends = any(step * batch < (e + 1) * size <= (step + 1) * batch for e in range((step + 1) * batch // size + 1))
+    assert made.ends_epoch(step) == ends
+    assert made.epochs_done(step + 1) == (step + 1) * batch // size
+
+
+@settings(max_examples=60, deadline=None)
+@given(epochs=st.integers(1, 10), size=st.integers(1, 10**6), batch=st.integers(1, 5000))
+@example(epochs=10, size=55_000, batch=256)
+def test_a_run_of_whole_epochs_ends_with_its_last_epoch(epochs, size, batch):
+    made = schedule(OptimConfig(), batch_size=batch, epochs=epochs, train_size=size)
+    assert made.total_steps * batch >= epochs * size > (made.total_steps - 1) * batch
+    assert made.ends_epoch(made.total_steps - 1)

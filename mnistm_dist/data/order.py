@@ -74,27 +74,6 @@ def _nearest_divisors(value: int, near: int) -> str:
     return str(below) if above == below else f"{below} and {above}"
 
 
-def steps_for(epochs: int, *, size: int, batch_size: int) -> int:
-    """Return the number of steps in ``epochs`` epochs over ``size`` images: ``ceil(E * N / B)``."""
-    return -(-epochs * size // batch_size)
-
-
-def epochs_done(steps: int, *, size: int, batch_size: int) -> int:
-    """Return how many whole epochs the first ``steps`` steps contain."""
-    return steps * batch_size // size
-
-
-def epoch_ends(step: int, *, size: int, batch_size: int) -> bool:
-    """Return whether an epoch ends with this step: the first with ``(step+1)*B >= (e+1)*N`` for some epoch e."""
-    done = epochs_done(step, size=size, batch_size=batch_size)
-    return epochs_done(step + 1, size=size, batch_size=batch_size) > done
-
-
-def part_of_run(epoch: int, *, epochs: int, parts: int) -> int:
-    """Return which of ``parts`` equal parts of a run an epoch is in; epochs beyond its end are in the last."""
-    return min(epoch, epochs - 1) * parts // epochs
-
-
 @dataclass(frozen=True, kw_only=True)
 class FullOrder:
     """``order: full``: each epoch is a permutation of the whole set; any sample can follow any other."""
@@ -102,10 +81,6 @@ class FullOrder:
     size: int
     """Images in the split."""
     seed: int
-
-    def epoch(self, positions: np.ndarray) -> np.ndarray:
-        """Return the epoch of each position, int64."""
-        return np.asarray(positions, dtype=np.int64) // self.size
 
     def ids(self, positions: np.ndarray) -> np.ndarray:
         """Return the sample at each position, int64, each in O(1)."""
@@ -170,10 +145,6 @@ class WindowedOrder:
     def _first_ids(self) -> np.ndarray:
         return np.cumsum([0, *self.shard_counts], dtype=np.int64)
 
-    def epoch(self, positions: np.ndarray) -> np.ndarray:
-        """Return the epoch of each position, int64."""
-        return np.asarray(positions, dtype=np.int64) // self.size
-
     def stream(self, positions: np.ndarray) -> np.ndarray:
         """Return the stream of each position, int64."""
         return np.asarray(positions, dtype=np.int64) % self.batch_size * self.streams // self.batch_size
@@ -197,7 +168,7 @@ class WindowedOrder:
     def locate(self, positions: np.ndarray) -> OrderPositions:
         """Return the window of each position and its place there, each in O(1)."""
         positions = np.asarray(positions, dtype=np.int64)
-        epochs, streams = self.epoch(positions), self.stream(positions)
+        epochs, streams = positions // self.size, self.stream(positions)
         clock = self._count_of(positions, streams) - self._count_of(epochs * self.size, streams)
         _, counts = self.segment(epochs, streams)
         windows, clocks = np.divmod(clock, self.window)
@@ -246,7 +217,7 @@ class WindowedOrder:
         return shards, np.cumsum(lengths) - lengths
 
 
-Order = FullOrder | WindowedOrder  # A training order: the id and the epoch of any position
+Order = FullOrder | WindowedOrder  # a training order: the id of any position
 
 
 def choose_reading(config: DataConfig, manifest: Manifest, *, batch_size: int, world_size: int) -> tuple[str, str, int]:

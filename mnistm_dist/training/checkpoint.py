@@ -10,8 +10,6 @@ A checkpoint is complete if state.json exists and both files have their hashes. 
 every augmentation are functions of (seed, step).
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil
@@ -21,24 +19,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mnistm_dist.errors import UserError, os_error_reason
 from mnistm_dist.files import fsync_path, write_atomic
-from mnistm_dist.training.train_state import TrainingHistory, TrainState
+from mnistm_dist.training.train_state import Record, TrainingHistory, TrainState
 
 FORMAT: Literal[1] = 1
 MODEL, TRAINING, STATE = "model.safetensors", "training_state.safetensors", "state.json"
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class Scalars(_Record):
+class Scalars(Record):
     """What a checkpoint holds beside its tensors."""
 
     history: TrainingHistory
@@ -61,12 +55,12 @@ class Scalars(_Record):
     std: list[float] = Field(min_length=3, max_length=3)
 
 
-class _Digest(_Record):
+class _Digest(Record):
     size: int
     sha256: str
 
 
-class _Document(_Record):
+class _Document(Record):
     format: Literal[1]
     step: int = Field(ge=0)
     files: dict[str, _Digest]
@@ -124,7 +118,7 @@ def restore(checkpoint: Checkpoint, state: TrainState) -> None:
     Raise `UserError` if the checkpoint is of another model.
     """
     path = checkpoint.path
-    tensors = load_tensors(path / TRAINING)
+    tensors = _load_tensors(path / TRAINING)
     load_model(path, state.eval_model)
     if state.ema is not None:
         weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
@@ -192,40 +186,31 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Return the checkpoint in a folder. Raise `UserError` if it is torn, changed, or of another format."""
     try:
         content = json.loads((path / STATE).read_bytes())
-        if isinstance(content, dict) and content.get("format") != FORMAT:
+        found = content.get("format")
+        if found != FORMAT:
             raise UserError(
-                f"checkpoint {path}: format {content.get('format')!r}, this version reads {FORMAT}: "
-                "use the version of mnistm_dist that wrote it"
+                f"checkpoint {path}: format {found!r}, this version reads {FORMAT}: use the version that wrote it"
             )
         document = _Document.model_validate(content)
         for name in (MODEL, TRAINING):
             if _digest(path / name) != document.files[name]:
                 raise UserError(f"checkpoint {path}: {name} is torn or was changed; use another checkpoint of the run")
-    except OSError as error:
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        reason = " ".join(os_error_reason(error).split())[:200]
         raise UserError(
-            f"checkpoint {path}: incomplete ({os_error_reason(error)}); use another checkpoint of the run"
+            f"checkpoint {path}: torn, incomplete or changed ({reason}); use another checkpoint of the run"
         ) from error
-    except (ValidationError, KeyError) as error:
-        reason = (
-            f"{error.errors()[0]['loc']}: {error.errors()[0]['msg']}" if isinstance(error, ValidationError) else error
-        )
-        raise UserError(
-            f"checkpoint {path}: {STATE} was changed ({reason}); use another checkpoint of the run"
-        ) from error
-    except ValueError as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"checkpoint {path}: {STATE} is torn ({error}); use another checkpoint of the run") from error
     return Checkpoint(path=path, step=document.step, scalars=document.scalars)
 
 
 def load_model(path: Path, model: nn.Module) -> None:
     """Load the weights of a checkpoint into ``model``. Raise `UserError` if they are another model's."""
-    _load_weights(model, load_tensors(path / MODEL), path)
+    _load_weights(model, _load_tensors(path / MODEL), path)
 
 
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file, on the CPU. Raise `UserError` if it is damaged."""
+def _load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:

@@ -1,7 +1,5 @@
 """Diagnostics of a run: sanity checks before the first step, and a profiler trace."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable, Iterator

@@ -98,9 +98,8 @@ class World:
             result = function()
         except UserError as error:
             message = str(error)
-        for rank_message in self.gather_objects(message):
-            if rank_message is not None:
-                raise UserError(rank_message)
+        for other in filter(None, self.gather_objects(message)):
+            raise UserError(other)
         return result  # type: ignore[return-value]  # no error, so function() returned
 
     def run_on_main(self, function: Callable[[], T]) -> T:
@@ -356,12 +355,10 @@ def prepare(
     return prepared, prepared_optimizer
 
 
+def _control_group(timeout: timedelta) -> dist.ProcessGroup:
+    return cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout))
+
+
 def _wait(work: dist.Work | None, timeout: timedelta) -> None:
     assert work is not None, "every rank is a member of the control group"
     work.wait(timeout)
-
-
-def _control_group(timeout: timedelta) -> dist.ProcessGroup:
-    group = dist.new_group(backend="gloo", timeout=timeout)
-    assert isinstance(group, dist.ProcessGroup), "every rank is a member of the control group"
-    return group

@@ -1,7 +1,5 @@
 """The environment of a run, to repeat it: versions, hardware, job, command."""
 
-from __future__ import annotations
-
 import os
 import platform
 import shlex

@@ -6,8 +6,6 @@ batches cannot hang. At the end everything is gathered on rank 0 and unpadded, a
 exactly once.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What this process may use: GPUs, CPU threads and native precisions."""
 
-from __future__ import annotations
-
 import socket
 from collections.abc import Mapping
 from typing import Literal

@@ -1,7 +1,5 @@
 """The steps since the last row of the log: their losses, and the time spent in them."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """The model: ResNet18 without layer3 and layer4, with a small MLP head. 692,106 parameters for 10 classes."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Stopping a run cleanly: signal handlers that only set a flag, and the agreement of all ranks at a step boundary."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import signal

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 
 from mnistm_dist.config import Config, OptimConfig, StepsConfig
-from mnistm_dist.data.order import epoch_ends, epochs_done, part_of_run, steps_for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +27,7 @@ class Schedule:
     @property
     def total_steps(self) -> int:
         """Steps of the full run: ``ceil(epochs * train_size / batch_size)``."""
-        return steps_for(self.steps.epochs, size=self.train_size, batch_size=self.steps.batch_size)
+        return -(-self.steps.epochs * self.train_size // self.steps.batch_size)
 
     @property
     def last_step(self) -> int:
@@ -45,17 +44,20 @@ class Schedule:
         return step * self.steps.batch_size // self.train_size
 
     def ends_epoch(self, step: int) -> bool:
-        """Return whether an epoch ends with this step."""
-        return epoch_ends(step, size=self.train_size, batch_size=self.steps.batch_size)
+        """Return whether an epoch e ends with this step: the first with ``(step + 1) * B >= (e + 1) * N``."""
+        return self.epochs_done(step + 1) > self.epochs_done(step)
 
     def epochs_done(self, steps_done: int) -> int:
         """Return the number of complete epochs in the first ``steps_done`` steps."""
-        return epochs_done(steps_done, size=self.train_size, batch_size=self.steps.batch_size)
+        return steps_done * self.steps.batch_size // self.train_size
 
     def image_size(self, step: int) -> int:
-        """Return the image size of a step, pixels: the run's sizes take equal parts of its epochs."""
+        """Return the image size of a step, pixels: the run's sizes take equal parts of its epochs.
+
+        Epochs after the last one have the last size.
+        """
         sizes = self.steps.image_size
-        return sizes[part_of_run(self.epoch(step), epochs=self.steps.epochs, parts=len(sizes))]
+        return sizes[min(self.epoch(step), self.steps.epochs - 1) * len(sizes) // self.steps.epochs]
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of a step.

@@ -2,10 +2,8 @@
 
 1. `open_run`: the packed set, a reader of each split, and every ``auto`` resolved, once; the result is written to the
    run's ``config.yaml`` and kept at a resume.
-2. `acquire_run_dir`: the run folder, locked.
+2. `acquire_run_dir`, `write_start`: the run folder, locked, with the files that it has from the start.
 """
-
-from __future__ import annotations
 
 import functools
 import itertools
@@ -32,7 +30,10 @@ from mnistm_dist.files import FolderBusy
 from mnistm_dist.training import checkpoint as checkpoints
 from mnistm_dist.training.checkpoint import Checkpoint
 from mnistm_dist.training.distributed import World
-from mnistm_dist.training.run_dir import RunDir
+from mnistm_dist.training.environment import describe_environment
+from mnistm_dist.training.models import architecture
+from mnistm_dist.training.run_dir import CONFIG_NAME, RunDir
+from mnistm_dist.training.train_state import TrainState
 
 SAMPLE = Path("shards/sample")
 """Where the bundled sample is packed to, and looked for, if no shards are named."""
@@ -192,3 +193,15 @@ def acquire_run_dir(run: RunSetup, checkpoint: Checkpoint | None) -> RunDir:
             f"{now} now); start this one again with --resume auto, or choose another --run-dir"
         )
     return run_dir
+
+
+def write_start(run: RunSetup, run_dir: RunDir, state: TrainState, *, resumed: bool) -> None:
+    """Write the files that a run folder has from the start. Rank 0 writes."""
+    run_dir.open_log(state.steps_done)
+    if run_dir.active:
+        checkpoints.remove_after(run.path, state.steps_done)
+        run_dir.write(CONFIG_NAME, configuration.dump(run.config))
+        run_dir.write("environment.json", describe_environment(run.world))
+        run_dir.write("architecture.json", architecture(state.model, max(run.config.steps.image_size)))
+        run_dir.set_state("running")
+        run_dir.log({"kind": "resume" if resumed else "start", "step": state.steps_done, "world_size": run.world.size})

@@ -1,7 +1,5 @@
 """One optimizer step: this rank's micro-batches, one gradient all-reduce over the ranks, one update."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """The state that training changes: model, optimizer, averaged weights, steps done and history."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 import torch
@@ -14,10 +12,14 @@ from mnistm_dist.training.models import create_model, to_device
 from mnistm_dist.training.optim import WeightAverage, create_optimizer
 
 
-class BestEvaluation(BaseModel):
-    """The best evaluation on val so far."""
+class Record(BaseModel):
+    """A part of a checkpoint's ``state.json``."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class BestEvaluation(Record):
+    """The best evaluation on val so far."""
 
     step: int = Field(gt=0)
     accuracy: float
@@ -25,10 +27,8 @@ class BestEvaluation(BaseModel):
     """Pixels."""
 
 
-class TrainingHistory(BaseModel):
+class TrainingHistory(Record):
     """What a run remembers of its past, over all launches."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     train_seconds: float = 0.0
     """In training steps: without evaluation, saving and start-up."""

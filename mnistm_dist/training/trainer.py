@@ -5,8 +5,6 @@ the clock of rank 0, decides for all. Saving, logging and evaluating change noth
 gives all ranks the BatchNorm statistics of rank 0, the only ones that are kept.)
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Iterator
@@ -51,9 +49,6 @@ class TrainLogger(Protocol):
 
     def message(self, text: str) -> None:
         """Print a line."""
-
-    def warn(self, text: str) -> None:
-        """Print a warning."""
 
 
 class Trainer:

@@ -24,7 +24,7 @@ from mnistm_dist.files import staged_folder
 from mnistm_dist.reporting.console import Console
 from mnistm_dist.training import setup as launch
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def make_folder(path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from mnistm_dist.data.parallel import ordered_map
 from mnistm_dist.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def _square(number: int) -> int:

@@ -22,7 +22,7 @@ from mnistm_dist.data.fetch import open_shards
 from mnistm_dist.data.image_io import decode_png
 from mnistm_dist.data.loader import Batch, Reader, evaluation_batches, train_batches
 from mnistm_dist.data.manifest import Manifest
-from mnistm_dist.data.order import FullOrder, Order, WindowedOrder, choose_reading, create_order, steps_for
+from mnistm_dist.data.order import FullOrder, Order, WindowedOrder, choose_reading, create_order
 from mnistm_dist.data.packing.writer import pack
 from mnistm_dist.data.resident import open_resident
 from mnistm_dist.data.shard_reader import SplitReader
@@ -103,7 +103,7 @@ def test_both_readers_follow_the_order_at_any_world_size_workers_and_start(
 ):
     order = windowed(small_set)
     readers = [opened(kind, small_set, cache_dir, workers=workers) for kind in OPEN]
-    epoch = steps_for(1, size=TRAIN, batch_size=24)
+    epoch = -(-TRAIN // 24)
     assert TRAIN % 24  # epochs end within a batch
     for start, stop in ((0, 2 * epoch + 1), (epoch - 1, epoch + 2), (1_000_003, 1_000_005)):
         for reader in readers:
@@ -241,7 +241,7 @@ def test_a_damaged_shard_is_named_at_the_launch_even_with_a_warm_cache(kind, dam
 def test_a_shard_that_changes_between_two_epochs_is_named(damage, named, own_set, tmp_path):
     order, reader = windowed(own_set), opened("streaming", own_set, tmp_path / "cache")
     batches = train_batches(reader, order, batch_size=24, micro_batch=24, stop_step=200)
-    for _ in range(steps_for(1, size=TRAIN, batch_size=24)):
+    for _ in range(-(-TRAIN // 24)):
         next(batches)
     damage(own_set / "train-000002.tar")
     with pytest.raises(UserError, match=named) as caught:

@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from packed_sets import tiny_source
 from processes import Command, Started
@@ -13,6 +14,7 @@ from processes import Command, Started
 from mnistm_dist.data.packing.writer import pack
 from mnistm_dist.data.sources.base import Sample, Source
 from mnistm_dist.data.sources.catalog import open_source
+from mnistm_dist.errors import run_cli
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 """Threads of trainings that share the cores with other tests wait asleep, not spinning."""
@@ -110,6 +112,54 @@ def run_command(start) -> RunCommand:
 
     def run(name: str, *arguments: object, timeout: float = 300, **more: object) -> subprocess.CompletedProcess[str]:
         return start(name, *arguments, **more).wait(timeout)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def trained_run(small_set, cache_dir, tmp_path_factory) -> Path:
+    """Two epochs at another size than that of the stored images, with averaged weights; val and test are predicted."""
+    from mnistm_dist.train import main
+
+    run_dir = tmp_path_factory.mktemp("runs") / "trained"
+    flags = ["--batch-size", "32", "--image-size", "32", "--epochs", "2", "--ema-decay", "0.5", "--threads", "1"]
+    places = ["--shards", str(small_set), "--run-dir", str(run_dir), "--cache-dir", str(cache_dir), "--tracker", "none"]
+    assert main([*flags, *places]) == 0
+    return run_dir
+
+
+@pytest.fixture(scope="session")
+def val_images(small_set) -> np.ndarray:
+    """The images of val in manifest order, uint8 (N, H, W, 3)."""
+    from mnistm_dist.data.image_io import decode_png
+    from mnistm_dist.data.shards import ShardSet
+
+    return np.stack([decode_png(png, "val") for png in ShardSet.open(small_set).read("val", range(VAL))])
+
+
+@pytest.fixture(scope="session")
+def val_probabilities(trained_run) -> np.ndarray:
+    """What the run's own evaluation wrote for them, float64 (N, C)."""
+    rows = (trained_run / "predictions_val.csv").read_text().splitlines()[1:]
+    return np.array([[float(p) for p in row.split(",")[3:]] for row in rows])
+
+
+RunMain = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def run_main(tmp_path, monkeypatch, capsys) -> RunMain:
+    """Run the ``main`` of a command in this process, in an empty folder: `run_main(main, *arguments)`."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(main: Callable[[list[str]], int], *arguments: object) -> subprocess.CompletedProcess[str]:
+        argv = list(map(str, arguments))
+        try:
+            code = run_cli(main, argv)
+        except SystemExit as left:
+            code = int(left.code or 0)
+        captured = capsys.readouterr()
+        return subprocess.CompletedProcess(argv, code, captured.out, captured.err)
 
     return run
 

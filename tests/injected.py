@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import itertools
+import json
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from mnistm_dist import results as scoring
 from mnistm_dist.data import resident
+from mnistm_dist.data.loader import Batch, Reader
 from mnistm_dist.errors import UserError
 from mnistm_dist.reporting import figures, html
 from mnistm_dist.training import checkpoint, evaluation, preemption
@@ -151,3 +153,22 @@ def in_phase() -> None:
         return original(*arguments, **more)
 
     setattr(owner, name, hit)
+
+
+# What a test records
+
+
+def record_batches() -> None:
+    """Append ``[step, [id, ...]]`` to ``consumed-RANK.jsonl`` before each training step."""
+    original = loop.train_batches
+    path = Path(f"consumed-{os.environ.get('RANK', '0')}.jsonl")
+
+    def recorded(reader: Reader, *args: Any, start_step: int = 0, **kwargs: Any) -> Iterator[list[Batch]]:
+        batches = original(reader, *args, start_step=start_step, **kwargs)
+        for step, micro_batches in enumerate(batches, start=start_step):
+            ids = [int(sample) for batch in micro_batches for sample in batch.ids]
+            with path.open("a") as file:
+                file.write(json.dumps([step, ids]) + "\n")
+            yield micro_batches
+
+    loop.train_batches = recorded

@@ -14,8 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from mnistm_dist.data.image_io import encode_png
+from mnistm_dist.data.sources.catalog import open_source
+from mnistm_dist.errors import UserError
 
 NUMBERS = {"train": 40, "test": 12}
 
@@ -218,3 +221,13 @@ WRITERS: Mapping[str, Callable[[Path, Parts], Path]] = {
     "pickle": write_pickle,
 }
 """What writes each layout under a new folder (or a file named like it), and returns the path to open."""
+
+
+def refusal(source: Path, **options: str) -> str:
+    """Return the line in which a source is refused, when it is opened or while it is read."""
+    with pytest.raises(UserError) as caught:
+        list(open_source(str(source), **options).samples())
+    message = str(caught.value)
+    assert str(source) in message
+    assert "\n" not in message
+    return message

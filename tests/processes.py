@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import traceback
 from dataclasses import dataclass
 from multiprocessing import forkserver
@@ -24,9 +25,6 @@ from pathlib import Path
 import pytest
 
 from mnistm_dist.errors import run_cli
-
-COMMANDS = ("pack", "verify", "plan", "train", "evaluate", "predict", "export", "report", "cache")
-"""Doors that may be run; what they import is imported before the fork."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +95,7 @@ def server() -> multiprocessing.context.ForkServerContext:
 
 def _child(command: Command) -> None:
     """Becomes the run_command. Leads a process group, so that all of it can be killed at once."""
+    assert "mnistm_dist.training.trainer" in sys.modules, "processes_preload.py could not be imported"
     os.setsid()
     os.chdir(command.cwd)
     for path, descriptor in ((command.stdout, 1), (command.stderr, 2)):
@@ -142,3 +141,23 @@ def _become_a_rank(world_size: int) -> int:
         children.append(child)
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     os._exit(max(code if code >= 0 else 128 - code for code in codes))
+
+
+def alive(run: Path) -> list[int]:
+    """Trainers of a run that live."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = path.read_bytes().replace(b"\0", b" ").decode()
+        except OSError:
+            continue
+        if "mnistm_dist.train" in command and str(run) in command:
+            found.append(int(path.parent.name))
+    return found
+
+
+def wait_until_gone(run: Path, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while alive(run) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not alive(run)

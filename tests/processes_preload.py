@@ -1,12 +1,12 @@
-"""What the server of processes.py imports once, before it forks."""
+"""What the server of processes.py imports once, before it forks: the package, and what its commands import later."""
 
 import importlib
-import importlib.util
+import pkgutil
 
-from processes import COMMANDS
+import mnistm_dist
 
-for _door in COMMANDS:
-    if importlib.util.find_spec(f"mnistm_dist.{_door}"):
-        importlib.import_module(f"mnistm_dist.{_door}")
-for _module in ("launch", "loop", "inference", "evaluate", "reporting.html", "reporting.figures", "data.loader"):
-    importlib.import_module(f"mnistm_dist.{_module}")
+for _module in pkgutil.walk_packages(mnistm_dist.__path__, "mnistm_dist."):
+    if _module.name != "mnistm_dist.__main__":
+        importlib.import_module(_module.name)
+for _name in ("accelerate", "filelock", "jinja2", "matplotlib.pyplot", "safetensors.torch", "torch.distributed"):
+    importlib.import_module(_name)

@@ -15,8 +15,6 @@ from PIL import Image
 from mnistm_dist import load_model
 from mnistm_dist.errors import UserError
 
-pytest_plugins = ["trained_run"]
-
 
 @pytest.fixture(scope="module")
 def model(trained_run):

@@ -24,8 +24,6 @@ from mnistm_dist.data.resident import Resident, open_resident
 from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.errors import UserError
 
-pytest_plugins = ["trained_run"]
-
 
 def decode(folder: Path, cache_dir: Path, seen: list[tuple[int, int]] | None = None) -> Resident:
     progress = None if seen is None else lambda *now: seen.append(now)
@@ -215,30 +213,31 @@ def test_the_cache_folder_is_chosen_from_the_environment(variables, place, monke
     assert choose_cache_dir(None) == Path(place)
 
 
-def test_the_command_lists_and_clears(here, small_set, tmp_path):
+def test_the_command_lists_and_clears(run_main, small_set, tmp_path):
     cache_dir = tmp_path / "cache"
     pack(tiny_source(), tmp_path / "set")
     for folder in (small_set, tmp_path / "set"):
         decode(folder, cache_dir)
-    listed = output_of(here(cache.main, "list", "--cache-dir", cache_dir))
+    listed = output_of(run_main(cache.main, "list", "--cache-dir", cache_dir))
     assert str(small_set) in listed
     assert "2 entries" in listed
-    rows = json.loads(output_of(here(cache.main, "list", "--json", "--cache-dir", cache_dir)))
+    rows = json.loads(output_of(run_main(cache.main, "list", "--json", "--cache-dir", cache_dir)))
     assert [row["source"] for row in rows] == [str(tmp_path / "set"), str(small_set)]
     assert rows[1]["bytes"] > TRAIN * 28 * 28 * 3
-    assert "nowhere: no such entry" in error_of(here(cache.main, "clear", "nowhere", "--cache-dir", cache_dir))
-    assert "removed 1 entries" in output_of(here(cache.main, "clear", rows[1]["name"][:8], "--cache-dir", cache_dir))
+    assert "nowhere: no such entry" in error_of(run_main(cache.main, "clear", "nowhere", "--cache-dir", cache_dir))
+    prefix = rows[1]["name"][:8]
+    assert "removed 1 entries" in output_of(run_main(cache.main, "clear", prefix, "--cache-dir", cache_dir))
     assert [entry.about["source"] for entry in entries(cache_dir)] == [str(tmp_path / "set")]
     with cache_entry(cache_dir, "sets", rows[0]["name"], {"source": str(tmp_path / "set")}):
-        assert "a process is writing it" in error_of(here(cache.main, "clear", "--cache-dir", cache_dir))
-    assert "removed 1 entries" in output_of(here(cache.main, "clear", "--cache-dir", cache_dir))
+        assert "a process is writing it" in error_of(run_main(cache.main, "clear", "--cache-dir", cache_dir))
+    assert "removed 1 entries" in output_of(run_main(cache.main, "clear", "--cache-dir", cache_dir))
     assert not entries(cache_dir)
 
 
-def test_a_mapped_split_survives_clearing(small_set, tmp_path, here):
+def test_a_mapped_split_survives_clearing(small_set, tmp_path, run_main):
     resident = decode(small_set, tmp_path)
     before = int(resident.images.long().sum())
-    output_of(here(cache.main, "clear", "--cache-dir", tmp_path))
+    output_of(run_main(cache.main, "clear", "--cache-dir", tmp_path))
     assert int(resident.images.long().sum()) == before
     decode(small_set, tmp_path)
 

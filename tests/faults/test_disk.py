@@ -8,14 +8,13 @@ from dataclasses import dataclass
 
 import pytest
 from conftest import error_of, output_of
-from trained_run import here, trained_run, val_images
-from undisturbed import FLAGS, STEPS, STREAMING, assert_ended_alike, error_lines, mounted, undisturbed
+from uninterrupted import FLAGS, STEPS, STREAMING, assert_ended_alike, error_lines
 
 from mnistm_dist.training.checkpoint import open_checkpoint
 from mnistm_dist.training.run_dir import read_state
 from mnistm_dist.training.run_lock import is_locked
 
-__all__ = ["here", "mounted", "trained_run", "undisturbed", "val_images"]
+pytest_plugins = ["uninterrupted"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +47,7 @@ TABLE = (
     "row", [pytest.param(row, id=str(row), marks=() if row.usual else pytest.mark.soak) for row in TABLE]
 )
 def test_a_disk_that_fills_up_ends_the_run_with_one_line_and_with_room_it_ends_the_same(
-    run_command, small_set, tmp_path, mounted, undisturbed, row
+    run_command, small_set, tmp_path, mounted, uninterrupted, row
 ):
     disk = mounted("disk", "size=64m")
     flags = ("--shards", small_set, "--run-dir", "disk/run", "--resume", "auto", *FLAGS)
@@ -68,28 +67,28 @@ def test_a_disk_that_fills_up_ends_the_run_with_one_line_and_with_room_it_ends_t
     assert not list(run.glob(".*"))
     (disk / "filling").unlink()
     output_of(run_command("train", *flags, world_size=row.world_size, timeout=100))
-    assert_ended_alike(run, undisturbed(row.world_size))
+    assert_ended_alike(run, uninterrupted(row.world_size))
 
 
-def test_figures_and_reports_on_a_full_disk_are_refused_and_leave_nothing(here, trained_run, mounted, small_set):
+def test_figures_and_reports_on_a_full_disk_are_refused_and_leave_nothing(run_main, trained_run, mounted, small_set):
     from mnistm_dist.plan import main as plan
     from mnistm_dist.report import main as report
 
     disk = mounted("disk", "size=16k")
     saved = ("--save", "disk/images.png")
-    assert "disk/images.png" in error_of(here(plan, "--shards", small_set, "--step", 0, "--batch-size", 64, *saved))
-    assert "disk/page.html" in error_of(here(report, trained_run, "--out", "disk/page.html"))
+    assert "disk/images.png" in error_of(run_main(plan, "--shards", small_set, "--step", 0, "--batch-size", 64, *saved))
+    assert "disk/page.html" in error_of(run_main(report, trained_run, "--out", "disk/page.html"))
     assert list(disk.iterdir()) == []
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("target", ["onnx", "torch"])
-def test_an_export_to_a_full_disk_is_refused_and_leaves_nothing(here, trained_run, mounted, target):
+def test_an_export_to_a_full_disk_is_refused_and_leaves_nothing(run_main, trained_run, mounted, target):
     from mnistm_dist.export import main as export
 
     disk = mounted("disk", "size=16k")
     assert "disk/model: cannot be written (No space left on device)" in error_of(
-        here(export, trained_run, "--to", target, "--out", "disk/model")
+        run_main(export, trained_run, "--to", target, "--out", "disk/model")
     )
     assert list(disk.iterdir()) == []
 
@@ -126,21 +125,21 @@ def test_predictions_that_are_piped_to_a_full_disk_are_refused(environment, tmp_
     assert "standard output: cannot be written (No space left on device)" in error_of(done)
 
 
-def test_a_run_whose_log_is_on_a_full_disk_goes_on_to_its_end(environment, tmp_path, small_set, undisturbed):
+def test_a_run_whose_log_is_on_a_full_disk_goes_on_to_its_end(environment, tmp_path, small_set, uninterrupted):
     """What a batch job prints may lie on another disk than the run folder."""
     done = to_full_disk(environment, tmp_path, "train", "--shards", small_set, "--run-dir", "run", *FLAGS)
     assert error_lines(done.stderr) == []
     assert done.returncode == 0
-    assert_ended_alike(tmp_path / "run", undisturbed())
+    assert_ended_alike(tmp_path / "run", uninterrupted())
 
 
-@pytest.mark.parametrize("more", [(), pytest.param(STREAMING, marks=pytest.mark.soak)], ids=["resident", "streaming"])
-def test_shards_that_can_only_be_read_train_as_others_do(run_command, small_set, tmp_path, mounted, undisturbed, more):
+@pytest.mark.parametrize("extra", [(), pytest.param(STREAMING, marks=pytest.mark.soak)], ids=["resident", "streaming"])
+def test_read_only_shards_train_as_others_do(run_command, small_set, tmp_path, mounted, uninterrupted, extra):
     shards = mounted("shards", of=small_set)
     with pytest.raises(OSError):
         (shards / "probe").touch()
-    output_of(run_command("train", "--shards", "shards", "--run-dir", "run", "--cache-dir", "cache", *FLAGS, *more))
-    assert_ended_alike(tmp_path / "run", undisturbed(1, *more))
+    output_of(run_command("train", "--shards", "shards", "--run-dir", "run", "--cache-dir", "cache", *FLAGS, *extra))
+    assert_ended_alike(tmp_path / "run", uninterrupted(1, *extra))
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == STEPS
 
 

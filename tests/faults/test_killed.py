@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from undisturbed import FLAGS, STEPS, assert_ended_alike, error_lines, undisturbed
+from uninterrupted import FLAGS, STEPS, assert_ended_alike, error_lines
 
 from mnistm_dist.data.parallel import available_cores
 from mnistm_dist.training.run_dir import read_state
 from mnistm_dist.training.run_lock import is_locked
 
-__all__ = ["undisturbed"]
+pytest_plugins = ["uninterrupted"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,16 +71,16 @@ def launch(start, small_set, row: Row, fault: str, *more: str):
     return start("train", *flags, world_size=row.world_size, before="injected:in_phase", **where)
 
 
-def goes_on(run_command, small_set, tmp_path, row: Row, undisturbed) -> None:
+def goes_on(run_command, small_set, tmp_path, row: Row, uninterrupted) -> None:
     flags = ("--shards", small_set, "--run-dir", "run", "--cache-dir", "cache", "--resume", "auto", *FLAGS)
     done = run_command("train", *flags, world_size=row.world_size, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert_ended_alike(tmp_path / "run", undisturbed(row.world_size))
+    assert_ended_alike(tmp_path / "run", uninterrupted(row.world_size))
 
 
 @pytest.mark.parametrize("row", rows(TABLE))
 def test_a_killed_process_is_told_by_those_that_are_left_and_the_run_ends_the_same(
-    start, run_command, small_set, tmp_path, undisturbed, row
+    start, run_command, small_set, tmp_path, uninterrupted, row
 ):
     done = launch(start, small_set, row, "SIGKILL").wait(100)
     assert done.returncode == (137 if row.world_size > 1 else -signal.SIGKILL)
@@ -96,12 +96,12 @@ def test_a_killed_process_is_told_by_those_that_are_left_and_the_run_ends_the_sa
         assert "--resume auto" in line
         assert (state["state"], state["step"]) == ("failed", row.step)
         assert "another process of the run was killed" in state["reason"]
-    goes_on(run_command, small_set, tmp_path, row, undisturbed)
+    goes_on(run_command, small_set, tmp_path, row, uninterrupted)
 
 
 @pytest.mark.parametrize("row", rows(SILENT))
 def test_a_process_that_falls_silent_is_given_up_after_the_collective_timeout(
-    start, run_command, small_set, tmp_path, undisturbed, row
+    start, run_command, small_set, tmp_path, uninterrupted, row
 ):
     """As a node that vanishes from the network: no connection is closed."""
     process = launch(start, small_set, row, "SIGSTOP", "--collective-timeout", "15")
@@ -114,7 +114,7 @@ def test_a_process_that_falls_silent_is_given_up_after_the_collective_timeout(
     if row.rank == 1:
         assert (read_state(tmp_path / "run") or {})["state"] == "failed"
     process.kill()
-    goes_on(run_command, small_set, tmp_path, row, undisturbed)
+    goes_on(run_command, small_set, tmp_path, row, uninterrupted)
 
 
 @pytest.mark.skipif(available_cores() == 1, reason="one core: pack works without workers")

@@ -8,12 +8,12 @@ import time
 
 import pytest
 from conftest import error_of, output_of
-from undisturbed import FLAGS, STREAMING, assert_ended_alike, error_lines, undisturbed
+from uninterrupted import FLAGS, STREAMING, assert_ended_alike, error_lines
 from wandb_files import server
 
 from mnistm_dist.training.run_dir import read_state
 
-__all__ = ["undisturbed"]
+pytest_plugins = ["uninterrupted"]
 
 
 def wait_for(path) -> None:
@@ -23,7 +23,7 @@ def wait_for(path) -> None:
         time.sleep(0.02)
 
 
-def test_of_two_jobs_that_start_in_one_folder_one_trains(start, small_set, tmp_path, undisturbed):
+def test_of_two_jobs_that_start_in_one_folder_one_trains(start, small_set, tmp_path, uninterrupted):
     flags = ("--shards", small_set, "--run-dir", "run", "--resume", "auto", *FLAGS)
     jobs = [start("train", *flags), start("train", *flags)]
     ended = sorted((job.wait(120) for job in jobs), key=lambda done: done.returncode)
@@ -34,10 +34,10 @@ def test_of_two_jobs_that_start_in_one_folder_one_trains(start, small_set, tmp_p
     else:
         line = error_of(ended[1])
         assert "held by a live run" in line or "another job has trained in it" in line
-    assert_ended_alike(tmp_path / "run", undisturbed())
+    assert_ended_alike(tmp_path / "run", uninterrupted())
 
 
-def test_a_job_that_comes_late_to_a_folder_throws_nothing_away(start, run_command, small_set, tmp_path, undisturbed):
+def test_a_job_that_comes_late_to_a_folder_throws_nothing_away(start, run_command, small_set, tmp_path, uninterrupted):
     """It looked into the folder before the other began, and waited for its data while the other trained."""
     flags = ("--shards", small_set, "--run-dir", "run", "--resume", "auto", *FLAGS)
     late = start("train", *flags, before="injected:in_phase", FAULT="wait", FAULT_PHASE="opening")
@@ -45,11 +45,11 @@ def test_a_job_that_comes_late_to_a_folder_throws_nothing_away(start, run_comman
     output_of(run_command("train", *flags))
     (tmp_path / "go").touch()
     assert "another job has trained in it since this one started (step 0 then, 20 now)" in error_of(late.wait(60))
-    assert_ended_alike(tmp_path / "run", undisturbed())
+    assert_ended_alike(tmp_path / "run", uninterrupted())
 
 
 def test_a_job_that_waits_for_a_cache_takes_over_when_the_one_that_writes_it_is_killed(
-    start, small_set, tmp_path, undisturbed
+    start, small_set, tmp_path, uninterrupted
 ):
     flags = ("--shards", small_set, "--cache-dir", "cache", *FLAGS)
     first = start(
@@ -62,7 +62,7 @@ def test_a_job_that_waits_for_a_cache_takes_over_when_the_one_that_writes_it_is_
     assert not (tmp_path / "run").exists()
     os.kill(first.pid, signal.SIGKILL)
     output_of(second.wait(100))
-    assert_ended_alike(tmp_path / "run", undisturbed())
+    assert_ended_alike(tmp_path / "run", uninterrupted())
     assert not list((tmp_path / "cache").rglob("*.partial"))
 
 
@@ -75,17 +75,17 @@ def altered_run(run_command, small_set, tmp_path, *more: str):
 
 
 def test_shards_that_are_altered_under_a_resident_run_change_nothing_and_the_next_launch_names_one(
-    run_command, small_set, tmp_path, undisturbed
+    run_command, small_set, tmp_path, uninterrupted
 ):
     flags, done = altered_run(run_command, small_set, tmp_path)
     output_of(done)
-    assert_ended_alike(tmp_path / "run", undisturbed())
+    assert_ended_alike(tmp_path / "run", uninterrupted())
     assert "altered/train-" in error_of(run_command("train", *flags, "--run-dir", "another"))
     assert not (tmp_path / "another").exists()
 
 
 def test_shards_that_are_altered_under_a_streaming_run_are_named_and_whole_again_it_ends_the_same(
-    run_command, small_set, tmp_path, undisturbed
+    run_command, small_set, tmp_path, uninterrupted
 ):
     flags, done = altered_run(run_command, small_set, tmp_path, *STREAMING)
     line = error_of(done)
@@ -98,23 +98,23 @@ def test_shards_that_are_altered_under_a_streaming_run_are_named_and_whole_again
     shutil.rmtree(tmp_path / "altered")
     shutil.copytree(small_set, tmp_path / "altered")
     output_of(run_command("train", *flags))
-    assert_ended_alike(tmp_path / "run", undisturbed(1, *STREAMING))
+    assert_ended_alike(tmp_path / "run", uninterrupted(1, *STREAMING))
 
 
 def test_a_run_whose_wandb_settings_are_refused_is_offline_and_ends_the_same(
-    run_command, small_set, tmp_path, undisturbed
+    run_command, small_set, tmp_path, uninterrupted
 ):
     flags = ("--shards", small_set, "--run-dir", "run", *FLAGS, "--tracker", "wandb")
     done = run_command("train", *flags, WANDB_MODE="nonsense", WANDB_API_KEY="0123456789" * 4)
     assert "W&B is offline (1 validation error for Settings mode" in output_of(done)
     assert error_lines(done.stderr) == []
     shutil.rmtree(tmp_path / "run" / "wandb")
-    assert_ended_alike(tmp_path / "run", undisturbed())
+    assert_ended_alike(tmp_path / "run", uninterrupted())
 
 
 @pytest.mark.soak
 def test_a_run_whose_wandb_server_hangs_ends_the_same_half_a_minute_later_at_most(
-    run_command, small_set, tmp_path, undisturbed
+    run_command, small_set, tmp_path, uninterrupted
 ):
     flags = [flag for flag in FLAGS if flag not in ("--tracker", "none")]
     with server("stalls") as address:
@@ -129,4 +129,4 @@ def test_a_run_whose_wandb_server_hangs_ends_the_same_half_a_minute_later_at_mos
     assert "W&B is offline (" in said
     assert error_lines(done.stderr) == []
     shutil.rmtree(tmp_path / "run" / "wandb")
-    assert_ended_alike(tmp_path / "run", undisturbed())
+    assert_ended_alike(tmp_path / "run", uninterrupted())

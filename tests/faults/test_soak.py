@@ -25,7 +25,7 @@ from pathlib import Path
 
 import pytest
 from conftest import launcher
-from trainers import alive, wait_until_gone
+from processes import alive, wait_until_gone
 
 from mnistm_dist.training.run_dir import read_log, read_state
 

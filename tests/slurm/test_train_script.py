@@ -143,7 +143,7 @@ def test_two_nodes_train_one_model_when_nothing_but_nodes_is_overridden(referenc
     assert (facts["slurm_job_id"], facts["slurm_nodes"]) == (str(reference.number), "node[1-2]")
     log = reference.log()
     assert f"job {reference.number}, launch 1: nodes node[1-2], processes per node 1, CPUs per process 2" in log
-    assert "GPUs per node 0 (so on CPU)" in log
+    assert "GPUs per node 0 (training on CPU)" in log
     assert "CPU (no GPU found)" in log
     assert reference.launches() == [("start", 2)]
 
@@ -238,7 +238,7 @@ def test_a_wrong_argument_ends_the_job_with_2_and_one_line(cluster, environment,
     assert (found["JobState"], found["ExitCode"], found["Restarts"]) == ("FAILED", "2:0", "0")
     errors = [line for line in job.log().splitlines() if line.startswith("error:")]
     assert len(errors) == 1, job.log()
-    assert "--epochs: 'many'" in errors[0]
+    assert "--epochs: found 'many'" in errors[0]
     assert not (tmp_path / "runs").exists()
 
 

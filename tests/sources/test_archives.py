@@ -11,8 +11,7 @@ import tarfile
 import zipfile
 
 import pytest
-from layouts import WRITE, image_folder_files, noise, official_files, write_folder, write_tar, write_zip
-from refusals import refusal
+from layouts import WRITE, image_folder_files, noise, official_files, refusal, write_folder, write_tar, write_zip
 
 from mnistm_dist.data.sources import archives
 

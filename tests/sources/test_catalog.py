@@ -23,6 +23,7 @@ from layouts import (
     image_folder_files,
     noise,
     official_files,
+    refusal,
     write_folder,
     write_mnist,
     write_npz,
@@ -33,7 +34,6 @@ from layouts import (
     write_zip,
 )
 from PIL import Image
-from refusals import refusal
 
 from mnistm_dist.data.sources.base import Sample, Source
 from mnistm_dist.data.sources.catalog import KNOWN_LAYOUTS, open_source

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from layouts import WRITERS, Part, noise
-from refusals import refusal
+from layouts import WRITERS, Part, noise, refusal
 
 from mnistm_dist.data.sources import archives
 from mnistm_dist.data.sources.catalog import open_source

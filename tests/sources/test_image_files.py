@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from layouts import WRITE, Files, csv_files, image_folder_files, noise, official_files, write_folder
-from refusals import refusal
+from layouts import WRITE, Files, csv_files, image_folder_files, noise, official_files, refusal, write_folder
 
 PARTS = noise()
 LABELS = "mnist_m/mnist_m_train_labels.txt"

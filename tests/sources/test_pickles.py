@@ -8,8 +8,7 @@ import pickle
 
 import numpy as np
 import pytest
-from layouts import Part, noise, write_mnist
-from refusals import refusal
+from layouts import Part, noise, refusal, write_mnist
 
 PARTS = noise()
 

@@ -296,7 +296,7 @@ def test_training_consumes_what_plan_says(run_command, small_set, tmp_path, orde
         12,
     )
     run = ("--max-steps", 9, "--image-size", 16, "--seed", 3, "--run-dir", "run")
-    recording = {"world_size": world_size, "before": "recorder:record_batches"}
+    recording = {"world_size": world_size, "before": "injected:record_batches"}
     output_of(run_command("train", "--shards", small_set, *flags, *run, *QUICK, **recording))
     shards = ShardSet.open(small_set)
     consumed = [

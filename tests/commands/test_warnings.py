@@ -7,7 +7,6 @@ import sys
 import pytest
 from conftest import ROOT, output_of
 
-pytest_plugins = ["trained_run"]
 SHORT = ("--batch-size", 32, "--image-size", 16, "--epochs", 1, "--max-steps", 3, "--threads", 1)
 COMMANDS = {
     "verify": ("verify", "SET"),

@@ -13,15 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import error_of, launcher, output_of
-from processes import Started
+from processes import Started, alive, wait_until_gone
 from safetensors.torch import load_file
-from trained_run import here
-from trainers import alive, wait_until_gone
 
 from mnistm_dist.training.models import create_model
 from mnistm_dist.training.run_dir import read_log, read_state
-
-__all__ = ["here"]
 
 FLAGS = (
     *("--recipe", "fast", "--batch-size", "32", "--micro-batch", "16", "--image-size", "28", "--epochs", "4"),
@@ -182,12 +178,12 @@ def test_a_signal_saves_and_leaves_with_75_and_the_run_goes_on(
 
 
 @pytest.mark.parametrize("more", [["--max-steps", "2"], ["--expect-world-size", "3"]], ids=["finished", "refused"])
-def test_a_training_that_is_called_from_python_gives_the_signals_back(small_set, here, more):
+def test_a_training_that_is_called_from_python_gives_the_signals_back(small_set, run_main, more):
     from mnistm_dist.train import main
 
     listened = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     before = [signal.getsignal(number) for number in listened]
-    done = here(main, "--shards", small_set, "--run-dir", "run", *FLAGS, *more)
+    done = run_main(main, "--shards", small_set, "--run-dir", "run", *FLAGS, *more)
     assert done.returncode == (2 if "--expect-world-size" in more else 0), done.stderr
     assert [signal.getsignal(number) for number in listened] == before
 

@@ -16,8 +16,6 @@ from PIL import Image
 from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.predict import main
 
-pytest_plugins = ["trained_run"]
-
 
 @pytest.fixture(scope="module")
 def val(small_set, tmp_path_factory) -> Path:
@@ -44,9 +42,9 @@ def test_the_pngs_of_val_give_the_predictions_of_the_evaluation(trained_run, val
         assert float(row[2]) == max(map(float, row[3:]))
 
 
-def test_json_is_exactly_what_other_programs_expect(trained_run, val, here):
+def test_json_is_exactly_what_other_programs_expect(trained_run, val, run_main):
     files = sorted(val.iterdir())[:3]
-    done = here(main, trained_run, *files, "--json")
+    done = run_main(main, trained_run, *files, "--json")
     found = json.loads(output_of(done))
     assert done.stderr == ""
     assert [row["file"] for row in found] == [str(file) for file in files]
@@ -57,14 +55,14 @@ def test_json_is_exactly_what_other_programs_expect(trained_run, val, here):
         assert row["probability"] == row["probabilities"][row["predicted"]] == max(row["probabilities"])
 
 
-def test_in_a_pipe_there_is_a_plain_line_for_each_file(trained_run, val, here):
+def test_in_a_pipe_there_is_a_plain_line_for_each_file(trained_run, val, run_main):
     files = sorted(val.iterdir())[:3]
-    lines = [line.split("  ") for line in output_of(here(main, trained_run, *files)).splitlines()]
-    found = json.loads(output_of(here(main, trained_run, *files, "--json")))
+    lines = [line.split("  ") for line in output_of(run_main(main, trained_run, *files)).splitlines()]
+    found = json.loads(output_of(run_main(main, trained_run, *files, "--json")))
     assert lines == [[str(row["predicted"]), f"{row['probability']:.4f}", row["file"]] for row in found]
 
 
-def test_in_a_terminal_there_is_a_table(trained_run, val, here, monkeypatch):
+def test_in_a_terminal_there_is_a_table(trained_run, val, run_main, monkeypatch):
     parent, child = pty.openpty()
     with (
         os.fdopen(parent, "rb", buffering=0) as screen,
@@ -73,7 +71,7 @@ def test_in_a_terminal_there_is_a_table(trained_run, val, here, monkeypatch):
     ):
         patch.setenv("TERM", "xterm")
         patch.setattr(sys, "stdout", terminal)
-        output_of(here(main, trained_run, min(val.iterdir())))
+        output_of(run_main(main, trained_run, min(val.iterdir())))
         terminal.flush()
         shown = screen.read(100_000).decode()
     assert "probability" in shown
@@ -81,10 +79,10 @@ def test_in_a_terminal_there_is_a_table(trained_run, val, here, monkeypatch):
     assert "\x1b[1m" in shown
 
 
-def test_a_broken_file_is_named_and_skipped(trained_run, val, here, tmp_path):
+def test_a_broken_file_is_named_and_skipped(trained_run, val, run_main, tmp_path):
     good = sorted(val.iterdir())[:2]
     (tmp_path / "broken.png").write_bytes(good[0].read_bytes()[:200])
-    done = here(main, trained_run, good[0], "broken.png", "missing.png", good[1], "--json")
+    done = run_main(main, trained_run, good[0], "broken.png", "missing.png", good[1], "--json")
     assert done.returncode == 1
     assert [row["file"] for row in json.loads(done.stdout)] == [str(file) for file in good]
     assert [line.split(": ")[:2] for line in done.stderr.splitlines()] == [
@@ -93,7 +91,7 @@ def test_a_broken_file_is_named_and_skipped(trained_run, val, here, tmp_path):
     ]
 
 
-def test_pictures_of_any_size_and_mode_go_together(trained_run, val, here, tmp_path):
+def test_pictures_of_any_size_and_mode_go_together(trained_run, val, run_main, tmp_path):
     image = Image.open(min(val.iterdir()))
     folder = tmp_path / "any"
     folder.mkdir()
@@ -103,22 +101,22 @@ def test_pictures_of_any_size_and_mode_go_together(trained_run, val, here, tmp_p
     image.convert("RGBA").resize((300, 100)).save(folder / "wide.webp")
     image.resize((1, 1)).save(folder / "dot.bmp")
     image.resize((3000, 2000)).save(folder / "large.jpg")
-    found = json.loads(output_of(here(main, trained_run, "any", "--json")))
+    found = json.loads(output_of(run_main(main, trained_run, "any", "--json")))
     names = ["cmyk.jpg", "dot.bmp", "grey.png", "large.jpg", "palette.gif", "wide.webp"]
     assert [row["file"] for row in found] == [f"any/{name}" for name in names]
 
 
-def test_a_files_name_is_never_obeyed_or_lost(trained_run, val, here, tmp_path):
+def test_a_files_name_is_never_obeyed_or_lost(trained_run, val, run_main, tmp_path):
     """Escape codes, a line break, rich's markup, and bytes that are no Unicode."""
     names = [b"\x1b[31mred.png", b"two\nlines.png", b"[bold]x.png", b"\xff.png"]
     folder = tmp_path / "odd"
     folder.mkdir()
     for name in names:
         (folder / os.fsdecode(name)).write_bytes(min(val.iterdir()).read_bytes())
-    plain = output_of(here(main, trained_run, "odd"))
+    plain = output_of(run_main(main, trained_run, "odd"))
     assert len(plain.splitlines()) == len(names)
     assert "\x1b" not in plain
-    found = json.loads(output_of(here(main, trained_run, "odd", "--json")))
+    found = json.loads(output_of(run_main(main, trained_run, "odd", "--json")))
     assert sorted(os.fsencode(row["file"]) for row in found) == sorted(b"odd/" + name for name in names)
 
 
@@ -146,9 +144,9 @@ def test_a_reader_that_closes_the_pipe_is_no_error(trained_run, val, environment
         (["RUN"], "IMAGE|FOLDER"),
     ],
 )
-def test_a_user_error_is_one_line(trained_run, val, here, tmp_path, arguments, named):
+def test_a_user_error_is_one_line(trained_run, val, run_main, tmp_path, arguments, named):
     (tmp_path / "empty").mkdir()
     places = {"RUN": trained_run, "VAL": val}
-    done = here(main, *(places.get(argument, argument) for argument in arguments))
+    done = run_main(main, *(places.get(argument, argument) for argument in arguments))
     assert named in error_of(done)
     assert done.stdout == ""

@@ -19,17 +19,17 @@ FLAGS = (
     *("--checkpoint-every", "3", "--log-every", "4", "--threads", "1", "--tracker", "none"),
 )
 STREAMING = ("--reader", "streaming", "--order", "windowed", "--shuffle-window", "16", "--workers", "1")
-Undisturbed = Callable[..., Path]
+Uninterrupted = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
-def undisturbed(small_set, environment, tmp_path_factory) -> Undisturbed:
-    """``undisturbed(world_size, *flags)``: the folder of a run that ended well, trained once a session."""
+def uninterrupted(small_set, environment, tmp_path_factory) -> Uninterrupted:
+    """``uninterrupted(world_size, *flags)``: the folder of a run that ended well, trained once a session."""
     runs: dict[tuple[object, ...], Path] = {}
 
     def run(world_size: int = 1, *flags: str) -> Path:
         if (world_size, *flags) not in runs:
-            cwd = tmp_path_factory.mktemp("undisturbed")
+            cwd = tmp_path_factory.mktemp("uninterrupted")
             arguments = ("--shards", str(small_set), "--run-dir", "run", *FLAGS, *flags)
             command = Command("train", arguments, world_size, cwd, environment, cwd / "stdout", cwd / "stderr")
             done = Started(command).wait(120)

@@ -14,23 +14,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import error_of, output_of
+from conftest import ROOT, RunMain, error_of, output_of
 from packed_sets import ARCHIVE, names_in, write_official
-from trained_run import Here
 
 from mnistm_dist import pack
 from mnistm_dist.data.packing.statistics import OFFICIAL_PIXELS
 from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.data.sources.catalog import KNOWN_LAYOUTS
 
-pytest_plugins = ["trained_run"]
-ROOT = Path(__file__).resolve().parents[1]
 
-
-def test_pack_writes_a_set_and_prints_a_summary(tmp_path: Path, here: Here) -> None:
+def test_pack_writes_a_set_and_prints_a_summary(tmp_path: Path, run_main: RunMain) -> None:
     write_official(tmp_path / "in")
     printed = output_of(
-        here(pack.main, "in", "--out", "shards/mine", "--num-shards", 4, "--split-size", 3, "--seed", 7)
+        run_main(pack.main, "in", "--out", "shards/mine", "--num-shards", 4, "--split-size", 3, "--seed", 7)
     )
     manifest = ShardSet.open(tmp_path / "shards" / "mine").manifest
     assert [(split.count, len(split.shards)) for split in manifest.splits.values()] == [(20, 4), (3, 1), (7, 1)]
@@ -54,16 +50,16 @@ def test_pack_writes_a_set_and_prints_a_summary(tmp_path: Path, here: Here) -> N
     ],
 )
 def test_a_user_error_is_one_line_and_nothing_is_written(
-    tmp_path: Path, here: Here, arguments: list[str], named: str
+    tmp_path: Path, run_main: RunMain, arguments: list[str], named: str
 ) -> None:
     write_official(tmp_path / "here" / "in")
     before = sorted((tmp_path / "here").rglob("*"))
-    assert named in error_of(here(pack.main, *arguments))
+    assert named in error_of(run_main(pack.main, *arguments))
     assert sorted((tmp_path / "here").rglob("*")) == before
 
 
-def test_layouts_lists_every_layout_with_its_structure(here: Here) -> None:
-    lines = output_of(here(pack.main, "--layouts")).splitlines()
+def test_layouts_lists_every_layout_with_its_structure(run_main: RunMain) -> None:
+    lines = output_of(run_main(pack.main, "--layouts")).splitlines()
     assert [line.split(maxsplit=1) for line in lines] == [[name, text] for name, text in KNOWN_LAYOUTS.items()]
 
 

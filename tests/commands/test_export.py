@@ -10,14 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import error_of, output_of
+from conftest import ROOT, error_of, output_of
 from safetensors.torch import load_file, save_file
 
 from mnistm_dist import load_model
 from mnistm_dist.export import IMAGES, compare, main, real_images
 from mnistm_dist.exported_model import ABOUT, run_onnx, run_torch
 
-pytest_plugins = ["trained_run"]
 pytest.importorskip("onnxruntime", reason='needs pip install "mnistm-dist[export]"')
 
 
@@ -56,7 +55,7 @@ def test_images_of_any_size_give_what_the_model_gives(exported, trained_run, nam
 def test_there_is_one_file_that_tells_nothing_of_this_machine(exported, trained_run, name):
     assert list(exported[name].parent.iterdir()) == [exported[name]]
     content = exported[name].read_bytes()
-    for path in (str(trained_run), str(Path(torch.__file__).parent), str(Path(__file__).parents[1])):
+    for path in (str(trained_run), str(Path(torch.__file__).parent), str(ROOT)):
         assert path.encode() not in content
 
 
@@ -90,16 +89,16 @@ def test_the_torch_file_is_not_tied_to_the_cpu(exported):
     assert "assert" not in str(program.graph)
 
 
-def test_a_file_that_is_there_is_replaced_only_by_force(exported, trained_run, here, tmp_path):
+def test_a_file_that_is_there_is_replaced_only_by_force(exported, trained_run, run_main, tmp_path):
     (tmp_path / "model.pt2").write_text("mine")
     flags = [trained_run, "--to", "torch", "--out", "model.pt2"]
-    assert "--force" in error_of(here(main, *flags))
+    assert "--force" in error_of(run_main(main, *flags))
     assert (tmp_path / "model.pt2").read_text() == "mine"
-    assert "differ by" in output_of(here(main, *flags, "--force"))
+    assert "differ by" in output_of(run_main(main, *flags, "--force"))
     assert run_torch(tmp_path / "model.pt2")(np.zeros((1, 28, 28, 3), np.uint8)).shape == (1, 10)
 
 
-def test_a_file_that_does_not_give_what_the_model_gives_is_not_kept(trained_run, here, tmp_path):
+def test_a_file_that_does_not_give_what_the_model_gives_is_not_kept(trained_run, run_main, tmp_path):
     """A model that gives NaN gives nothing that can be compared."""
     run = shutil.copytree(trained_run, tmp_path / "run")
     for checkpoint in (run / "checkpoints").iterdir():
@@ -114,7 +113,7 @@ def test_a_file_that_does_not_give_what_the_model_gives_is_not_kept(trained_run,
         (checkpoint / "state.json").write_text(json.dumps(state))
     out = tmp_path / "out"
     out.mkdir()
-    assert "differ" in error_of(here(main, run, "--to", "torch", "--out", "out/model.pt2"))
+    assert "differ" in error_of(run_main(main, run, "--to", "torch", "--out", "out/model.pt2"))
     assert not list(out.iterdir())
 
 
@@ -143,9 +142,9 @@ def test_the_images_are_the_runs_own_while_they_are_there(trained_run, small_set
     assert (found.shape, found.dtype, origin) == ((IMAGES, 28, 28, 3), np.uint8, "the bundled sample")
 
 
-def test_a_missing_package_is_named_with_its_remedy(trained_run, here, monkeypatch):
+def test_a_missing_package_is_named_with_its_remedy(trained_run, run_main, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    error = error_of(here(main, trained_run, "--to", "onnx", "--out", "model.onnx"))
+    error = error_of(run_main(main, trained_run, "--to", "onnx", "--out", "model.onnx"))
     assert "onnxscript is not installed" in error
     assert 'pip install "mnistm-dist[export]"' in error
 
@@ -161,8 +160,8 @@ def test_a_missing_package_is_named_with_its_remedy(trained_run, here, monkeypat
         (["RUN", "--to", "torch", "--out", "file/m.pt2"], "m.pt2"),
     ],
 )
-def test_a_user_error_is_one_line(trained_run, here, tmp_path, arguments, named):
+def test_a_user_error_is_one_line(trained_run, run_main, tmp_path, arguments, named):
     (tmp_path / "file").touch()
     before = set(tmp_path.iterdir())
-    assert named in error_of(here(main, *(trained_run if a == "RUN" else a for a in arguments)))
+    assert named in error_of(run_main(main, *(trained_run if a == "RUN" else a for a in arguments)))
     assert set(tmp_path.iterdir()) == before

@@ -16,8 +16,6 @@ from mnistm_dist.data.fetch import open_shards
 from mnistm_dist.data.loader import open_reader, train_batches
 from mnistm_dist.data.order import choose_reading, create_order
 
-pytest_plugins = ["trained_run"]
-
 
 def run_folder(place: Path, shards: Path, **fields: object) -> Path:
     """A run folder that holds only its configuration, resolved as at the first launch."""
@@ -36,7 +34,7 @@ def run_folder(place: Path, shards: Path, **fields: object) -> Path:
 @pytest.mark.parametrize(
     ("order", "reading"), [("full", "resident"), ("windowed", "resident"), ("windowed", "streaming")]
 )
-def test_plan_names_what_every_rank_is_given(world_size, order, reading, here, small_set, cache_dir, tmp_path):
+def test_plan_names_what_every_rank_is_given(world_size, order, reading, run_main, small_set, cache_dir, tmp_path):
     run = run_folder(tmp_path / "run", small_set, order=order, reader=reading, shuffle_streams=8, shuffle_window=20)
     config = configuration.load(run / "config.yaml")
     shards = open_shards(str(small_set), cache_dir=cache_dir)
@@ -55,27 +53,26 @@ def test_plan_names_what_every_rank_is_given(world_size, order, reading, here, s
             stop_step=step + 1,
         )
         ranks.append(shards.keys("train", np.concatenate([batch.ids for batch in share])))
-    result = json.loads(output_of(here(plan.main, run, "--step", step, "--world-size", world_size, "--json")))
+    result = json.loads(output_of(run_main(plan.main, run, "--step", step, "--world-size", world_size, "--json")))
     assert result == {"step": step, "epoch": step * 48 // TRAIN, "ranks": ranks}
 
 
-def test_plan_of_shards_is_that_of_a_new_run_of_the_default_recipe(here, small_set, tmp_path):
+def test_plan_of_shards_is_that_of_a_new_run_of_the_default_recipe(run_main, small_set, tmp_path):
     given = ["--shards", small_set, "--step", 3, "--json"]
-    result = json.loads(output_of(here(plan.main, *given)))
+    result = json.loads(output_of(run_main(plan.main, *given)))
     recipe = configuration.build("fast", configuration.read_recipe("fast"))
     assert len(result["ranks"][0]) == recipe.steps.batch_size
-    chosen = json.loads(output_of(here(plan.main, *given, "--batch-size", 48, "--seed", 11)))
+    chosen = json.loads(output_of(run_main(plan.main, *given, "--batch-size", 48, "--seed", 11)))
     run = run_folder(tmp_path / "run", small_set)
-    assert json.loads(output_of(here(plan.main, run, "--step", 3, "--json"))) == chosen
-    other = json.loads(
-        output_of(here(plan.main, *given, "--batch-size", 48, "--seed", 11, "--order", "windowed", "--world-size", 2))
-    )
+    assert json.loads(output_of(run_main(plan.main, run, "--step", 3, "--json"))) == chosen
+    flags = ("--batch-size", 48, "--seed", 11, "--order", "windowed", "--world-size", 2)
+    other = json.loads(output_of(run_main(plan.main, *given, *flags)))
     assert [len(keys) for keys in other["ranks"]] == [24, 24]
     assert [*other["ranks"][0], *other["ranks"][1]] != chosen["ranks"][0]
 
 
-def test_without_json_it_prints_lines_of_80_columns(here, small_set):
-    text = output_of(here(plan.main, "--shards", small_set, "--step", 1, "--batch-size", 12, "--world-size", 2))
+def test_without_json_it_prints_lines_of_80_columns(run_main, small_set):
+    text = output_of(run_main(plan.main, "--shards", small_set, "--step", 1, "--batch-size", 12, "--world-size", 2))
     lines = text.splitlines()
     assert lines[0] == "step 1 of epoch 0: 12 images, full order, seed 0"
     assert sum(line.startswith("rank ") for line in lines) == 2
@@ -114,5 +111,5 @@ def test_saved_images_are_those_of_the_step(small_set, tmp_path, capsys):
         (["--shards", "pipe:cat", "--step", "1"], "https://"),
     ],
 )
-def test_a_user_error_is_one_line(arguments, message, here, small_set):
-    assert message in error_of(here(plan.main, *(str(small_set) if a == "SET" else a for a in arguments)))
+def test_a_user_error_is_one_line(arguments, message, run_main, small_set):
+    assert message in error_of(run_main(plan.main, *(str(small_set) if a == "SET" else a for a in arguments)))

@@ -207,11 +207,8 @@ class Trainer:
         """Run the sanity checks of ``--sanity-checks`` on a few training images."""
         positions = step_positions(0, batch_size=min(32, self.schedule.train_size))
         images, labels = self.run.readers["train"].gather(self.run.order.ids(positions))
-        inputs, num_classes = (
-            self.preprocess(images, self.schedule.image_size(0)),
-            len(self.run.shards.manifest.classes),
-        )
-        first, last = check_model_learns(self.state.model, inputs, labels, num_classes)
+        inputs = self.preprocess(images, self.schedule.image_size(0))
+        first, last = check_model_learns(self.state.model, inputs, labels, len(self.run.shards.manifest.classes))
         self.logger.message(f"sanity checks: initial loss {first:.3f}; one batch overfitted to loss {last:.4f}")
 
     def fetch_losses(self) -> None:

@@ -18,7 +18,8 @@ from mnistm_dist.files import write_atomic
 from mnistm_dist.reporting.console import Console
 from mnistm_dist.reporting.describe import describe
 from mnistm_dist.reporting.predictions import Predictions, mistakes, read_predictions
-from mnistm_dist.reporting.tracking import Tracker, log_results
+from mnistm_dist.reporting.run_logger import log_results
+from mnistm_dist.reporting.tracking import Tracker
 from mnistm_dist.training import checkpoint as checkpoints
 from mnistm_dist.training.checkpoint import Checkpoint
 from mnistm_dist.training.environment import device_name

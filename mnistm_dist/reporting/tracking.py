@@ -7,32 +7,24 @@
 A tracker holds a copy: the run folder is complete without it.
 """
 
-from __future__ import annotations
-
 import netrc
 import os
 import queue
 import textwrap
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from mnistm_dist.reporting.predictions import Predictions, mistakes
-
-PROJECT = "mnistm-dist"
-"""W&B project, unless WANDB_PROJECT names another."""
+PROJECT = "mnistm-dist"  # W&B project, unless WANDB_PROJECT names another
+# Our own step metric: steps done, over all launches of a run. W&B's own counter drops repeated steps.
 STEP = "step"
-"""Our own step metric: steps done, over all launches of a run. W&B's own counter drops repeated steps."""
+# Timeouts of W&B at the start, after which the run is offline, and of the uploads at its end.
 INIT_SECONDS, FINISH_SECONDS = 10.0, 8.0
-"""Timeouts of W&B at the start, after which the run is offline, and of the uploads at its end."""
+# Most time that a run waits for its tracker to end: a launcher or Slurm kills a process that takes 30 s to exit.
 END_SECONDS = 20.0
-"""Most time that a run waits for its tracker to end: a launcher or Slurm kills a process that takes 30 s to exit."""
-QUEUE_SIZE = 20_000
-"""Entries that may wait for a tracker; further ones are dropped, and counted."""
-MOST_MISTAKES = 500
-"""Rows of a table of mistakes, at most."""
+QUEUE_SIZE = 20_000  # entries that may wait for a tracker; further ones are dropped, and counted
 
 
 class Tracker:
@@ -233,8 +225,6 @@ def open_tracker(
     mode, reason = choose_mode(tracker, os.environ)
     if mode == "none":
         return Tracker()
-    # Without a mode W&B uses WANDB_MODE and its own settings; an argument would override them.
-    offline = {"mode": "offline"} if mode == "offline" else {}
     return WandbTracker(
         reason,
         say,
@@ -244,7 +234,8 @@ def open_tracker(
         dir=str(run_dir),
         job_type="train",
         config=dict(config),
-        **offline,
+        # None: W&B uses WANDB_MODE and its own settings, which an argument would override.
+        mode="offline" if mode == "offline" else None,
     )
 
 
@@ -268,23 +259,3 @@ def has_api_key(environ: Mapping[str, str]) -> bool:
     except (OSError, netrc.NetrcParseError):
         return False
     return bool(entry and entry[2])
-
-
-def log_results(tracker: Tracker, figures: Iterable[Path], predictions: Mapping[str, Predictions], step: int) -> None:
-    """Log the figures of a run, and per split the confusion matrix (exact counts) and the mistakes as tables."""
-    tracker.log_images({f"figures/{path.stem}": path for path in figures}, step)
-    for split, results in predictions.items():
-        metrics = results.metrics
-        cells = [
-            [metrics.classes[i], metrics.classes[j], count]
-            for i, row in enumerate(metrics.confusion_matrix)
-            for j, count in enumerate(row)
-            if count
-        ]
-        tracker.log_table(f"{split}/confusion_matrix", ["true", "predicted", "count"], cells, step)
-        columns = ["key", "true", "predicted", "p(predicted)", "p(true)"]
-        rows = [
-            [row.key, row.true, row.predicted, row.probability, row.true_probability]
-            for row in mistakes(results, MOST_MISTAKES)
-        ]
-        tracker.log_table(f"{split}/mistakes", columns, rows, step)

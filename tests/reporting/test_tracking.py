@@ -18,13 +18,13 @@ from wandb_files import history, offline_records, server
 
 from mnistm_dist.reporting import tracking
 from mnistm_dist.reporting.predictions import read_predictions
+from mnistm_dist.reporting.run_logger import log_results
 from mnistm_dist.reporting.tracking import (
     BackgroundTracker,
     Tracker,
     WandbTracker,
     choose_mode,
     has_api_key,
-    log_results,
     one_line,
     open_tracker,
 )

@@ -1,14 +1,11 @@
 """Results as text: how numbers are written, and sentences that summarise a confusion matrix."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mnistm_dist.reporting.metrics import ClassScores, Confusion, Metrics
 
-MOST_NAMED = 3
-"""Items of a list that are named before the rest is counted."""
+MOST_NAMED = 3  # items of a list that are named before the rest is counted
 
 
 def number(value: float) -> str:

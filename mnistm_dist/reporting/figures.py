@@ -3,8 +3,6 @@
 The learning curve has its own module, `mnistm_dist.reporting.curves`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -20,10 +18,9 @@ from mnistm_dist.reporting.predictions import Mistake
 from mnistm_dist.reporting.style import COLUMN_INCHES, GRID, INK, MUTED, SERIES, SMALL, new_figure, styled
 
 TILES_ACROSS = 6
-MOST_MISTAKES = 36
-"""Mistakes that a figure shows, at most."""
+MOST_MISTAKES = 36  # that a figure shows
+# Opacity of the lightest and the darkest cell: the text stays legible on both, in a light and in a dark theme.
 WEAKEST_SHADE, STRONGEST_SHADE = 0.10, 0.60
-"""Opacity of the lightest and the darkest cell: the text stays legible on both, in a light and in a dark theme."""
 CENTRED: Any = {"ha": "center", "va": "center"}
 
 

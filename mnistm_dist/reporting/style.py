@@ -5,8 +5,6 @@ apart; markers and line styles differ too, for print in grey. No global setting 
 pyplot, and the style is active only while a figure is drawn or saved.
 """
 
-from __future__ import annotations
-
 import io
 import re
 from collections.abc import Callable
@@ -25,20 +23,18 @@ INK = "#1f2328"
 MUTED = "#656d76"
 GRID = "#d8dee4"
 GROUND = "#ffffff"
+# Blue, vermilion, green, purple, yellow (darkened for contrast on white) and sky blue.
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#56b4e9")
-"""Blue, vermilion, green, purple, yellow (darkened for contrast on white) and sky blue."""
 LINES = ("-", "--", "-.", ":")
 MARKERS = ("o", "D", "s", "^", "v", "P")
 PRINT_DPI = 160
-COLUMN_INCHES = 5.0
-"""Width of a figure: one column of a paper, the full width of a phone."""
-SMALL = 7.5
-"""Font size of annotations, points."""
+COLUMN_INCHES = 5.0  # width of a figure: one column of a paper, the full width of a phone
+SMALL = 7.5  # font size of annotations, points
 
+# The CSS variable that replaces each colour of a figure in SVG.
 THEME = {INK: "ink", MUTED: "muted", GRID: "rule", GROUND: "ground"} | {
     colour: f"series-{i + 1}" for i, colour in enumerate(SERIES)
 }
-"""The CSS variable that replaces each colour of a figure in SVG."""
 
 STYLE: Any = {  # Any: matplotlib types its keys as one literal of hundreds of names
     "font.family": "DejaVu Sans",

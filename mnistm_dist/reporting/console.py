@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TextIO, cast
 
 from rich.console import Console as RichConsole
@@ -22,7 +23,7 @@ from rich.console import RenderableType
 from rich.constrain import Constrain
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, Task, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from mnistm_dist.errors import escape_control
@@ -35,14 +36,6 @@ REFRESH_SECONDS = 0.5  # between two drawings of a bar in a terminal; each costs
 # Between two plain lines of a bar, at first and at most; it grows with the time that the bar is open.
 FIRST_LINE_SECONDS, LAST_LINE_SECONDS = 5.0, 60.0
 EVALUATION = "{:>5}  {:>6}  {:>5}  {:>10}  {:>6}  {:>8}  {}"  # a row of the table of evaluations
-# How a bar shows what was measured.
-MEASURED = {
-    "epoch": lambda epoch: f"epoch {epoch + 1}",
-    "loss": "loss {:.4f}".format,
-    "lr": "lr {:.2e}".format,
-    "images_per_second": lambda speed: f"{number(speed)} images/s",
-    "image_size": "{} px".format,
-}
 
 
 class LossyStream:
@@ -67,9 +60,8 @@ class LossyStream:
             if error.errno in (errno.EPIPE, errno.EIO):
                 # Python flushes standard output when it exits, and would fail again, with another exit code:
                 # https://docs.python.org/3/library/signal.html#note-on-sigpipe
-                null = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(null, self._stream.fileno())
-                os.close(null)
+                with Path(os.devnull).open("w") as null:
+                    os.dup2(null.fileno(), self._stream.fileno())
         return len(text)
 
     def flush(self) -> None:
@@ -109,28 +101,15 @@ def _rate(task: Task, speed: float) -> str:
 
 
 class Bar:
-    """A bar. Updates are cheap: it is drawn only now and then. It is a callback ``progress(done, total)``, too."""
+    """A bar, which is a callback ``progress(done, total)``. Calls are cheap: it is drawn only now and then."""
 
     def __init__(self, console: Console, task: Task) -> None:
         self._console, self._task, self._drawn = console, task, time.monotonic()
 
-    def update(self, done: int, **measured: float) -> None:
-        """Set how much is done.
-
-        Args:
-            done: of a training: steps, over all launches of the run.
-            measured: shown instead of the speed: ``epoch`` (from 0, shown from 1), ``loss``, ``lr``,
-                ``images_per_second`` (over all processes), ``image_size`` (pixels).
-        """
-        self._advance(done, None, "  ".join(MEASURED[name](value) for name, value in measured.items()))
-
-    def __call__(self, done: int, total: int) -> None:
-        """Set how much is done of ``total``; 0: unknown."""
-        self._advance(done, total or None, "")
-
-    def _advance(self, done: int, total: int | None, note: str) -> None:
+    def __call__(self, done: int, total: int = 0, note: str = "") -> None:
+        """Set how much is done of ``total``; 0: as before, or unknown. ``note`` is shown instead of the speed."""
         console, task, now = self._console, self._task, time.monotonic()
-        console.bars.update(task.id, total=total, completed=done, note=note)
+        console.bars.update(task.id, total=total or None, completed=done, note=note)
         line_seconds = min(max(FIRST_LINE_SECONDS, (task.elapsed or 0.0) / 50), LAST_LINE_SECONDS)
         if now - self._drawn < (REFRESH_SECONDS if console.live else line_seconds):
             return
@@ -153,10 +132,8 @@ class Console:
     def __init__(self, enabled: bool = True, stream: TextIO | None = None) -> None:
         stream = stream or sys.stdout
         can_redraw = stream.isatty() and os.environ.get("TERM", "").lower() not in ("", "dumb", "unknown")
-        self.live = enabled and can_redraw
-        """Whether bars are redrawn in place."""
-        self.left_out = 0.0
-        """Seconds that the bars do not count; add to it what was spent on something else."""
+        self.live = enabled and can_redraw  # whether bars are redrawn in place
+        self.left_out = 0.0  # seconds that the bars do not count; add to it what was spent on something else
         self._rich = RichConsole(
             file=cast(TextIO, LossyStream(stream)),
             highlight=False,
@@ -185,9 +162,7 @@ class Console:
             for line in (title, *(f"  {name:<{width}}  {value}" for name, value in rows.items())):
                 self.line(line)
             return
-        grid = Table.grid(padding=(0, 2))
-        grid.add_column(style="cyan", no_wrap=True)
-        grid.add_column(overflow="fold")
+        grid = Table.grid(Column(style="cyan", no_wrap=True), Column(overflow="fold"), padding=(0, 2))
         for name, value in rows.items():
             grid.add_row(Text(escape_control(name)), Text(escape_control(value)))
         head, width = Text(escape_control(title), style="bold"), min(self._rich.width, WIDEST)
@@ -211,8 +186,8 @@ class Console:
 
         If the context exits without an error and no other bar is open, one line with time and speed is left.
         """
-        scale_digits_unit = (1e-6, 1, "MB") if unit == "bytes" else (1, 0, unit)
-        fields: Any = {"unit": scale_digits_unit, "first": start, "note": ""}
+        # The unit: its scale, decimals and name.
+        fields: Any = {"unit": (1e-6, 1, "MB") if unit == "bytes" else (1, 0, unit), "first": start, "note": ""}
         self.bars.start()
         self.bars.add_task(escape_control(description), total=total, completed=start, **fields)
         task = self.bars.tasks[-1]

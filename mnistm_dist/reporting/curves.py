@@ -160,8 +160,16 @@ def _mark_sizes(panels: Sequence[Axes], rows: Sequence[Row]) -> None:
         if i % 2 == 0:
             for axes in panels:
                 axes.axvspan(start, end, color=GRID, alpha=0.4, linewidth=0, zorder=0)
-        style: Any = {"ha": "center", "va": "bottom", "fontsize": SMALL, "color": INK}
-        panels[1].text((start + end) / 2, 0.03, f"{size} px", transform=panels[1].get_xaxis_transform(), **style)
+        panels[1].text(
+            (start + end) / 2,
+            0.03,
+            f"{size} px",
+            ha="center",
+            va="bottom",
+            fontsize=SMALL,
+            color=INK,
+            transform=panels[1].get_xaxis_transform(),
+        )
 
 
 def _mark_resumes(panels: Sequence[Axes], rows: Sequence[Row]) -> None:

@@ -125,7 +125,6 @@ class Metrics:
     def to_json(self) -> dict[str, Any]:
         """Return the fields of a split in ``summary.json``. ``worst_cell`` is None if there are no errors."""
         cells = [asdict(cell) for cell in self.confusions[:WORST_CONFUSIONS]]
-        rows = [asdict(row) for row in self.per_class]
         return {
             "classes": list(self.classes),
             "total": self.total,
@@ -133,7 +132,7 @@ class Metrics:
             "accuracy": self.accuracy,
             "interval95": list(self.interval95),
             "confusion_matrix": [list(row) for row in self.confusion_matrix],
-            "per_class": [{"class": row.pop("name"), **row} for row in rows],
+            "per_class": [{"class": row.pop("name"), **row} for row in map(asdict, self.per_class)],
             "worst_confusions": cells,
             "log_loss": self.log_loss,
             "calibration_error": self.calibration_error,

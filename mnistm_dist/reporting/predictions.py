@@ -117,8 +117,7 @@ class PairedDifference:
     @property
     def significant(self) -> bool:
         """Whether the interval excludes 0."""
-        low, high = self.interval95
-        return low > 0 or high < 0
+        return not self.interval95[0] <= 0 <= self.interval95[1]
 
 
 def paired_difference(run: Predictions, reference: Predictions) -> PairedDifference | None:

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from mnistm_dist.reporting.console import Bar, Console
+from mnistm_dist.reporting.describe import number
 from mnistm_dist.reporting.metrics import measure
 from mnistm_dist.reporting.predictions import Predictions, mistakes
-from mnistm_dist.reporting.tracking import Tracker
+from mnistm_dist.reporting.tracking import Table, Tracker
 
 MOST_MISTAKES = 500  # rows of a tracker's table of mistakes, at most
 
@@ -45,14 +46,9 @@ class RunLogger:
         self.write_row({"kind": "train", **row})
         scalars = {name: value for name, value in row.items() if "/" in name and value is not None}
         self.tracker.log(scalars, step=row["step"])
-        self._bar.update(
-            row["step"],
-            epoch=row["epoch"],
-            loss=row["train/loss"],
-            lr=row["train/learning_rate"],
-            images_per_second=row["train/images_per_second"],
-            image_size=row["train/image_size"],
-        )
+        epoch, loss, rate = row["epoch"] + 1, row["train/loss"], row["train/learning_rate"]
+        speed, size = number(row["train/images_per_second"]), row["train/image_size"]
+        self._bar(row["step"], note=f"epoch {epoch}  loss {loss:.4f}  lr {rate:.2e}  {speed} images/s  {size} px")
 
     def evaluation_row(self, row: dict[str, Any], labels: np.ndarray, probabilities: np.ndarray) -> None:
         """Log an evaluation.
@@ -83,21 +79,27 @@ class RunLogger:
         self.console.line(text)
 
 
-def log_results(tracker: Tracker, figures: Iterable[Path], predictions: Mapping[str, Predictions], step: int) -> None:
-    """Log the figures of a run, and per split the confusion matrix (exact counts) and the mistakes as tables."""
-    tracker.log_images({f"figures/{path.stem}": path for path in figures}, step)
+def log_results(
+    tracker: Tracker,
+    summary: Mapping[str, Any],
+    figures: Iterable[Path],
+    predictions: Mapping[str, Predictions],
+    step: int,
+) -> None:
+    """Log summary and figures of a run, and per split confusion matrix (exact counts) and mistakes as tables."""
+    tables: dict[str, Table] = {}
     for split, results in predictions.items():
-        metrics = results.metrics
+        classes = results.classes
         cells = [
-            [metrics.classes[i], metrics.classes[j], count]
-            for i, row in enumerate(metrics.confusion_matrix)
+            [classes[i], classes[j], count]
+            for i, row in enumerate(results.metrics.confusion_matrix)
             for j, count in enumerate(row)
             if count
         ]
-        tracker.log_table(f"{split}/confusion_matrix", ["true", "predicted", "count"], cells, step)
-        columns = ["key", "true", "predicted", "p(predicted)", "p(true)"]
         rows = [
             [row.key, row.true, row.predicted, row.probability, row.true_probability]
             for row in mistakes(results, MOST_MISTAKES)
         ]
-        tracker.log_table(f"{split}/mistakes", columns, rows, step)
+        tables[f"{split}/confusion_matrix"] = ["true", "predicted", "count"], cells
+        tables[f"{split}/mistakes"] = ["key", "true", "predicted", "p(predicted)", "p(true)"], rows
+    tracker.log_results(summary, {f"figures/{path.stem}": path for path in figures}, tables, step)

@@ -164,7 +164,12 @@ def read_run(path: Path, version: str, predictions: Mapping[str, Predictions] | 
     metrics: dict[str, Metrics] = {}
     for split in SPLITS:
         file, stored = path / f"predictions_{split}.csv", getattr(summary, split)
-        results = (predictions or {}).get(split) or _predictions(file, missing)
+        results = (predictions or {}).get(split)
+        if results is None and file.exists():
+            try:
+                results = read_predictions(file)
+            except UserError as error:
+                missing.append(f"{file.name}{str(error).removeprefix(str(file))}.")
         if results is not None:
             read[split], metrics[split] = results, results.metrics
         elif stored is not None:
@@ -202,10 +207,9 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _text(path: Path, missing: list[str]) -> str | None:
     try:
         return path.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        missing.append(f"{path.name}: not found.")
     except OSError as error:
-        missing.append(f"{path.name}: cannot be read ({os_error_reason(error)}).")
+        result = "not found" if isinstance(error, FileNotFoundError) else f"cannot be read ({os_error_reason(error)})"
+        missing.append(f"{path.name}: {result}.")
     return None
 
 
@@ -242,16 +246,6 @@ def _rows(path: Path, missing: list[str]) -> list[Row]:
     return rows
 
 
-def _predictions(file: Path, missing: list[str]) -> Predictions | None:
-    if not file.exists():
-        return None
-    try:
-        return read_predictions(file)
-    except UserError as error:
-        missing.append(f"{file.name}{str(error).removeprefix(str(file))}.")
-        return None
-
-
 def differing_fields(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
     """Return the fields of the configurations that differ, with their values in the order of the runs.
 
@@ -259,8 +253,7 @@ def differing_fields(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
     not. A field that a run does not have is None.
     """
     compared = [_compared_fields(run) for run in runs]
-    names = dict.fromkeys(name for fields in compared for name in fields)
-    values = {name: [fields.get(name) for fields in compared] for name in names}
+    values = {name: [other.get(name) for other in compared] for fields in compared for name in fields}
     return {name: row for name, row in values.items() if any(value != row[0] for value in row[1:])}
 
 

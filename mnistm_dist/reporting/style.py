@@ -7,10 +7,8 @@ pyplot, and the style is active only while a figure is drawn or saved.
 
 import io
 import re
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any
 
 import matplotlib
 from markupsafe import Markup, escape
@@ -67,18 +65,8 @@ STYLE: Any = {  # Any: matplotlib types its keys as one literal of hundreds of n
     "svg.fonttype": "none",
 }
 
-Arguments = ParamSpec("Arguments")
-
-
-def styled(draw: Callable[Arguments, Figure]) -> Callable[Arguments, Figure]:
-    """Decorate a function that draws a figure so that it runs with `STYLE`."""
-
-    @wraps(draw)
-    def draw_styled(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Figure:
-        with matplotlib.rc_context(STYLE):
-            return draw(*args, **kwargs)
-
-    return draw_styled
+# Decorates a function that draws or saves a figure: it runs with `STYLE`.
+styled = matplotlib.rc_context(STYLE)
 
 
 def new_figure(height: float, width: float = COLUMN_INCHES, gap: float = 0.04, title: str = "") -> Figure:
@@ -90,10 +78,11 @@ def new_figure(height: float, width: float = COLUMN_INCHES, gap: float = 0.04, t
     return figure
 
 
+@styled
 def save(figure: Figure, path: Path) -> None:
     """Write a figure atomically, without a date. The suffix is the format: ``.png``, ``.svg``, ``.pdf``. Raises
     `OSError`."""
-    with matplotlib.rc_context(STYLE), atomic_path(path) as temporary:
+    with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=PRINT_DPI, metadata={"Software": None} if path.suffix == ".png" else {})
 
 
@@ -106,11 +95,11 @@ def to_svg(figure: Figure, name: str, description: str) -> Markup:
         description: text alternative for screen readers.
     """
     buffer = io.StringIO()
+    no_metadata: Any = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
     text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
     text = re.sub(r"(font: [^;\"']*?px) '[^;\"]*", r"\g<1> system-ui, sans-serif", text)
     for colour, variable in THEME.items():

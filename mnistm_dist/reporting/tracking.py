@@ -12,7 +12,8 @@ import os
 import queue
 import textwrap
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -26,24 +27,30 @@ INIT_SECONDS, FINISH_SECONDS = 10.0, 8.0
 END_SECONDS = 20.0
 QUEUE_SIZE = 20_000  # entries that may wait for a tracker; further ones are dropped, and counted
 
+# The names of the columns, and the rows.
+Table = tuple[list[str], list[list[Any]]]
+
 
 class Tracker:
     """Logs a run somewhere; this class does nothing."""
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
-        """Log scalars; ``step``: steps done."""
+        """Log scalars, which must not be changed afterwards; ``step``: steps done."""
 
-    def log_images(self, images: Mapping[str, Path], step: int) -> None:
-        """Log image files, which must exist until the run ends."""
+    def log_results(
+        self, summary: Mapping[str, Any], figures: Mapping[str, Path], tables: Mapping[str, Table], step: int
+    ) -> None:
+        """Log the results of a finished run.
 
-    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
-        """Log a table of texts and numbers."""
+        Args:
+            summary: values of the run as a whole.
+            figures: image files, which must exist until the run ends.
+            tables: tables of texts and numbers.
+            step: steps done.
+        """
 
     def log_checkpoint(self, folder: Path, aliases: Sequence[str] = ()) -> None:
         """Upload a checkpoint."""
-
-    def summary(self, values: Mapping[str, Any]) -> None:
-        """Set values of the run as a whole."""
 
     def finish(self, exit_code: int, state: str) -> None:
         """End the run.
@@ -100,21 +107,20 @@ class BackgroundTracker(Tracker):
             self.say(f"the tracker was too slow for {self._dropped:,} entries, which are only in log.jsonl")
 
     def _serve(self) -> None:
-        try:
+        with self._report_failure():
             opened = self.open()
-        except self.failures as error:
-            self._report(error)
-            return
-        for work in iter(self._queue.get, None):
-            try:
-                work(opened)
-            except self.failures as error:
-                self._report(error)
+            for work in iter(self._queue.get, None):
+                with self._report_failure():
+                    work(opened)
 
-    def _report(self, error: Exception) -> None:
-        if not self._failed:
-            self.say(f"the tracker failed ({one_line(error)}); training continues; {self.hint}")
-        self._failed = True
+    @contextmanager
+    def _report_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except self.failures as error:
+            if not self._failed:
+                self.say(f"the tracker failed ({one_line(error)}); training continues; {self.hint}")
+            self._failed = True
 
 
 class WandbTracker(BackgroundTracker):
@@ -170,20 +176,19 @@ class WandbTracker(BackgroundTracker):
             opened.teardown()
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
-        row = {**values, STEP: step}
-        self.submit(lambda wandb: wandb.log(row))
+        self.submit(lambda wandb: wandb.log({**values, STEP: step}))
 
-    def log_images(self, images: Mapping[str, Path], step: int) -> None:
-        self.submit(
-            lambda wandb: wandb.log({STEP: step, **{name: wandb.Image(str(path)) for name, path in images.items()}})
-        )
-
-    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
-        self.submit(
-            lambda wandb: wandb.log(
-                {STEP: step, name: wandb.Table(columns=list(columns), data=[list(row) for row in rows])}
+    def log_results(
+        self, summary: Mapping[str, Any], figures: Mapping[str, Path], tables: Mapping[str, Table], step: int
+    ) -> None:
+        def log(wandb: Any) -> None:
+            wandb.summary.update(dict(summary))
+            wandb.log({STEP: step, **{name: wandb.Image(str(path)) for name, path in figures.items()}})
+            wandb.log(
+                {STEP: step, **{name: wandb.Table(columns=head, data=rows) for name, (head, rows) in tables.items()}}
             )
-        )
+
+        self.submit(log)
 
     def log_checkpoint(self, folder: Path, aliases: Sequence[str] = ()) -> None:
         self.submit(
@@ -191,10 +196,6 @@ class WandbTracker(BackgroundTracker):
                 str(folder), name=f"checkpoint-{wandb.run.id}", type="model", aliases=[*aliases, folder.name]
             )
         )
-
-    def summary(self, values: Mapping[str, Any]) -> None:
-        kept = dict(values)
-        self.submit(lambda wandb: wandb.summary.update(kept))
 
 
 def one_line(error: Exception) -> str:

@@ -137,7 +137,7 @@ def predict_files(
         if names:
             rows = model.classify(torch.cat(prepared), batch_size=batch_size).astype("float64").round(DECIMALS).tolist()
             results += [FilePrediction(file=name, probabilities=row) for name, row in zip(names, rows, strict=True)]
-        bar.update(min(start + batch_size, len(files)))
+        bar(min(start + batch_size, len(files)))
     return results
 
 

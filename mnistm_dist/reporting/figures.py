@@ -3,8 +3,6 @@
 The learning curve has its own module, `mnistm_dist.reporting.curves`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +10,6 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import NullLocator
 
 from mnistm_dist.reporting.describe import percent, plural
 from mnistm_dist.reporting.metrics import CalibrationBin, Metrics
@@ -20,10 +17,9 @@ from mnistm_dist.reporting.predictions import Mistake
 from mnistm_dist.reporting.style import COLUMN_INCHES, GRID, INK, MUTED, SERIES, SMALL, new_figure, styled
 
 TILES_ACROSS = 6
-MOST_MISTAKES = 36
-"""Mistakes that a figure shows, at most."""
+MOST_MISTAKES = 36  # that a figure shows
+# Opacity of the lightest and the darkest cell: the text stays legible on both, in a light and in a dark theme.
 WEAKEST_SHADE, STRONGEST_SHADE = 0.10, 0.60
-"""Opacity of the lightest and the darkest cell: the text stays legible on both, in a light and in a dark theme."""
 CENTRED: Any = {"ha": "center", "va": "center"}
 
 
@@ -62,8 +58,7 @@ def confusion_matrix(metrics: Metrics, title: str = "Confusion matrix") -> Figur
     for i, scores in enumerate(metrics.per_class):
         recall, colour = ("no images", MUTED) if scores.recall is None else (percent(scores.recall, 1), INK)
         axes.text(width - 0.3, i, recall, ha="left", va="center", fontsize=SMALL, color=colour)
-    errors = plural(metrics.total - metrics.correct, "error")
-    title = f"{title}: {errors} in {plural(metrics.total, 'image')}"
+    title = f"{title}: {plural(metrics.total - metrics.correct, 'error')} in {plural(metrics.total, 'image')}"
     axes.set(xlim=(-0.5, width + 1.0), ylim=(width - 0.5, -0.5), aspect="equal", title=title)
     axes.set_xticks(range(width), metrics.classes)
     axes.set_yticks(range(width), metrics.classes)
@@ -133,9 +128,18 @@ def per_class(metrics: Metrics, title: str = "Precision and recall of each class
     ):
         dots = [(value, i - shift) for i, scores in present if (value := getattr(scores, name)) is not None]
         lowest = min([lowest, *(value for value, _ in dots)])
-        style: Any = {"color": colour, "markersize": 5.5, "markerfacecolor": fill, "markeredgewidth": 1.4}
-        x, y = [100 * value for value, _ in dots], [place for _, place in dots]
-        axes.plot(x, y, marker, label=name, clip_on=False, zorder=3, **style)
+        axes.plot(
+            [100 * value for value, _ in dots],
+            [place for _, place in dots],
+            marker,
+            label=name,
+            color=colour,
+            markersize=5.5,
+            markerfacecolor=fill,
+            markeredgewidth=1.4,
+            clip_on=False,
+            zorder=3,
+        )
     # A round start of the axis that leaves space for the differences between the classes.
     start = next((low for low in (99, 98, 95, 90, 80, 50) if 100 * lowest > low + (100 - low) * 0.1), 0)
     axes.set(xlim=(start, 100), ylim=(width - 0.5, -0.5), xlabel="%", ylabel="class", title=title)
@@ -177,5 +181,5 @@ def calibration(bins: Sequence[CalibrationBin], error: float, title: str = "Cali
     # Most images are in the last bin: only a logarithmic axis shows the others, and a bin of one image.
     lower.set(yscale="log", ylim=(0.7, max(counts) * 2), xlabel="confidence, %", ylabel="images")
     lower.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    lower.yaxis.set_minor_locator(NullLocator())
+    lower.minorticks_off()
     return figure

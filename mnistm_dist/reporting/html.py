@@ -3,8 +3,6 @@
 The templates hold the markup; this module prepares the values that they show.
 """
 
-from __future__ import annotations
-
 import base64
 import dataclasses
 import statistics
@@ -19,17 +17,15 @@ from mnistm_dist import __version__
 from mnistm_dist.config import Config
 from mnistm_dist.files import explain_os_errors, write_atomic
 from mnistm_dist.reporting import figures
-from mnistm_dist.reporting.comparison import differing_fields, paired_difference, seed_groups
 from mnistm_dist.reporting.curves import learning_curve, learning_curves
 from mnistm_dist.reporting.describe import describe, describe_checkpoint, duration, number, percent, plural
 from mnistm_dist.reporting.metrics import calibration_bins
-from mnistm_dist.reporting.predictions import Predictions, mistakes
-from mnistm_dist.reporting.runs import SPLITS, RunRecord, flatten, read_runs
+from mnistm_dist.reporting.predictions import Predictions, mistakes, paired_difference
+from mnistm_dist.reporting.runs import SPLITS, RunRecord, differing_fields, flatten, read_runs, seed_groups
 from mnistm_dist.reporting.style import to_svg
 
 SPLIT_NAMES = {"val": "validation", "test": "test"}
-MISTAKES_LISTED = 20
-"""Rows of a table of mistakes, at most."""
+MISTAKES_LISTED = 20  # rows of a table of mistakes, at most
 
 
 def write_report(

@@ -122,7 +122,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mnistm_dist.data.decode_errors import explain_decode_errors
+from mnistm_dist.data.image_io import explain_decode_errors
 from mnistm_dist.data.sources.base import Source
 from mnistm_dist.data.sources.data_files import array_source
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from mnistm_dist.data.loader import Batch, train_batches
 from mnistm_dist.data.order import step_positions
-from mnistm_dist.data.progress import Progress
+from mnistm_dist.data.parallel import Progress
 from mnistm_dist.data.transforms import Augment, Preprocess
 from mnistm_dist.errors import UserError
 from mnistm_dist.training import checkpoint as checkpoints

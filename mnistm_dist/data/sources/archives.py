@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import IO, Any, cast
 
-from mnistm_dist.data.decode_errors import explain_decode_errors
+from mnistm_dist.data.image_io import explain_decode_errors
 from mnistm_dist.errors import UserError, escape_control
 
 MAX_FILE_BYTES = 64 << 20

@@ -18,8 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from mnistm_dist.data.decode_errors import explain_decode_errors
-from mnistm_dist.data.image_io import MAX_SIDE
+from mnistm_dist.data.image_io import MAX_SIDE, explain_decode_errors
 from mnistm_dist.data.sources.archives import check_expansion, check_size
 from mnistm_dist.data.sources.base import SPLITS, Sample, Source, check_labels
 from mnistm_dist.data.sources.matlab import read_arrays

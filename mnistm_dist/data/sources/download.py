@@ -17,7 +17,7 @@ from urllib.parse import unquote
 from mnistm_dist.data import fetch as transfer
 from mnistm_dist.data.cache import cache_entry
 from mnistm_dist.data.fetch import RemoteFile
-from mnistm_dist.data.progress import Progress
+from mnistm_dist.data.parallel import Progress
 from mnistm_dist.errors import UserError
 
 Copy = Mapping[str, RemoteFile]
@@ -69,10 +69,7 @@ def fetch_mnist(cache_dir: Path) -> Path:
 
 
 def _copy_at(address: str) -> Copy:
-    parts = transfer.split_address(address)
-    if parts is None:
-        raise UserError(f"--download {address}: expected {OFFICIAL} or an address ({', '.join(transfer.SCHEMES)})")
-    name = Path(unquote(parts.path).replace("\0", "")).name.strip(".") or "set"
+    name = Path(unquote(transfer.split_address(address, OFFICIAL).path).replace("\0", "")).name.strip(".") or "set"
     return {name: RemoteFile(address=address)}
 
 

@@ -7,7 +7,7 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from mnistm_dist.data.decode_errors import UNREADABLE, explain_decode_errors
+from mnistm_dist.data.image_io import UNREADABLE, explain_decode_errors
 from mnistm_dist.data.sources.archives import Decompressed
 from mnistm_dist.data.sources.base import split_of
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mnistm_dist.data.decode_errors import explain_decode_errors
+from mnistm_dist.data.image_io import explain_decode_errors
 from mnistm_dist.data.sources.archives import Decompressed
 from mnistm_dist.data.sources.base import check_labels
 from mnistm_dist.errors import UserError

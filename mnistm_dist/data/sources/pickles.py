@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mnistm_dist.data.decode_errors import explain_decode_errors
+from mnistm_dist.data.image_io import explain_decode_errors
 from mnistm_dist.data.sources.archives import Decompressed
 from mnistm_dist.data.sources.base import Source
 from mnistm_dist.data.sources.data_files import Arrays, array_source

@@ -16,9 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mnistm_dist.data.decode_errors import UNREADABLE, explain_decode_errors
 from mnistm_dist.data.hashing import uniform
-from mnistm_dist.data.image_io import formats_here
+from mnistm_dist.data.image_io import UNREADABLE, explain_decode_errors, formats_here
 from mnistm_dist.data.sources.base import Sample, Source
 from mnistm_dist.data.sources.idx import Digits, read_digits
 from mnistm_dist.errors import UserError

@@ -36,12 +36,12 @@ class Synthesis:
     Args:
         mnist: For mnist+photos and pickles: folder of MNIST's four IDX files. auto: download them.
         photos: For mnist+photos: folder of colour photos.
-        blends: For mnist+photos and sample: training images per digit, each over another patch. none: 1.
+        blends: For mnist+photos and sample: training images per digit, each over another patch.
     """
 
     mnist: OrNone[str] = None
     photos: OrNone[str] = None
-    blends: OrNone[Annotated[int, Field(ge=1, le=1_000)]] = None
+    blends: Annotated[int, Field(ge=1, le=1_000)] = 1
 
 
 @checked

@@ -1,7 +1,5 @@
 """The command line: tyro reads the flags, pydantic converts and checks their values, results go to stdout."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import inspect
@@ -26,10 +24,11 @@ from mnistm_dist.config import (
     Config,
     build,
     fields_of,
+    flag_error,
     read_recipe,
     replace,
 )
-from mnistm_dist.errors import UserError, errors_once_per_node, flag_error
+from mnistm_dist.errors import UserError, errors_once_per_node
 
 TRAIN_HELP = f"""Train an image classifier on packed shards.
 

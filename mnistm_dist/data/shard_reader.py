@@ -6,6 +6,7 @@ it is next opened.
 
 import contextlib
 import os
+import struct
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -113,6 +114,16 @@ class SplitReader:
         entry = self.shards.split(self.split)
         shard = entry.shards[int(np.searchsorted(entry.shard_starts, sample, side="right")) - 1]
         return f"{self.shards.root / shard.name}: {self.shards.keys(self.split, [sample])[0]}.png"
+
+
+def _has_header(data: np.ndarray, offsets: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
+    """Return whether a PNG of 8-bit RGB, not interlaced, of that (height, width) starts at each offset."""
+    height, width = image_size
+    # Signature and IHDR, PNG specification (third edition), 5.2 and 11.2.1.
+    header = b"\x89PNG\r\n\x1a\n" + struct.pack(">I4sIIBBBBB", 13, b"IHDR", width, height, 8, 2, 0, 0, 0)
+    # The last PNGs of a damaged set may end before their header does.
+    places = np.minimum(offsets[:, None] + np.arange(len(header)), len(data) - 1)
+    return (data[places] == np.frombuffer(header, dtype=np.uint8)).all(axis=1)
 
 
 def set_entry(cache_dir: Path, shards: ShardSet) -> AbstractContextManager[Path]:

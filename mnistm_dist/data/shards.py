@@ -32,8 +32,6 @@ class Block:
     """Where each PNG starts in ``data``, int64 (n,)."""
     sizes: np.ndarray
     """Bytes of each PNG, int64 (n,)."""
-    plain: np.ndarray
-    """Whether each has the header of an 8-bit RGB PNG of the set's image size, not interlaced, bool (n,)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,8 +135,7 @@ class ShardSet:
                         if file.readinto(data[start : start + length].data) != length:
                             raise OSError("truncated while it was read")
         in_data = offsets + np.repeat(starts - offsets[firsts], np.diff(edges))
-        plain = _has_header(data, in_data, self.manifest.image_size)
-        return Block(ids=ids, data=data, offsets=in_data, sizes=sizes, plain=plain)
+        return Block(ids=ids, data=data, offsets=in_data, sizes=sizes)
 
     def files(self, splits: Iterable[str]) -> dict[Path, SetFile]:
         """Return the files of the splits by their paths: per split the index, then the shards in order."""

@@ -33,7 +33,8 @@ from mnistm_dist.errors import UserError, errors_once_per_node
 TRAIN_HELP = f"""Train an image classifier on packed shards.
 
     python -m mnistm_dist.train --shards shards/official
-    accelerate launch --num_processes 8 -m mnistm_dist.train --recipe best
+    accelerate launch --config_file accelerate_config.yaml --num_processes 8 \\
+        -m mnistm_dist.train
     python -m mnistm_dist.train --resume runs/NAME
 
 Recipes: {", ".join(RECIPES)}, or a YAML file. Without --recipe it
@@ -162,8 +163,8 @@ def _tyro(target: Any, argv: list[str], name: str, head: str = "", **options: An
     except SystemExit as stop:
         if stop.code:
             _, *lines = re.sub("[│╰╯]", " ", err.getvalue()).split("\n")  # a title, then parts between rules
-            message = re.sub(r"\.? [-─]{3,}", ";", " ".join(" ".join(lines).split()))
-            raise UserError(message.rstrip(";")) from None
+            message = re.sub(r"\.? ?[-─]{3,}", ";", " ".join(" ".join(lines).split()))
+            raise UserError(message.strip("; ")) from None
         text = out.getvalue()
         if text.startswith("usage: "):
             # tyro would join the lines of the head, and does not wrap the usage.

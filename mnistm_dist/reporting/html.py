@@ -128,9 +128,9 @@ def _subtitle(run: RunRecord) -> str:
         # A run writes its summary, then this page, and then the state `finished`.
         state, step = ("finished", run.summary.steps) if run.summary.steps else ("running, or killed", step)
     recipe = run.summary.recipe or run.config.get("recipe", "unknown")
-    parts = [f"recipe {recipe}", state, "" if step is None else f"step {step:,}", run.state.reason or ""]
-    parts.append(f"resumed {plural(_resumes(run), 'time')}" if _resumes(run) else "")
-    return " · ".join(filter(None, parts))
+    at_step = "" if step is None else f"step {step:,}"
+    resumed = f"resumed {plural(_resumes(run), 'time')}" if _resumes(run) else ""
+    return " · ".join(filter(None, (f"recipe {recipe}", state, at_step, run.state.reason, resumed)))
 
 
 def _tiles(run: RunRecord) -> list[tuple[str, str]]:

@@ -98,13 +98,10 @@ def to_svg(figure: Figure, name: str, description: str) -> Markup:
     no_metadata: Any = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
+    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", buffer.getvalue())
     text = re.sub(r"(font: [^;\"']*?px) '[^;\"]*", r"\g<1> system-ui, sans-serif", text)
-    for colour, variable in THEME.items():
-        text = text.replace(colour, f"var(--{variable})")
+    text = re.sub("|".join(THEME), lambda colour: f"var(--{THEME[colour[0]]})", text)
     # The page sets the width; the view box keeps the aspect ratio.
-    head, _, body = text.partition(">")
+    head, _, body = text[text.index("<svg") :].partition(">")
     head = re.sub(r' (width|height)="[^"]*"', "", head)
     return Markup(f'{head} role="img" aria-label="{escape(description)}">{body}')

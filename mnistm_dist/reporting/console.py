@@ -214,9 +214,7 @@ class Console:
             head = EVALUATION.format("epoch", "step", "split", "train loss", "loss", "accuracy", "")
             self.line(head.rstrip(), "bold underline")
         split, size, train_loss = row.get("split", "val"), row.get("image_size"), row.get("train/loss")
-        note = "best" if row.get("best") else ""
-        if size is not None and size < row.get("full_image_size", size):
-            note = f"{note} at {size} px".lstrip()
+        at_size = f"at {size} px" if size is not None and size < row.get("full_image_size", size) else ""
         text = EVALUATION.format(
             row["epoch"] + 1,
             f"{row['step']:,}",
@@ -224,7 +222,7 @@ class Console:
             "" if train_loss is None else f"{train_loss:.4f}",
             f"{row[f'{split}/loss']:.4f}",
             f"{100 * row[f'{split}/accuracy']:.2f} %",
-            note,
+            f"{'best' if row.get('best') else ''} {at_size}".lstrip(),
         )
         self.line(text.rstrip(), "green" if row.get("best") else "")
 

@@ -37,7 +37,16 @@ def confusion_matrix(metrics: Metrics, title: str = "Confusion matrix") -> Figur
     size = (0.44 if width <= 12 else 0.38) * (width + 3.2)
     figure = new_figure(height=size * 0.92, width=max(size, COLUMN_INCHES))
     title = f"{title}: {plural(metrics.total - metrics.correct, 'error')} in {plural(metrics.total, 'image')}"
-    axes = figure.add_subplot(xlim=(-0.5, width + 1.0), ylim=(width - 0.5, -0.5), aspect="equal", title=title)
+    axes = figure.add_subplot(
+        xlim=(-0.5, width + 1.0),
+        ylim=(width - 0.5, -0.5),
+        xticks=range(width),
+        yticks=range(width),
+        xticklabels=metrics.classes,
+        yticklabels=metrics.classes,
+        aspect="equal",
+        title=title,
+    )
     axes.grid(False)
     count_size = {1: 8.5, 2: 8.5, 3: 8.5, 4: 8.0}.get(len(str(matrix.max())), 6.5)
     for (i, j), count in np.ndenumerate(matrix):
@@ -59,8 +68,6 @@ def confusion_matrix(metrics: Metrics, title: str = "Confusion matrix") -> Figur
     for i, scores in enumerate(metrics.per_class):
         recall, colour = ("no images", MUTED) if scores.recall is None else (percent(scores.recall, 1), INK)
         axes.text(width - 0.3, i, recall, ha="left", va="center", fontsize=SMALL, color=colour)
-    axes.set_xticks(range(width), metrics.classes)
-    axes.set_yticks(range(width), metrics.classes)
     axes.tick_params(length=0, top=False, labeltop=True, bottom=False, labelbottom=False)
     axes.xaxis.set_label_position("top")
     axes.set_xlabel("predicted", loc="left")
@@ -139,13 +146,20 @@ def per_class(metrics: Metrics, title: str = "Precision and recall of each class
         )
     # A round start of the axis that leaves space for the differences between the classes.
     start = next((low for low in (99, 98, 95, 90, 80, 50) if 100 * lowest > low + (100 - low) * 0.1), 0)
-    axes.set(xlim=(start, 100), ylim=(width - 0.5, -0.5), xlabel="%", ylabel="class", title=title)
+    axes.set(
+        xlim=(start, 100),
+        ylim=(width - 0.5, -0.5),
+        yticks=range(width),
+        yticklabels=metrics.classes,
+        xlabel="%",
+        ylabel="class",
+        title=title,
+    )
     for i, scores in enumerate(metrics.per_class):
         note = "no images" if not scores.support else "never predicted" if not scores.predicted else ""
         axes.annotate(
             note, (0, i), (6, 0), ("axes fraction", "data"), "offset points", va="center", fontsize=SMALL, color=MUTED
         )
-    axes.set_yticks(range(width), metrics.classes)
     axes.tick_params(length=0)
     axes.tick_params(axis="y", pad=8)
     axes.spines["left"].set_visible(False)

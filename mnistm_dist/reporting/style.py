@@ -71,8 +71,7 @@ styled = matplotlib.rc_context(STYLE)
 
 def new_figure(height: float, width: float = COLUMN_INCHES, gap: float = 0.04, title: str = "") -> Figure:
     """Return an empty figure with constrained layout; sizes and the gap around its axes are in inches."""
-    layout = ConstrainedLayoutEngine(w_pad=gap, h_pad=gap, wspace=0.01, hspace=0.01)
-    figure = Figure(figsize=(width, height), layout=layout)
+    figure = Figure((width, height), layout=ConstrainedLayoutEngine(w_pad=gap, h_pad=gap, wspace=0.01, hspace=0.01))
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontsize=9.5, fontweight="bold")
     return figure

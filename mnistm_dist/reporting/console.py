@@ -131,8 +131,8 @@ class Console:
 
     def __init__(self, enabled: bool = True, stream: TextIO | None = None) -> None:
         stream = stream or sys.stdout
-        can_redraw = stream.isatty() and os.environ.get("TERM", "").lower() not in ("", "dumb", "unknown")
-        self.live = enabled and can_redraw  # whether bars are redrawn in place
+        # Whether bars are redrawn in place.
+        self.live = enabled and stream.isatty() and os.environ.get("TERM", "").lower() not in ("", "dumb", "unknown")
         self.left_out = 0.0  # seconds that the bars do not count; add to it what was spent on something else
         self._rich = RichConsole(
             file=cast(TextIO, LossyStream(stream)),
@@ -157,16 +157,16 @@ class Console:
 
     def header(self, title: str, rows: Mapping[str, str]) -> None:
         """Show names and values under a title."""
-        if not self.live:
+        if self.live:
+            grid = Table.grid(Column(style="cyan", no_wrap=True), Column(overflow="fold"), padding=(0, 2))
+            for name, value in rows.items():
+                grid.add_row(Text(escape_control(name)), Text(escape_control(value)))
+            head, width = Text(escape_control(title), style="bold"), min(self._rich.width, WIDEST)
+            self._rich.print(Panel(grid, title=head, title_align="left", width=width, border_style="cyan"))
+        else:
             width = max(map(len, rows), default=0)
             for line in (title, *(f"  {name:<{width}}  {value}" for name, value in rows.items())):
                 self.line(line)
-            return
-        grid = Table.grid(Column(style="cyan", no_wrap=True), Column(overflow="fold"), padding=(0, 2))
-        for name, value in rows.items():
-            grid.add_row(Text(escape_control(name)), Text(escape_control(value)))
-        head, width = Text(escape_control(title), style="bold"), min(self._rich.width, WIDEST)
-        self._rich.print(Panel(grid, title=head, title_align="left", width=width, border_style="cyan"))
 
     def line(self, text: str, style: str = "") -> None:
         """Show a text line by line; in a terminal, in one of rich's styles."""
@@ -214,9 +214,7 @@ class Console:
             head = EVALUATION.format("epoch", "step", "split", "train loss", "loss", "accuracy", "")
             self.line(head.rstrip(), "bold underline")
         split, size, train_loss = row.get("split", "val"), row.get("image_size"), row.get("train/loss")
-        note = "best" if row.get("best") else ""
-        if size is not None and size < row.get("full_image_size", size):
-            note = f"{note} at {size} px".lstrip()
+        at_size = f"at {size} px" if size is not None and size < row.get("full_image_size", size) else ""
         text = EVALUATION.format(
             row["epoch"] + 1,
             f"{row['step']:,}",
@@ -224,7 +222,7 @@ class Console:
             "" if train_loss is None else f"{train_loss:.4f}",
             f"{row[f'{split}/loss']:.4f}",
             f"{100 * row[f'{split}/accuracy']:.2f} %",
-            note,
+            f"{'best' if row.get('best') else ''} {at_size}".lstrip(),
         )
         self.line(text.rstrip(), "green" if row.get("best") else "")
 
@@ -238,8 +236,7 @@ class Console:
         if summary.get("checkpoint"):
             rows["checkpoint"] = describe_checkpoint(summary["checkpoint"])
         if summary.get("train_seconds") and summary.get("images_per_second"):
-            rate = number(summary["images_per_second"])
-            rows["training"] = f"{duration(summary['train_seconds'])}, {rate} images/s"
+            rows["training"] = f"{duration(summary['train_seconds'])}, {number(summary['images_per_second'])} images/s"
         self.header("result", rows)
         for paragraph in text.splitlines():
             # A number and its % stay on one line.

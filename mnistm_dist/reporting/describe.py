@@ -66,10 +66,13 @@ def describe(metrics: Metrics) -> str:
 
     The sentences hold for any matrix: classes without images, ties, no errors, a constant prediction.
     """
-    accuracy = f"{describe_accuracy(metrics.correct, metrics.total, metrics.interval95)}."
-    if not metrics.confusions:
-        return "\n".join((accuracy, _support(metrics), "No errors."))
-    paragraphs = (accuracy, _support(metrics), _confusions(metrics), _classes(metrics), _never_predicted(metrics))
+    paragraphs = (
+        f"{describe_accuracy(metrics.correct, metrics.total, metrics.interval95)}.",
+        _support(metrics),
+        _confusions(metrics),
+        _classes(metrics) if metrics.confusions else "",
+        _never_predicted(metrics),
+    )
     return "\n".join(filter(None, paragraphs))
 
 
@@ -88,6 +91,8 @@ def _support(metrics: Metrics) -> str:
 
 def _confusions(metrics: Metrics) -> str:
     cells = metrics.confusions
+    if not cells:
+        return "No errors."
     names = [f"{cell.true} as {cell.predicted}" for cell in cells]
     ties = sum(cell.count == cells[0].count for cell in cells)
     if ties == 1:

@@ -109,8 +109,12 @@ class Metrics:
     @property
     def confusions(self) -> tuple[Confusion, ...]:
         """The nonzero cells off the diagonal, the largest first, equal ones in the order of the classes."""
-        rows = enumerate(self.confusion_matrix)
-        cells = sorted((-cell, i, j) for i, row in rows for j, cell in enumerate(row) if cell and i != j)
+        cells = [
+            (-count, i, j)
+            for i, row in enumerate(self.confusion_matrix)
+            for j, count in enumerate(row)
+            if count and i != j
+        ]
         return tuple(
             Confusion(
                 true=self.classes[i],
@@ -119,7 +123,7 @@ class Metrics:
                 share_of_true=-negative / sum(self.confusion_matrix[i]),
                 share_of_all=-negative / self.total,
             )
-            for negative, i, j in cells
+            for negative, i, j in sorted(cells)
         )
 
     def to_json(self) -> dict[str, Any]:

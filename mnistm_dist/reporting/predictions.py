@@ -84,9 +84,7 @@ def read_predictions(path: Path, classes: tuple[str, ...] | None = None) -> Pred
 def mistakes(predictions: Predictions, limit: int | None = None) -> list[Mistake]:
     """Return the mistakes, the most confident first, equal ones in manifest order; at most ``limit`` of them."""
     wrong = np.flatnonzero(predictions.predicted != predictions.labels)
-    confidence = predictions.probabilities[wrong, predictions.predicted[wrong]]
-    order = np.lexsort((wrong, -confidence))[:limit]
-    return [
+    rows = [
         Mistake(
             id=int(i),
             key=predictions.keys[i],
@@ -95,8 +93,9 @@ def mistakes(predictions: Predictions, limit: int | None = None) -> list[Mistake
             probability=float(predictions.probabilities[i, predictions.predicted[i]]),
             true_probability=float(predictions.probabilities[i, predictions.labels[i]]),
         )
-        for i in wrong[order]
+        for i in wrong
     ]
+    return sorted(rows, key=lambda row: -row.probability)[:limit]
 
 
 @dataclass(frozen=True, kw_only=True)

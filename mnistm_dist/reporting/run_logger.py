@@ -46,9 +46,11 @@ class RunLogger:
         self.write_row({"kind": "train", **row})
         scalars = {name: value for name, value in row.items() if "/" in name and value is not None}
         self.tracker.log(scalars, step=row["step"])
-        epoch, loss, rate = row["epoch"] + 1, row["train/loss"], row["train/learning_rate"]
-        speed, size = number(row["train/images_per_second"]), row["train/image_size"]
-        self._bar(row["step"], note=f"epoch {epoch}  loss {loss:.4f}  lr {rate:.2e}  {speed} images/s  {size} px")
+        note = (
+            f"epoch {row['epoch'] + 1}  loss {row['train/loss']:.4f}  lr {row['train/learning_rate']:.2e}  "
+            f"{number(row['train/images_per_second'])} images/s  {row['train/image_size']} px"
+        )
+        self._bar(row["step"], note=note)
 
     def evaluation_row(self, row: dict[str, Any], labels: np.ndarray, probabilities: np.ndarray) -> None:
         """Log an evaluation.

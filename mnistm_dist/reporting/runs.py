@@ -82,6 +82,7 @@ class Layer(BaseModel):
     parameters: NonNegativeInt
 
 
+# A line of ``log.jsonl``.
 Row = TypedDict(
     "Row",
     {
@@ -98,7 +99,6 @@ Row = TypedDict(
     },
     total=False,
 )
-"""A line of ``log.jsonl``."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -71,8 +71,7 @@ styled = matplotlib.rc_context(STYLE)
 
 def new_figure(height: float, width: float = COLUMN_INCHES, gap: float = 0.04, title: str = "") -> Figure:
     """Return an empty figure with constrained layout; sizes and the gap around its axes are in inches."""
-    layout = ConstrainedLayoutEngine(w_pad=gap, h_pad=gap, wspace=0.01, hspace=0.01)
-    figure = Figure(figsize=(width, height), layout=layout)
+    figure = Figure((width, height), layout=ConstrainedLayoutEngine(w_pad=gap, h_pad=gap, wspace=0.01, hspace=0.01))
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontsize=9.5, fontweight="bold")
     return figure
@@ -98,13 +97,10 @@ def to_svg(figure: Figure, name: str, description: str) -> Markup:
     no_metadata: Any = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
+    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", buffer.getvalue())
     text = re.sub(r"(font: [^;\"']*?px) '[^;\"]*", r"\g<1> system-ui, sans-serif", text)
-    for colour, variable in THEME.items():
-        text = text.replace(colour, f"var(--{variable})")
+    text = re.sub("|".join(THEME), lambda colour: f"var(--{THEME[colour[0]]})", text)
     # The page sets the width; the view box keeps the aspect ratio.
-    head, _, body = text.partition(">")
+    head, _, body = text[text.index("<svg") :].partition(">")
     head = re.sub(r' (width|height)="[^"]*"', "", head)
     return Markup(f'{head} role="img" aria-label="{escape(description)}">{body}')

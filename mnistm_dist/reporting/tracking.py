@@ -161,8 +161,8 @@ class WandbTracker(BackgroundTracker):
         run.define_metric(STEP, hidden=True)
         run.define_metric("*", step_metric=STEP)
         self.hint = f"to upload this run later: wandb sync {run.settings.sync_dir}"
-        offline = f"W&B is offline{f' ({self._reason})' if self._reason else ''}; {self.hint}"
-        self.say(offline if run.offline else f"W&B: {run.url}")
+        reason = f" ({self._reason})" if self._reason else ""
+        self.say(f"W&B is offline{reason}; {self.hint}" if run.offline else f"W&B: {run.url}")
         return wandb
 
     def close(self, opened: Any, exit_code: int, state: str) -> None:

@@ -148,7 +148,6 @@ def real_images(run_dir: Path) -> tuple[np.ndarray, str]:
     import numpy as np
 
     from mnistm_dist import config as configuration
-    from mnistm_dist.data.image_io import decode_png
     from mnistm_dist.data.shards import ShardSet
     from mnistm_dist.data.sources.catalog import open_source
 
@@ -157,8 +156,7 @@ def real_images(run_dir: Path) -> tuple[np.ndarray, str]:
         shards = ShardSet.open(str(path))
         split = next(name for name in ("val", "train", "test") if name in shards.manifest.splits)
         ids = range(min(IMAGES, shards.split(split).count))
-        pngs = zip(shards.keys(split, ids), shards.read(split, ids), strict=True)
-        return np.stack([decode_png(png, key) for key, png in pngs]), f"{split} of {path}"
+        return shards.images(split, ids), f"{split} of {path}"
     except UserError:
         samples = itertools.islice(open_source("sample").samples(), IMAGES)
         return np.stack([sample.pixels for sample in samples if sample.pixels is not None]), "the bundled sample"

@@ -77,7 +77,7 @@ def main(
 
     from mnistm_dist.data.cache import choose_cache_dir
     from mnistm_dist.data.fetch import open_shards
-    from mnistm_dist.data.order import choose_reading, create_order, step_positions, steps_for
+    from mnistm_dist.data.order import choose_reading, create_order, epochs_done, step_positions, steps_for
 
     shards = open_shards(str(config.data.shards), cache_dir=choose_cache_dir(config.data.cache_dir))
     batch_size = config.steps.batch_size
@@ -85,7 +85,8 @@ def main(
         config.data, shards.manifest, batch_size=batch_size, world_size=world_size
     )
     config = configuration.replace(config, order=order_name, reader=reader, shuffle_streams=streams)
-    steps = steps_for(config.steps.epochs, size=shards.split("train").count, batch_size=batch_size)
+    size = shards.split("train").count
+    steps = steps_for(config.steps.epochs, size=size, batch_size=batch_size)
     if run is not None and step >= steps:
         raise UserError(f"--step {step}: {run} has {steps:,} steps; use 0 to {steps - 1}")
     order = create_order(config.data, config.steps, shards.manifest)
@@ -94,7 +95,7 @@ def main(
     ]
     ids = [order.ids(share) for share in shares]
     ranks = [shards.keys("train", of_rank) for of_rank in ids]
-    epoch = int(order.epoch(shares[0][:1])[0])
+    epoch = epochs_done(step, size=size, batch_size=batch_size)
     title = f"step {step} of epoch {epoch}: {batch_size} images, {order_name} order, seed {config.steps.seed}"
     if save:
         save_images(Path(save), config, shards, np.concatenate(shares), np.concatenate(ids), title)
@@ -131,10 +132,8 @@ def save_images(
 
     Raises `UserError` if a shard is damaged or the file cannot be written.
     """
-    import numpy as np
     import torch
 
-    from mnistm_dist.data.image_io import decode_png
     from mnistm_dist.data.order import part_of_run
     from mnistm_dist.data.transforms import Augment, Preprocess
     from mnistm_dist.files import explain_os_errors
@@ -143,13 +142,11 @@ def save_images(
 
     split, schedule = shards.split("train"), config.steps
     keys, labels = shards.keys("train", ids), shards.labels("train")[ids]
-    pngs = zip(shards.read("train", ids), keys, strict=True)
-    images = np.stack([decode_png(png, f"{shards.root}: {key}.png", shards.manifest.image_size) for png, key in pngs])
     sizes = schedule.image_size
     epoch = int(positions[0]) // split.count
     size = sizes[part_of_run(epoch, epochs=schedule.epochs, parts=len(sizes))]
     floats = Augment(config.augment, Preprocess(split.mean, split.std), schedule.seed)(
-        torch.from_numpy(images), positions, size
+        torch.from_numpy(shards.images("train", ids)), positions, size
     )
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (split.mean, split.std))
     seen = (255 * (floats * std + mean)).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()

@@ -25,10 +25,9 @@ def main(shards: Annotated[str, arg(metavar="SHARDS")], /) -> int:
     Args:
         shards: folder of a packed set.
     """
-    from mnistm_dist.data.integrity import OK
     from mnistm_dist.data.manifest import REPAIR
     from mnistm_dist.data.packing.verify import inspect
-    from mnistm_dist.data.shards import ShardSet
+    from mnistm_dist.data.shards import OK, ShardSet
     from mnistm_dist.reporting.console import Console
 
     packed = ShardSet.open(shards)

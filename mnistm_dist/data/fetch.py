@@ -13,16 +13,16 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from mnistm_dist.data.cache import cache_entry, cache_errors
-from mnistm_dist.data.integrity import OK, examine_all
 from mnistm_dist.data.manifest import MANIFEST_NAME, SetFile, parse
-from mnistm_dist.data.parallel import Progress, thread_pool
-from mnistm_dist.data.shards import ShardSet
+from mnistm_dist.data.parallel import Progress
+from mnistm_dist.data.shards import OK, ShardSet, examine_all
 from mnistm_dist.errors import UserError
 from mnistm_dist.files import fsync_path, write_atomic
 
@@ -260,5 +260,5 @@ def _fetch_claims(base: str, claims: dict[Path, SetFile], done: int, total: int,
         fetch_file(file, path, report)
 
     report(0)
-    with thread_pool(_CONNECTIONS, "fetch") as pool:
+    with ThreadPoolExecutor(_CONNECTIONS, "fetch") as pool:
         list(pool.map(fetch_one, claims.keys(), claims.values()))

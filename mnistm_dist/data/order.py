@@ -8,9 +8,9 @@ shard.
 No state and no random generator: the id at any position is a closed form, the same on every machine.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import numpy as np
 
@@ -103,10 +103,6 @@ class FullOrder:
     """Images in the split."""
     seed: int
 
-    def epoch(self, positions: np.ndarray) -> np.ndarray:
-        """Return the epoch of each position, int64."""
-        return np.asarray(positions, dtype=np.int64) // self.size
-
     def ids(self, positions: np.ndarray) -> np.ndarray:
         """Return the sample at each position, int64, each in O(1)."""
         positions = np.asarray(positions, dtype=np.int64)
@@ -170,10 +166,6 @@ class WindowedOrder:
     def _first_ids(self) -> np.ndarray:
         return np.cumsum([0, *self.shard_counts], dtype=np.int64)
 
-    def epoch(self, positions: np.ndarray) -> np.ndarray:
-        """Return the epoch of each position, int64."""
-        return np.asarray(positions, dtype=np.int64) // self.size
-
     def stream(self, positions: np.ndarray) -> np.ndarray:
         """Return the stream of each position, int64."""
         return np.asarray(positions, dtype=np.int64) % self.batch_size * self.streams // self.batch_size
@@ -197,7 +189,7 @@ class WindowedOrder:
     def locate(self, positions: np.ndarray) -> OrderPositions:
         """Return the window of each position and its place there, each in O(1)."""
         positions = np.asarray(positions, dtype=np.int64)
-        epochs, streams = self.epoch(positions), self.stream(positions)
+        epochs, streams = positions // self.size, self.stream(positions)
         clock = self._count_of(positions, streams) - self._count_of(epochs * self.size, streams)
         _, counts = self.segment(epochs, streams)
         windows, clocks = np.divmod(clock, self.window)
@@ -229,24 +221,15 @@ class WindowedOrder:
 
     def laid_ids(self, epoch: int, places: np.ndarray) -> np.ndarray:
         """Return the sample at each place in the epoch's shuffled shards laid end to end, int64."""
-        shards, starts = self.layout(epoch)
-        at = np.searchsorted(starts, places, side="right") - 1
-        return self._first_ids[shards[at]] + places - starts[at]
-
-    @cached_property
-    def layout(self) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
-        """epoch -> the epoch's shards in shuffled order, and where each starts when they are laid end to end; int64."""
-        # If epochs are longer than a batch, a step is in two epochs at most.
-        return lru_cache(maxsize=2)(self._layout)
-
-    def _layout(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         count = len(self.shard_counts)
         shards = permute(np.arange(count), count, derive_key(self.seed, _TAG_SHARDS, epoch))
         lengths = np.diff(self._first_ids)[shards]
-        return shards, np.cumsum(lengths) - lengths
+        starts = np.cumsum(lengths) - lengths
+        at = np.searchsorted(starts, places, side="right") - 1
+        return self._first_ids[shards[at]] + places - starts[at]
 
 
-Order = FullOrder | WindowedOrder  # A training order: the id and the epoch of any position
+Order = FullOrder | WindowedOrder  # A training order: the id at any position
 
 
 def choose_reading(config: DataConfig, manifest: Manifest, *, batch_size: int, world_size: int) -> tuple[str, str, int]:

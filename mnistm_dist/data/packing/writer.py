@@ -65,29 +65,31 @@ def pack(
     cannot be written; then nothing is left behind.
     """
     parts = cut_splits(source, val_size)
+    count = sum(part.count for part in parts.values())
     with staged_folder(out) as folder:
         with explain_os_errors(folder):
             file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 (it is closed below)
         with file:
             spool = Spool(folder, file, source, parts)
-            spool.fill(stage(progress, 0, 3))
+            spool.fill(stage(progress, 0, 3, count))
             statistics = measure_pixels(
                 ((name, *spool.read(row)) for name, rows in spool.rows.items() for row in rows),
-                count=sum(part.count for part in parts.values()),
+                count=count,
                 size=spool.image_size,
-                progress=stage(progress, 1, 3),
+                progress=stage(progress, 1, 3, count),
             )
+            groups = {group: statistics.sha256[group] for group in PIXEL_GROUPS if group in statistics.sha256}
             labels = {
                 group: np.concatenate([spool.rows[name]["label"] for name in PIXEL_GROUPS[group] if name in parts])
-                for group in statistics.groups
+                for group in groups
             }
-            found = find_lineage(statistics.groups, labels, source.lineage)
+            found = find_lineage(groups, labels, source.lineage)
             if lineage not in (None, found):
                 raise UserError(
                     f"{source.description}: its pixels and labels are not those of the {lineage} set; nothing is packed"
                 )
             with explain_os_errors(folder):
-                splits = _write_splits(folder, spool, parts, num_shards, seed, statistics, stage(progress, 2, 3))
+                splits = _write_splits(folder, spool, parts, num_shards, seed, statistics, stage(progress, 2, 3, count))
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             lineage=found,
@@ -96,7 +98,7 @@ def pack(
             classes=CLASSES,
             image_size=spool.image_size,
             seed=seed,
-            pixels_sha256=statistics.groups,
+            pixels_sha256=groups,
             splits=splits,
         )
         with explain_os_errors(folder):
@@ -141,7 +143,7 @@ def _write_splits(
             class_counts=tuple(np.bincount(index["label"], minlength=len(CLASSES)).tolist()),
             mean=mean,
             std=std,
-            pixels_sha256=statistics.splits[name],
+            pixels_sha256=statistics.sha256[name],
             index=_describe(path),
             shards=tuple(shards),
         )

@@ -1,9 +1,6 @@
 """Files on a disk that may be full, read-only or gone: atomic writes, locks, and an OSError as one line."""
 
-from __future__ import annotations
-
 import contextlib
-import errno
 import os
 import shutil
 import socket
@@ -11,8 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mnistm_dist.errors import UserError, os_error_reason
-
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextlib.contextmanager

@@ -140,8 +140,8 @@ def _summary(manifest: Manifest, seconds: float) -> dict[str, str]:
         "from": f"{manifest.description} ({manifest.layout})",
         "images": f"{height} x {width}, {len(manifest.classes)} classes",
     }
-    for split in manifest.splits.values():
-        rows[split.name] = f"{split.count:,} images in {len(split.shards)} shards"
+    for name, split in manifest.splits.items():
+        rows[name] = f"{split.count:,} images in {len(split.shards)} shards"
     for group, digest in manifest.pixels_sha256.items():
         rows[f"pixels of {group}"] = digest
     return {**rows, "took": f"{seconds:.1f} s"}

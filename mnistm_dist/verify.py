@@ -45,7 +45,7 @@ def main(shards: Annotated[str, arg(metavar="SHARDS")], /) -> int:
             f"{packed.root}: {len(damaged)} of {len(findings)} files are damaged, the first is {first.name} "
             f"({first.status}: {first.detail}); {REPAIR}"
         )
-    splits = ", ".join(f"{split.count:,} {split.name}" for split in manifest.splits.values())
+    splits = ", ".join(f"{split.count:,} {name}" for name, split in manifest.splits.items())
     console.line(f"{packed.root} is intact: {splits}; lineage {manifest.lineage}")
     return 0
 

@@ -270,12 +270,11 @@ def create_order(data: DataConfig, steps: StepsConfig, manifest: Manifest) -> Or
     if data.order == "full":
         return FullOrder(size=train.count, seed=steps.seed)
     assert data.order == "windowed", "order is not resolved"
-    assert data.shuffle_streams != "auto", "shuffle_streams is not resolved"
     return WindowedOrder(
         shard_counts=[shard.count for shard in train.shards],
         seed=steps.seed,
         batch_size=steps.batch_size,
-        streams=data.shuffle_streams,
+        streams=int(data.shuffle_streams),
         window=data.shuffle_window,
     )
 

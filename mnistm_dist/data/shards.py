@@ -29,10 +29,9 @@ from mnistm_dist.data.parallel import Progress, available_cores
 from mnistm_dist.errors import UserError, os_error_reason
 from mnistm_dist.files import explain_os_errors, write_atomic
 
-# Status of a file: as claimed, shorter than claimed, other bytes than claimed, not there.
-OK, TRUNCATED, CHANGED, MISSING = "ok", "truncated", "changed", "missing"
-# Status of a tar or index that the manifest does not list: a reader that takes all tars would take it too.
-EXTRA = "extra"
+# Status of a file: as claimed, shorter than claimed, other bytes than claimed, not there, or extra: a tar or index that
+# the manifest does not list, but a reader that takes all tars would take.
+OK, TRUNCATED, CHANGED, MISSING, EXTRA = "ok", "truncated", "changed", "missing", "extra"
 
 # Absolute path -> stamp and sha256 of the file when it was last found to be as claimed.
 Record = dict[str, tuple[list[int], Sha256]]

@@ -47,7 +47,10 @@ def main(
     chosen = [e for e in present if not names or e.path.name.startswith(names)]
 
     if action == "list" and json_output:
-        rows = [{"name": e.path.name, "kind": e.kind, "bytes": e.size, "used": e.used, **e.about} for e in chosen]
+        rows = [
+            {"name": e.path.name, "kind": e.path.parent.name, "bytes": e.size, "used": e.used, **e.about}
+            for e in chosen
+        ]
         write_result(json.dumps(rows) + "\n")
         return 0
     if action == "list":
@@ -55,7 +58,7 @@ def main(
         for e in chosen:
             used = time.strftime("%Y-%m-%d %H:%M", time.localtime(e.used))
             source = escape_control(e.about.get("source", ""))
-            lines.append(f"{e.path.name}  {e.kind:<9}  {e.size / 1e6:10,.1f} MB  {used}  {source}")
+            lines.append(f"{e.path.name}  {e.path.parent.name:<9}  {e.size / 1e6:10,.1f} MB  {used}  {source}")
         write_result("\n".join(lines) + "\n")
         return 0
     removed = [entry for entry in chosen if clear(entry)]

@@ -1,7 +1,5 @@
 """Files on a disk that may be full, read-only or gone: atomic writes, locks, and an OSError as one line."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil

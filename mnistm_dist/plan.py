@@ -126,10 +126,8 @@ def save_images(
 
     Raises `UserError` if a shard is damaged or the file cannot be written.
     """
-    import numpy as np
     import torch
 
-    from mnistm_dist.data.image_io import decode_png
     from mnistm_dist.data.transforms import Augment, Preprocess
     from mnistm_dist.files import explain_os_errors
     from mnistm_dist.reporting.figures import batch_grid
@@ -137,11 +135,11 @@ def save_images(
 
     split, manifest = shards.split("train"), shards.manifest
     keys, labels = shards.keys("train", ids), shards.labels("train")[ids]
-    pngs = zip(shards.read("train", ids), keys, strict=True)
-    images = np.stack([decode_png(png, f"{shards.root}: {key}.png", manifest.image_size) for png, key in pngs])
     preprocess = Preprocess(split.mean, split.std)
     augment = Augment(config.augment, preprocess, config.steps.seed)
-    floats = augment(torch.from_numpy(images), positions, image_size) * preprocess.std + preprocess.mean
+    floats = (
+        augment(torch.from_numpy(shards.images("train", ids)), positions, image_size) * preprocess.std + preprocess.mean
+    )
     pixels = (255 * floats).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
     captions = [f"{key}\n{manifest.classes[label]}" for key, label in zip(keys, labels, strict=True)]
     with explain_os_errors(path):

@@ -23,10 +23,9 @@ def main(shards: Annotated[str, arg(metavar="SHARDS")], /) -> int:
     Args:
         shards: folder of a packed set.
     """
-    from mnistm_dist.data.integrity import OK
     from mnistm_dist.data.manifest import REPAIR
     from mnistm_dist.data.packing.verify import inspect
-    from mnistm_dist.data.shards import ShardSet
+    from mnistm_dist.data.shards import OK, ShardSet
     from mnistm_dist.reporting.console import Console
 
     packed = ShardSet.open(shards)
@@ -44,7 +43,7 @@ def main(shards: Annotated[str, arg(metavar="SHARDS")], /) -> int:
             f"{packed.root}: {len(damaged)} of {len(findings)} files are damaged, the first is {first.name} "
             f"({first.status}: {first.detail}); {REPAIR}"
         )
-    splits = ", ".join(f"{split.count:,} {split.name}" for split in manifest.splits.values())
+    splits = ", ".join(f"{split.count:,} {name}" for name, split in manifest.splits.items())
     console.line(f"{packed.root} is intact: {splits}; lineage {manifest.lineage}")
     return 0
 

@@ -41,10 +41,8 @@ def choose_cache_dir(named: str | Path | None) -> Path:
     Otherwise ``$MNISTM_DIST_CACHE``; in a Slurm job a node-local folder (below ``$SLURM_TMPDIR``, ``$TMPDIR`` or
     ``/tmp``); else ``$XDG_CACHE_HOME/mnistm_dist`` or ``~/.cache/mnistm_dist``.
     """
-    if named:
-        return Path(named)
-    if os.environ.get(CACHE_VARIABLE):
-        return Path(os.environ[CACHE_VARIABLE]).expanduser()
+    if named := named or os.environ.get(CACHE_VARIABLE):
+        return Path(named).expanduser()
     if "SLURM_JOB_ID" in os.environ:
         local = os.environ.get("SLURM_TMPDIR") or os.environ.get("TMPDIR") or tempfile.gettempdir()
         return Path(local) / f"mnistm_dist-{os.getuid()}"
@@ -96,9 +94,8 @@ def cache_errors(path: Path, need: int = 0) -> Iterator[None]:
 class Entry:
     """One set in the cache."""
 
-    kind: str
-    """One of `KINDS`."""
     path: Path
+    """Its folder, below one of `KINDS`."""
     size: int
     """Bytes of all its files."""
     used: float
@@ -116,7 +113,7 @@ def entries(cache_dir: Path) -> list[Entry]:
             used = (folder / "about.json").stat().st_mtime
             about = TypeAdapter(dict[str, str]).validate_json((folder / "about.json").read_bytes())
         size = sum(map(_size, folder.rglob("*")))
-        found.append(Entry(kind=folder.parent.name, path=folder, size=size, used=used, about=about))
+        found.append(Entry(path=folder, size=size, used=used, about=about))
     return sorted(found, key=lambda entry: (-entry.used, entry.path))
 
 
@@ -132,7 +129,7 @@ def clear(entry: Entry) -> bool:
 
     Processes that have mapped its files keep what they have. Raises `UserError` if it cannot be removed.
     """
-    with _entry_lock(entry.path.parents[1], entry.kind, entry.path.name, wait=False) as held:
+    with _entry_lock(entry.path.parents[1], entry.path.parent.name, entry.path.name, wait=False) as held:
         if held:
             with explain_os_errors(entry.path, verb="removed", advice="check its owner and permissions"):
                 shutil.rmtree(entry.path)

@@ -13,16 +13,16 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from mnistm_dist.data.cache import cache_entry, cache_errors
-from mnistm_dist.data.integrity import OK, examine_all
 from mnistm_dist.data.manifest import MANIFEST_NAME, SetFile, parse
-from mnistm_dist.data.parallel import Progress, thread_pool
-from mnistm_dist.data.shards import ShardSet
+from mnistm_dist.data.parallel import Progress
+from mnistm_dist.data.shards import OK, ShardSet, examine_all
 from mnistm_dist.errors import UserError
 from mnistm_dist.files import fsync_path, write_atomic
 
@@ -50,12 +50,8 @@ class RemoteFile:
     """Name of the hash and its hexadecimal value."""
 
 
-class Interrupted(Exception):
+class Interrupted(UserError):
     """A connection failed; another try may succeed."""
-
-
-class Unreachable(UserError):
-    """A server failed `TRIES` times in a row."""
 
 
 def split_address(address: str, alternative: str) -> SplitResult:
@@ -119,7 +115,7 @@ def _is_right(file: RemoteFile, path: Path) -> bool:
 def _retry(address: str, attempt: Callable[[], Any], received: Callable[[], int] = lambda: 0) -> Any:
     """Return the result of ``attempt``, repeated while it is `Interrupted`, with growing pauses.
 
-    Raises `Unreachable` after `TRIES` failures in a row in which ``received()`` did not grow.
+    Raises it after `TRIES` failures in a row in which ``received()`` did not grow.
     """
     failures, before = 0, received()
     while True:
@@ -128,8 +124,8 @@ def _retry(address: str, attempt: Callable[[], Any], received: Callable[[], int]
         except Interrupted as error:
             failures, before = 1 if received() > before else failures + 1, received()
             if failures == TRIES:
-                failed = f"the connection failed {failures} times in a row ({error})"
-                raise Unreachable(f"{address}: {failed}; try again later") from error
+                reason = f"the connection failed {failures} times in a row ({error})"
+                raise Interrupted(f"{address}: {reason}; try again later") from error
         time.sleep(FIRST_PAUSE * 2 ** (failures - 1))
 
 
@@ -229,7 +225,7 @@ def fetch_set(address: str, cache_dir: Path, progress: Progress | None = None) -
         url, stored = f"{base}/{MANIFEST_NAME}", folder / MANIFEST_NAME
         try:
             data = _retry(url, lambda: b"".join(_read(url, _MAX_MANIFEST)))
-        except Unreachable:
+        except Interrupted:
             if not stored.exists():
                 raise
             data = stored.read_bytes()
@@ -260,5 +256,5 @@ def _fetch_claims(base: str, claims: dict[Path, SetFile], done: int, total: int,
         fetch_file(file, path, report)
 
     report(0)
-    with thread_pool(_CONNECTIONS, "fetch") as pool:
+    with ThreadPoolExecutor(_CONNECTIONS, "fetch") as pool:
         list(pool.map(fetch_one, claims.keys(), claims.values()))

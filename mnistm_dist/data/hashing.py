@@ -28,9 +28,7 @@ def _mix(values: np.ndarray) -> np.ndarray:
 
 def _to_uint64(value: int | np.ndarray) -> np.ndarray:
     """Convert an integer of any size (modulo 2**64) or an array of integers to uint64 with at least one axis."""
-    if isinstance(value, int):
-        return np.array([value & _MASK], dtype=_U64)
-    return np.atleast_1d(value).astype(_U64)
+    return np.atleast_1d(value & _MASK if isinstance(value, int) else value).astype(_U64)
 
 
 def derive_key(seed: int, *parts: int | np.ndarray) -> np.ndarray:
@@ -69,9 +67,7 @@ def permute(values: np.ndarray, size: int | np.ndarray, key: int | np.ndarray) -
     sizes, keys, result = _to_uint64(size), _to_uint64(key), _to_uint64(values)
     result = _walk(result, sizes, keys)
     small = np.broadcast_to(sizes < _SMALL, result.shape)
-    if small.all():
-        result = _walk(result, sizes, ~keys)
-    elif small.any():
+    if small.any():
         result[small] = _walk(result[small], _at(sizes, small), ~_at(keys, small))
     return result.astype(np.int64)
 

@@ -78,34 +78,30 @@ def png_size(data: bytes, origin: str) -> tuple[int, int]:
     return height, width
 
 
-def check_png(data: bytes, origin: str) -> tuple[int, int]:
-    """Like `png_size`, and verify all bytes: the CRC of every chunk, and the checksum and length of the pixel data.
+def check_png(data: bytes, origin: str) -> None:
+    """Verify all bytes of an accepted PNG: the CRC of every chunk, and the checksum and length of the pixel data.
 
     Decoders accept some damage: Pillow fills missing rows with black. Raises `UserError` for a PNG that is truncated,
     was changed, or has too few pixels.
     """
     height, width = png_size(data, origin)
     place, pixel_data, kind = len(_SIGNATURE), [], b""
-    while kind != b"IEND":
-        end = place + 12 + int.from_bytes(data[place : place + 4], "big")
-        if end > len(data):
-            raise UserError(f"{origin}: a PNG truncated after {len(data):,} bytes ({_ADVICE})")
-        kind = data[place + 4 : place + 8]
-        if zlib.crc32(data[place + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big"):
-            raise UserError(f"{origin}: a damaged PNG: a checksum (CRC) does not match ({_ADVICE})")
-        if kind == b"IDAT":
-            pixel_data.append(data[place + 8 : end - 4])
-        place = end
-    interlaced = data[28] != 0
-    expected = height * (1 + 3 * width)  # each row begins with a byte for its filter
-    inflater = zlib.decompressobj()
-    try:
+    with explain_decode_errors(origin, "an 8-bit RGB PNG"):
+        while kind != b"IEND":
+            end = place + 12 + int.from_bytes(data[place : place + 4], "big")
+            if end > len(data):
+                raise ValueError(f"truncated after {len(data):,} bytes")
+            kind = data[place + 4 : place + 8]
+            if zlib.crc32(data[place + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big"):
+                raise ValueError("a checksum (CRC) does not match")
+            if kind == b"IDAT":
+                pixel_data.append(data[place + 8 : end - 4])
+            place = end
+        expected, interlaced = height * (1 + 3 * width), data[28] != 0  # each row begins with a byte for its filter
+        inflater = zlib.decompressobj()
         found = len(inflater.decompress(b"".join(pixel_data), 2 * expected + 64))
-    except zlib.error as error:
-        raise UserError(f"{origin}: a broken PNG: {error} ({_ADVICE})") from error
-    if not inflater.eof or (found != expected and not interlaced):
-        raise UserError(f"{origin}: a broken PNG: {found:,} or more bytes of pixels, not {expected:,} ({_ADVICE})")
-    return height, width
+        if not inflater.eof or (found != expected and not interlaced):
+            raise ValueError(f"{found:,} or more bytes of pixels, not {expected:,}")
 
 
 def decode_png(data: bytes, origin: str, size: tuple[int, int] | None = None) -> np.ndarray:

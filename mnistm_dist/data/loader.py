@@ -29,28 +29,19 @@ _BLOCK_POSITIONS = 16_384
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Batch:
-    """One micro-batch of m training images."""
+    """One micro-batch of training images, or one canonical batch of an evaluation: n images.
+
+    A batch of an evaluation is padded by repeating its last sample.
+    """
 
     images: Tensor
-    """uint8 (m, H, W, 3), on the device."""
+    """uint8 (n, H, W, 3), on the device."""
     labels: Tensor
-    """int64 (m,), on the device."""
+    """int64 (n,), on the device."""
     positions: np.ndarray
-    """Positions in the endless order, int64 (m,)."""
+    """Positions in the endless order, int64 (n,); in an evaluation, whose order is that of storage, the ids."""
     ids: np.ndarray
-    """Sample ids, int64 (m,)."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class EvalBatch:
-    """One canonical evaluation batch, padded by repeating its last sample."""
-
-    images: Tensor
-    """uint8 (batch_size, H, W, 3), on the device."""
-    labels: Tensor
-    """int64 (batch_size,), on the device."""
-    ids: np.ndarray
-    """Sample ids, int64 (batch_size,)."""
+    """Sample ids, int64 (n,)."""
     count: int
     """How many of them are not padding."""
 
@@ -74,7 +65,7 @@ def open_reader(
     assert config.reader != "auto", "reader is not resolved"
     streams = config.reader == "streaming"
     auto = threads if streams else available_cores()
-    workers = auto if config.workers == "auto" else config.workers
+    workers = auto if config.workers == "auto" else max(1, config.workers)
     open_with = open_streaming if streams else open_resident
     return open_with(shards, split, cache_dir=cache_dir, device=device, workers=workers, progress=progress)
 
@@ -113,10 +104,13 @@ def train_batches(
     steps = ((p, i) for positions, ids in left for p, i in zip(positions, ids, strict=True))
     for (positions, ids), (images, labels) in zip(steps, reader.iter_steps(order, right), strict=True):
         parts = [slice(first, first + micro_batch) for first in range(0, k * micro_batch, micro_batch)]
-        yield [Batch(images=images[at], labels=labels[at], positions=positions[at], ids=ids[at]) for at in parts]
+        yield [
+            Batch(images=images[at], labels=labels[at], positions=positions[at], ids=ids[at], count=micro_batch)
+            for at in parts
+        ]
 
 
-def evaluation_batches(reader: Reader, *, batch_size: int, world_size: int = 1, rank: int = 0) -> Iterator[EvalBatch]:
+def evaluation_batches(reader: Reader, *, batch_size: int, world_size: int = 1, rank: int = 0) -> Iterator[Batch]:
     """Yield one rank's canonical batches of a split: batch i has the samples from ``i * batch_size`` on and belongs to
     rank ``i mod world_size``; the last one is padded. Raises `UserError` for damaged shards."""
     indices = range(rank, -(-reader.size // batch_size), world_size)
@@ -126,4 +120,5 @@ def evaluation_batches(reader: Reader, *, batch_size: int, world_size: int = 1, 
         if padding:
             images = torch.cat([images, images[-1:].expand(padding, *images.shape[1:])])
             labels = torch.cat([labels, labels[-1:].expand(padding)])
-        yield EvalBatch(images=images, labels=labels, ids=np.pad(ids, (0, padding), mode="edge"), count=len(ids))
+        padded = np.pad(ids, (0, padding), mode="edge")
+        yield Batch(images=images, labels=labels, positions=padded, ids=padded, count=len(ids))

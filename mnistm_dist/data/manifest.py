@@ -14,7 +14,6 @@ from typing import Annotated, Any, Self
 import numpy as np
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     TypeAdapter,
     ValidationError,
@@ -38,42 +37,33 @@ REPAIR = "copy the set again, or pack it again"
 
 # One line without control characters.
 Text = Annotated[str, Field(pattern=r"^[^\p{C}\p{Zl}\p{Zp}]*$")]
-# A plain file name, which leads out of no folder.
-FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
-Size = Annotated[int, Field(strict=True, ge=1, lt=2**63)]
 Side = Annotated[int, Field(strict=True, ge=1, le=MAX_SIDE)]
 Fraction = Annotated[float, Field(strict=True, ge=0, le=1)]
 Channels = tuple[Fraction, Fraction, Fraction]
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class SetFile(_Model):
+class SetFile(BaseModel, frozen=True, extra="forbid"):
     """A file of the set."""
 
-    name: FileName
-    """File name within the set's folder."""
-    size: Size
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$")
+    """File name within the set's folder. It leads out of no folder."""
+    size: int = Field(strict=True, ge=1, lt=2**63)
     """Bytes."""
     sha256: Sha256
 
 
-class Shard(SetFile):
+class Shard(SetFile, frozen=True):
     """One tar."""
 
     count: Count
     """Samples."""
 
 
-class Split(_Model):
+class Split(BaseModel, frozen=True, extra="forbid"):
     """One split: train, val or test."""
 
-    name: str = Field(default="", exclude=True)
-    """Its key in `Manifest.splits`."""
     count: Count
     """Samples."""
     class_counts: tuple[Count, ...]
@@ -104,7 +94,7 @@ class Split(_Model):
         return self
 
 
-class Manifest(_Model):
+class Manifest(BaseModel, frozen=True, extra="forbid"):
     """What ``manifest.json`` says of a packed set."""
 
     format_version: Annotated[int, Field(strict=True, ge=FORMAT_VERSION, le=FORMAT_VERSION)]
@@ -124,10 +114,10 @@ class Manifest(_Model):
 
     @field_validator("splits")
     @classmethod
-    def _name_splits(cls, splits: dict[str, Split]) -> dict[str, Split]:
+    def _sort_splits(cls, splits: dict[str, Split]) -> dict[str, Split]:
         if unknown := splits.keys() - set(SPLITS):
             raise ValueError(f"unknown split {min(unknown)!r:.60}; accepted are {', '.join(SPLITS)}")
-        return {name: splits[name].model_copy(update={"name": name}) for name in SPLITS if name in splits}
+        return {name: splits[name] for name in SPLITS if name in splits}
 
     @model_validator(mode="after")
     def _check_consistency(self) -> Self:

@@ -8,9 +8,9 @@ shard.
 No state and no random generator: the id at any position is a closed form, the same on every machine.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import numpy as np
 
@@ -200,21 +200,12 @@ class WindowedOrder:
 
     def laid_ids(self, epoch: int, places: np.ndarray) -> np.ndarray:
         """Return the sample at each place in the epoch's shuffled shards laid end to end, int64."""
-        shards, starts = self.layout(epoch)
-        at = np.searchsorted(starts, places, side="right") - 1
-        return self._first_ids[shards[at]] + places - starts[at]
-
-    @cached_property
-    def layout(self) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
-        """epoch -> the epoch's shards in shuffled order, and where each starts when they are laid end to end; int64."""
-        # If epochs are longer than a batch, a step is in two epochs at most.
-        return lru_cache(maxsize=2)(self._layout)
-
-    def _layout(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         count = len(self.shard_counts)
         shards = permute(np.arange(count), count, derive_key(self.seed, _TAG_SHARDS, epoch))
         lengths = np.diff(self._first_ids)[shards]
-        return shards, np.cumsum(lengths) - lengths
+        starts = np.cumsum(lengths) - lengths
+        at = np.searchsorted(starts, places, side="right") - 1
+        return self._first_ids[shards[at]] + places - starts[at]
 
 
 Order = FullOrder | WindowedOrder  # a training order: the id of any position
@@ -258,12 +249,11 @@ def create_order(data: DataConfig, steps: StepsConfig, manifest: Manifest) -> Or
     if data.order == "full":
         return FullOrder(size=train.count, seed=steps.seed)
     assert data.order == "windowed", "order is not resolved"
-    assert data.shuffle_streams != "auto", "shuffle_streams is not resolved"
     return WindowedOrder(
         shard_counts=[shard.count for shard in train.shards],
         seed=steps.seed,
         batch_size=steps.batch_size,
-        streams=data.shuffle_streams,
+        streams=int(data.shuffle_streams),
         window=data.shuffle_window,
     )
 

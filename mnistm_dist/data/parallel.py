@@ -6,9 +6,8 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from typing import TypeVar
 
 from mnistm_dist.errors import UserError
@@ -46,20 +45,19 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], *, wo
     # spawn: a fork would copy the locks of this process's other threads in whatever state they are.
     context = multiprocessing.get_context("spawn")
     others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(max_workers=workers, mp_context=context, initializer=_start_worker)
-    try:
-        for future in read_ahead((_submit(pool, function, item) for item in items), lambda _: _IN_FLIGHT * workers - 1):
-            yield future.result()
-    except BrokenProcessPool as error:
-        # The pool waits forever for a worker that was still starting when another one was killed.
-        for worker in set(multiprocessing.active_children()) - others:
-            worker.kill()
-        raise UserError(
-            f"a worker process of {workers} was killed, as the system does when memory runs out: find out what killed "
-            "it and run this again"
-        ) from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    with ProcessPoolExecutor(max_workers=workers, mp_context=context, initializer=_start_worker) as pool:
+        tasks = (_submit(pool, function, item) for item in items)
+        try:
+            for future in read_ahead(tasks, lambda _: _IN_FLIGHT * workers - 1):
+                yield future.result()
+        except BrokenProcessPool as error:
+            # The pool waits forever for a worker that was still starting when another one was killed.
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.kill()
+            raise UserError(
+                f"a worker process of {workers} was killed, as the system does when memory runs out: find out what "
+                "killed it and run this again"
+            ) from error
 
 
 def read_ahead(items: Iterable[Item], count: Callable[[Item], int]) -> Iterator[Item]:
@@ -70,16 +68,6 @@ def read_ahead(items: Iterable[Item], count: Callable[[Item], int]) -> Iterator[
         if len(waiting) > count(item):
             yield waiting.popleft()
     yield from waiting
-
-
-@contextmanager
-def thread_pool(count: int, name: str) -> Iterator[ThreadPoolExecutor]:
-    """Yield a pool of at least one thread. Tasks that have not started when the block ends are cancelled."""
-    pool = ThreadPoolExecutor(max_workers=max(1, count), thread_name_prefix=name)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _submit(pool: ProcessPoolExecutor, function: Callable[[Item], Result], item: Item) -> Future[Result]:
@@ -104,11 +92,14 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
-def stage(progress: Progress | None, number: int, stages: int) -> Progress:
-    """Return a callback for stage ``number`` of ``stages`` over the same items, which reports overall progress."""
+def stage(progress: Progress | None, number: int, stages: int, count: int) -> Progress:
+    """Return a callback for the progress of stage ``number`` of ``stages`` over ``count`` items.
+
+    It may be called with any total, such as bytes: ``progress`` gets the part of ``count`` that is done overall.
+    """
 
     def report(done: int, total: int) -> None:
         if progress is not None:
-            progress((number * total + done) // stages, total)
+            progress((number * total + done) * count // (stages * max(1, total)), count)
 
     return report

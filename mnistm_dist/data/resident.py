@@ -9,6 +9,7 @@
 import hashlib
 import mmap
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -18,12 +19,11 @@ import torch
 from torch import Tensor
 
 from mnistm_dist.data.cache import cache_errors
-from mnistm_dist.data.integrity import OK, examine_all, load_record, save_record, stamp_of
 from mnistm_dist.data.manifest import SetFile
 from mnistm_dist.data.order import Order
-from mnistm_dist.data.parallel import Progress, read_ahead, stage, thread_pool
+from mnistm_dist.data.parallel import Progress, read_ahead, stage
 from mnistm_dist.data.shard_reader import SplitReader, open_split, set_entry
-from mnistm_dist.data.shards import ShardSet
+from mnistm_dist.data.shards import OK, ShardSet, examine_all, load_record, save_record, stamp_of
 from mnistm_dist.files import atomic_path
 
 _CHUNK_BYTES = 4 << 20  # decoded bytes per task and per write
@@ -85,8 +85,9 @@ def open_resident(
     """
     with set_entry(cache_dir, shards) as folder:
         path, record = folder / f"{split}.u8", folder / "checked.json"
-        reader = open_split(shards, split, record=record, progress=stage(progress, 0, 2))
-        report = stage(progress, 1, 2)
+        count = shards.split(split).count
+        reader = open_split(shards, split, record=record, progress=stage(progress, 0, 2, count))
+        report = stage(progress, 1, 2, count)
         if not _is_intact(path, reader.count * prod(reader.image_shape), record):
             _save_stamp(path, _decode_to(path, reader, workers, report), record)
         report(reader.count, reader.count)
@@ -121,11 +122,11 @@ def _decode_to(path: Path, reader: SplitReader, workers: int, progress: Progress
         atomic_path(path) as temporary,
         temporary.open("wb") as file,  # empties what a killed process has left, before the look at the free space
         cache_errors(path, count * image_bytes),
-        thread_pool(workers, "decode") as pool,
+        ThreadPoolExecutor(workers, "decode") as pool,
     ):
         chunks = (np.arange(first, min(first + chunk, count)) for first in range(0, count, chunk))
         tasks = (pool.submit(reader.load, ids) for ids in chunks)
-        for task in read_ahead(tasks, lambda _: 2 * max(1, workers)):
+        for task in read_ahead(tasks, lambda _: 2 * workers):
             images = task.result().numpy()
             file.write(images.data.cast("B"))
             digest.update(images.data.cast("B"))

@@ -20,10 +20,9 @@ from torchvision.io import ImageReadMode
 
 from mnistm_dist.data.cache import cache_entry
 from mnistm_dist.data.image_io import decode_png
-from mnistm_dist.data.integrity import OK, examine, stamp_of
 from mnistm_dist.data.manifest import REPAIR
-from mnistm_dist.data.parallel import Progress
-from mnistm_dist.data.shards import Block, ShardSet
+from mnistm_dist.data.parallel import Progress, stage
+from mnistm_dist.data.shards import OK, Block, ShardSet, examine, stamp_of
 from mnistm_dist.errors import UserError
 
 # torch copies more elements than this in several threads; decoding has threads of its own.
@@ -128,10 +127,9 @@ def _has_header(data: np.ndarray, offsets: np.ndarray, image_size: tuple[int, in
 
 def set_entry(cache_dir: Path, shards: ShardSet) -> AbstractContextManager[Path]:
     """Hold the lock of a packed set's cache entry and yield its folder: see `cache_entry`."""
-    identity = shards.manifest.identity
-    source, description = str(shards.root.absolute()), shards.manifest.description
-    about = {"identity": identity, "description": description, "source": source}
-    return cache_entry(cache_dir, "sets", identity[:16], about)
+    manifest, source = shards.manifest, str(shards.root.absolute())
+    about = {"identity": manifest.identity, "description": manifest.description, "source": source}
+    return cache_entry(cache_dir, "sets", manifest.identity[:16], about)
 
 
 def open_split(
@@ -145,11 +143,5 @@ def open_split(
     # Before the check, so that a change after it shows. The check names a file that is missing.
     _, *paths = shards.files([split])
     stamps = [stamp_of(path.stat()) if path.exists() else [] for path in paths]
-    count = shards.split(split).count
-
-    def report(done: int, total: int) -> None:
-        if progress is not None:
-            progress(done * count // max(1, total), count)
-
-    shards.check([split], record=record, progress=report)
+    shards.check([split], record=record, progress=stage(progress, 0, 1, shards.split(split).count))
     return SplitReader(shards=shards, split=split, index=shards.index(split), pin_memory=pin_memory, stamps=stamps)

@@ -3,21 +3,41 @@
 A set is a folder with ``manifest.json`` and, per split, its tars and its index (``train.index.npy``). A sample's id is
 its place in storage order within its split: shards in the manifest's order, samples in their order within the shard.
 Everything downstream uses that id. ``data/packing`` writes such a folder; ``shards/README.md`` documents it.
+
+A record of earlier checks saves hashing what has not changed. It trusts a file whose size, mtime, ctime and inode are
+as recorded; ctime also reveals a change by someone who restored mtime.
 """
 
+import contextlib
+import hashlib
+import json
+import os
+import stat
+import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
 from mnistm_dist.data.image_io import decode_png
-from mnistm_dist.data.integrity import OK, examine_all
-from mnistm_dist.data.manifest import MANIFEST_NAME, REPAIR, Manifest, SetFile, Split, open_index, parse
-from mnistm_dist.data.parallel import Progress
-from mnistm_dist.errors import UserError
-from mnistm_dist.files import explain_os_errors
+from mnistm_dist.data.manifest import MANIFEST_NAME, REPAIR, Manifest, SetFile, Sha256, Split, open_index, parse
+from mnistm_dist.data.parallel import Progress, available_cores
+from mnistm_dist.errors import UserError, os_error_reason
+from mnistm_dist.files import explain_os_errors, write_atomic
+
+# Status of a file: as claimed, shorter than claimed, other bytes than claimed, not there, or extra: a tar or index that
+# the manifest does not list, but a reader that takes all tars would take.
+OK, TRUNCATED, CHANGED, MISSING, EXTRA = "ok", "truncated", "changed", "missing", "extra"
+
+# Absolute path -> stamp and sha256 of the file when it was last found to be as claimed.
+Record = dict[str, tuple[list[int], Sha256]]
+# A file changed less than this before its check is not recorded: another change within the same tick of the clock
+# would leave the same times.
+_MIN_AGE_NS = 100_000_000
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -68,7 +88,8 @@ class ShardSet:
 
     def keys(self, split: str, ids: Sequence[int] | np.ndarray) -> list[str]:
         """Return the keys of the samples ``ids``, in their order."""
-        return [key.decode("ascii", "backslashreplace") for key in self.index(split)["key"][_as_ids(ids)].tolist()]
+        keys = self.index(split)["key"][np.asarray(ids, dtype=np.int64)]
+        return [key.decode("ascii", "backslashreplace") for key in keys.tolist()]
 
     def labels(self, split: str, rows: np.ndarray | None = None) -> np.ndarray:
         """Return the labels of the rows of the index (all by default), int64 (n,). Raises `UserError` for one that is
@@ -83,7 +104,7 @@ class ShardSet:
 
         Raises `UserError` naming a shard that is missing or not of the manifest's size.
         """
-        unique, places = np.unique(_as_ids(ids), return_inverse=True)
+        unique, places = np.unique(np.asarray(ids, dtype=np.int64), return_inverse=True)
         block = self.read_block(split, unique, self.index(split))
         spans = zip(block.offsets[places].tolist(), block.sizes[places].tolist(), strict=True)
         return [block.data[offset : offset + size].tobytes() for offset, size in spans]
@@ -160,5 +181,79 @@ class ShardSet:
         return UserError(f"{self.root / self.split(split).index.name}: {what}; {REPAIR}")
 
 
-def _as_ids(ids: Sequence[int] | np.ndarray) -> np.ndarray:
-    return np.asarray(ids, dtype=np.int64)
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """The result of checking a file."""
+
+    name: str
+    """File name."""
+    status: str = OK
+    """`OK`, `TRUNCATED`, `CHANGED`, `MISSING` or `EXTRA`."""
+    detail: str = ""
+    """The reason, unless it is ok."""
+
+
+def examine(path: Path, claim: SetFile, record: Record) -> Finding:
+    """Check that a file is as claimed. It is hashed unless it is as recorded, and recorded if it is old enough."""
+    status, detail = OK, ""
+    try:
+        state, key = path.stat(), str(path.absolute())
+        stamp = stamp_of(state)
+        if not stat.S_ISREG(state.st_mode):
+            status, detail = MISSING, "not a regular file"
+        elif state.st_size != claim.size:
+            status = TRUNCATED if state.st_size < claim.size else CHANGED
+            detail = f"{state.st_size:,} bytes instead of {claim.size:,}"
+        elif record.get(key) != (stamp, claim.sha256):
+            old_enough = time.time_ns() - state.st_ctime_ns > _MIN_AGE_NS
+            with path.open("rb", buffering=0) as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != claim.sha256:
+                    status, detail = CHANGED, "its sha256 is not that of the manifest"
+                elif old_enough and stamp_of(os.fstat(file.fileno())) == stamp:
+                    record[key] = (stamp, claim.sha256)
+    except OSError as error:
+        status, detail = MISSING, os_error_reason(error)
+    return Finding(name=path.name, status=status, detail=detail)
+
+
+def examine_all(
+    claims: dict[Path, SetFile], *, record: Path | None = None, progress: Progress | None = None
+) -> list[Finding]:
+    """Check files in parallel threads, in the order of the claims.
+
+    ``record`` is a JSON file of earlier checks, updated at the end; a missing or damaged one is created anew, and one
+    that cannot be written is ignored. ``progress(done, total)`` counts bytes.
+    """
+    known = {} if record is None else load_record(record)
+    before, findings = dict(known), []
+    total, done = sum(claim.size for claim in claims.values()), 0
+    with ThreadPoolExecutor(min(16, available_cores()), "hash") as pool:
+        results = pool.map(lambda path: examine(path, claims[path], known), claims)
+        for claim, finding in zip(claims.values(), results, strict=True):
+            findings.append(finding)
+            done += claim.size
+            if progress is not None:
+                progress(done, total)
+    if record is not None and known != before:
+        save_record(record, known)
+    return findings
+
+
+def stamp_of(state: os.stat_result) -> list[int]:
+    """Return what shows that a file has not changed: size, mtime, ctime and inode; a list, as JSON gives it back."""
+    return [state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino]
+
+
+def load_record(path: Path) -> Record:
+    """Read a record; an unreadable one is empty."""
+    try:
+        return TypeAdapter(Record).validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        return {}
+
+
+def save_record(path: Path, record: Record) -> None:
+    """Write a record. It only saves time: if it cannot be written, the next launch hashes again."""
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, json.dumps(record))

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from mnistm_dist.data.order import Order, OrderPositions, WindowedOrder
-from mnistm_dist.data.parallel import Progress, read_ahead, thread_pool
+from mnistm_dist.data.parallel import Progress, read_ahead
 from mnistm_dist.data.shard_reader import SplitReader, open_split, set_entry
 from mnistm_dist.data.shards import Block, ShardSet
 
@@ -53,7 +53,7 @@ class Streaming:
 
     def iter_batches(self, ids: Iterable[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield `gather` of one array of ids after another, read and decoded ahead."""
-        with thread_pool(self.workers, "stream") as pool:
+        with ThreadPoolExecutor(self.workers, "stream") as pool:
             tasks = ((wanted, pool.submit(self.reader.load, wanted)) for wanted in ids)
             for wanted, images in read_ahead(tasks, lambda _: max(_STEPS_AHEAD, self.workers)):
                 yield self._deliver(images.result(), wanted)
@@ -67,7 +67,11 @@ class Streaming:
         share, that is, whole streams, of a `WindowedOrder`. Raises `UserError` for damaged shards.
         """
         assert isinstance(order, WindowedOrder), "the order is not windowed"
-        with thread_pool(_READING_THREADS, "read") as reading, thread_pool(self.workers, "stream") as decoding:
+        reading_pool, decoding_pool = (
+            ThreadPoolExecutor(_READING_THREADS, "read"),
+            ThreadPoolExecutor(self.workers, "stream"),
+        )
+        with reading_pool as reading, decoding_pool as decoding:
             windows = _Windows(order, lambda ids: reading.submit(self.reader.read, ids))
 
             def steps() -> Iterator[tuple[np.ndarray, Tensor, list[Future[None]]]]:

@@ -32,11 +32,11 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def read_all(folder: Path) -> None:
     """Read everything that a training reads."""
     shards = ShardSet.open(folder)
-    for split in shards.manifest.splits.values():
+    for name, split in shards.manifest.splits.items():
         count = min(split.count, 50)
-        shards.labels(split.name)
-        shards.keys(split.name, range(count))
-        shards.read(split.name, range(count))
+        shards.labels(name)
+        shards.keys(name, range(count))
+        shards.read(name, range(count))
     shards.check(shards.manifest.splits, record=None)
 
 

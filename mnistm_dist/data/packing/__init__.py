@@ -1,1 +1,0 @@
-"""Write and verify a packed set."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from mnistm_dist.data.image_io import encode_png, png_size
 from mnistm_dist.data.parallel import Progress, ordered_map, workers_for
-from mnistm_dist.data.sources.base import Sample, Source
+from mnistm_dist.data.sources.base import SPLITS, Sample, Source
 from mnistm_dist.errors import UserError
 from mnistm_dist.files import explain_os_errors
 
@@ -52,8 +52,7 @@ def cut_splits(source: Source, val_size: int | None = None) -> dict[str, Part]:
     source's own rule says, else a tenth. Keys count through train and val, so that they sort in the source's order over
     both. Raises `UserError` if train or val would be empty, or if ``val_size`` is given for a source with its own val.
     """
-    counts = {split: count for split, count in source.counts.items() if count}
-    train, val, test = (counts.get(split, 0) for split in ("train", "val", "test"))
+    train, val, test = (source.counts.get(split, 0) for split in SPLITS)
     if not train:
         raise UserError(f"{source.description}: no training images; a packed set needs them")
     if val and val_size is not None:
@@ -86,65 +85,53 @@ def _digits(count: int) -> int:
     return max(8, len(str(count - 1)))
 
 
-class Spool:
-    """The images of all parts in an open file, in the order in which the source yields them.
+def spool_images(
+    source: Source, parts: dict[str, Part], file: FileIO, folder: Path, progress: Progress
+) -> tuple[dict[str, np.ndarray], tuple[int, int]]:
+    """Write all images of the source to an open file in ``folder``: PNG bytes are kept, arrays are encoded in parallel.
 
-    ``folder`` is named if the disk is full.
+    Return for each part a row for `read_image` of each image, in key order, with its ``label``; and the (height, width)
+    of all images, pixels. Raises `UserError` naming the sample that is not an accepted image or has another size than
+    the others, as `Source.samples` does, and if the disk is full.
     """
+    rows = {split: np.zeros(count, dtype=_ROW) for split, count in source.counts.items()}
+    total, offset, first, image_size = sum(source.counts.values()), 0, "", (0, 0)
+    for done, sample in enumerate(_with_pngs(source.samples(), total), start=1):
+        assert sample.png is not None
+        size = png_size(sample.png, sample.origin)
+        if not first:
+            image_size, first = size, sample.origin
+        elif size != image_size:
+            raise UserError(
+                f"{sample.origin}: {size[0]} x {size[1]} pixels, but {first} has {image_size[0]} x {image_size[1]}: "
+                "all images of a set have one size, so resize them"
+            )
+        origin = sample.origin.encode("utf-8", "surrogateescape")[:65_535]
+        rows[sample.split][sample.index] = (offset, len(sample.png), len(origin), sample.label)
+        offset += len(sample.png) + len(origin)
+        rest = memoryview(sample.png + origin)
+        with explain_os_errors(folder):
+            while rest:
+                rest = rest[file.write(rest) :]
+        progress(done, total)
+    return {
+        name: rows[part.source_split][part.start : part.start + part.count] for name, part in parts.items()
+    }, image_size
 
-    def __init__(self, folder: Path, file: FileIO, source: Source, parts: dict[str, Part]) -> None:
-        self._folder, self._file, self._source = folder, file, source
-        self._rows = {split: np.zeros(count, dtype=_ROW) for split, count in source.counts.items()}
-        self.rows = {
-            name: self._rows[part.source_split][part.start : part.start + part.count] for name, part in parts.items()
-        }
-        """A row for `read` of each image of each part, in key order, with its ``label``."""
-        self.image_size = (0, 0)
-        """(height, width) of all images, pixels; (0, 0) while there are none."""
 
-    def fill(self, progress: Progress) -> None:
-        """Read all of the source: PNG bytes are kept, arrays are encoded in parallel.
-
-        Raises `UserError` naming the sample that is not an accepted image or has another size than the others, as
-        `Source.samples` does, and if the disk is full.
-        """
-        total, offset, first = sum(self._source.counts.values()), 0, ""
-        for done, sample in enumerate(_with_pngs(self._source.samples(), total), start=1):
-            assert sample.png is not None
-            size = png_size(sample.png, sample.origin)
-            if not first:
-                self.image_size, first = size, sample.origin
-            elif size != self.image_size:
-                raise UserError(
-                    f"{sample.origin}: {size[0]} x {size[1]} pixels, but {first} has {self.image_size[0]} x "
-                    f"{self.image_size[1]}: all images of a set have one size, so resize them"
-                )
-            origin = sample.origin.encode("utf-8", "surrogateescape")[:65_535]
-            self._rows[sample.split][sample.index] = (offset, len(sample.png), len(origin), sample.label)
-            offset += len(sample.png) + len(origin)
-            rest = memoryview(sample.png + origin)
-            with explain_os_errors(self._folder):
-                while rest:
-                    rest = rest[self._file.write(rest) :]
-            progress(done, total)
-
-    def read(self, row: np.void) -> tuple[bytes, str]:
-        """Return the PNG of the image of a row, and its origin."""
-        offset, size, origin_size, _ = row.item()
-        data = os.pread(self._file.fileno(), size + origin_size, offset)
-        return data[:size], data[size:].decode("utf-8", "surrogateescape")
+def read_image(file: FileIO, row: np.void) -> tuple[bytes, str]:
+    """Return the PNG of the image of a row of `spool_images`, and its origin."""
+    offset, size, origin_size, _ = row.item()
+    data = os.pread(file.fileno(), size + origin_size, offset)
+    return data[:size], data[size:].decode("utf-8", "surrogateescape")
 
 
 def _with_pngs(samples: Iterator[Sample], count: int) -> Iterator[Sample]:
-    """Yield the samples with their pixels encoded, in parallel if the first one has pixels."""
-    first = next(samples, None)
-    if first is None:
-        return
-    samples = chain([first], samples)
-    workers = workers_for(count) if first.png is None else 0
+    """Return the samples with their pixels encoded, in parallel if the first one has pixels."""
     chunks = iter(lambda: list(islice(samples, _CHUNK)), [])
-    for chunk in ordered_map(_encode, chunks, workers=workers):
-        yield from chunk
+    first = next(chunks, [])
+    workers = workers_for(count) if first and first[0].png is None else 0
+    return chain.from_iterable(ordered_map(_encode, chain([first], chunks), workers=workers))
 
 
 def _encode(samples: list[Sample]) -> list[Sample]:

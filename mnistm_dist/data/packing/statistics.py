@@ -6,6 +6,7 @@ file names, and of its two label files. They do not depend on the encoding of th
 
 import hashlib
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby, islice
@@ -37,10 +38,8 @@ Encoded = tuple[str, bytes, str]  # an image to decode: its split, its PNG, and 
 class PixelStatistics:
     """Hashes and moments of the pixels of a set."""
 
-    groups: dict[str, str]
-    """sha256 of all RGB bytes in key order, of "train+val" and of "test"."""
-    splits: dict[str, str]
-    """The same, of each split."""
+    sha256: dict[str, str]
+    """sha256 of all RGB bytes in key order, of each split and of each of `PIXEL_GROUPS`."""
     moments: dict[str, tuple[Channels, Channels]]
     """(mean, standard deviation) of each split, per channel, on a scale of 0 to 1."""
 
@@ -53,21 +52,18 @@ def measure_pixels(
     ``size`` is the (height, width) that each must have. ``progress(done, total)`` counts images. Memory is bounded.
     Raises `UserError` naming the first image that is broken or of another size.
     """
-    groups: dict[str, hashlib._Hash] = {}
-    splits: dict[str, hashlib._Hash] = {}
-    histograms: dict[str, np.ndarray] = {}
+    hashes: defaultdict[str, hashlib._Hash] = defaultdict(hashlib.sha256)
+    histograms: defaultdict[str, np.ndarray] = defaultdict(lambda: np.zeros((3, 256), dtype=np.int64))
     done = 0
     tasks = ((chunk, size) for chunk in _chunks(images, max(1, _CHUNK_BYTES // (3 * size[0] * size[1]))))
     for split, pixels, histogram in ordered_map(_decode_chunk, tasks, workers=workers_for(count)):
-        group = next(name for name, members in PIXEL_GROUPS.items() if split in members)
-        for name, hashes in ((group, groups), (split, splits)):
-            hashes.setdefault(name, hashlib.sha256()).update(pixels.data)
-        histograms[split] = histograms.get(split, 0) + histogram
+        for name in {split, *(group for group, members in PIXEL_GROUPS.items() if split in members)}:
+            hashes[name].update(pixels.data)
+        histograms[split] += histogram
         done += len(pixels)
         progress(done, count)
     return PixelStatistics(
-        groups={name: digest.hexdigest() for name, digest in groups.items()},
-        splits={name: digest.hexdigest() for name, digest in splits.items()},
+        sha256={name: digest.hexdigest() for name, digest in hashes.items()},
         moments={name: moments_of(histogram) for name, histogram in histograms.items()},
     )
 
@@ -85,9 +81,7 @@ def moments_of(histogram: np.ndarray) -> tuple[Channels, Channels]:
     """
     means, stds = [], []
     for counts in histogram.tolist():
-        count = sum(counts)
-        total = sum(value * times for value, times in enumerate(counts))
-        squares = sum(value * value * times for value, times in enumerate(counts))
+        count, total, squares = (sum(value**power * times for value, times in enumerate(counts)) for power in range(3))
         means.append(total / (255 * count))
         stds.append(math.sqrt((count * squares - total * total) / (255 * 255 * count * count)))
     return (means[0], means[1], means[2]), (stds[0], stds[1], stds[2])

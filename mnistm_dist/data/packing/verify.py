@@ -4,7 +4,7 @@
 2. Compare every tar with its index: are its members, their places and labels what `pack` writes for it?
 3. Decode every image, in key order: do the hashes, means and class counts match the manifest?
 
-A later step only runs on what the earlier ones found intact.
+A later step only runs if the earlier ones found nothing.
 """
 
 import mmap
@@ -14,17 +14,14 @@ from pathlib import Path
 
 import numpy as np
 
-from mnistm_dist.data.integrity import CHANGED, EXTRA, OK, Finding, examine
-from mnistm_dist.data.manifest import MANIFEST_NAME, PIXEL_GROUPS, SetFile
+from mnistm_dist.data.manifest import MANIFEST_NAME, PIXEL_GROUPS
 from mnistm_dist.data.packing.statistics import Encoded, measure_pixels
 from mnistm_dist.data.packing.writer import TAR_END, tar_member
-from mnistm_dist.data.parallel import Progress, ordered_map, stage, workers_for
-from mnistm_dist.data.shards import ShardSet
+from mnistm_dist.data.parallel import Progress, stage
+from mnistm_dist.data.shards import CHANGED, EXTRA, OK, Finding, ShardSet, examine_all
 from mnistm_dist.errors import UserError
 
 _PART_SUFFIXES = (".tar", ".index.npy")
-# A shard, and its rows of the index unless that is damaged.
-_Task = tuple[Path, SetFile, np.ndarray | None]
 _READ_AT_ONCE = 1024  # images whose bytes are read together; each of their shards is opened once
 
 
@@ -33,46 +30,31 @@ def inspect(shards: ShardSet, progress: Progress | None = None) -> list[Finding]
 
     ``progress(done, total)`` counts images.
     """
-    findings = _inspect_files(shards, stage(progress, 0, 2))
+    splits = shards.manifest.splits
+    count = sum(split.count for split in splits.values())
+    findings = examine_all(shards.files(splits), progress=stage(progress, 0, 2, count))
     others = {path.name for path in shards.root.iterdir()} - {finding.name for finding in findings}
     extra = sorted(name for name in others if name.endswith(_PART_SUFFIXES))
     findings += [Finding(name=name, status=EXTRA, detail="not in the manifest") for name in extra]
     if all(finding.status == OK for finding in findings):
-        wrong = _compare_images(shards, stage(progress, 1, 2))
-        findings.append(Finding(name=MANIFEST_NAME, status=CHANGED if wrong else OK, detail=wrong))
+        try:
+            wrong = _compare_tars(shards)
+            findings = [wrong.get(finding.name, finding) for finding in findings]
+            if not wrong:
+                findings.append(_compare_images(shards, count, stage(progress, 1, 2, count)))
+        except UserError as error:
+            findings.append(Finding(name=MANIFEST_NAME, status=CHANGED, detail=str(error)))
     return findings
 
 
-def _inspect_files(shards: ShardSet, progress: Progress) -> list[Finding]:
-    findings: list[Finding] = []
-    tasks: list[_Task] = []
+def _compare_tars(shards: ShardSet) -> dict[str, Finding]:
+    """Return a finding for each shard that differs from what `pack` writes for its rows of the index."""
+    wrong = {}
     for name, split in shards.manifest.splits.items():
-        (path, claim), *tars = shards.files([name]).items()
-        finding = examine(path, claim, {})
-        rows: list[np.ndarray | None] = [None] * len(tars)
-        if finding.status == OK:
-            try:
-                rows = [*np.split(np.array(shards.index(name)), split.shard_starts[1:-1])]
-            except UserError as error:
-                finding = Finding(name=finding.name, status=CHANGED, detail=str(error))
-        findings.append(finding)
-        tasks += [(*tar, tar_rows) for tar, tar_rows in zip(tars, rows, strict=True)]
-    total, done = sum(split.count for split in shards.manifest.splits.values()), 0
-    counts = [shard.count for split in shards.manifest.splits.values() for shard in split.shards]
-    for count, finding in zip(counts, ordered_map(_inspect_tar, tasks, workers=workers_for(total)), strict=True):
-        findings.append(finding)
-        done += count
-        progress(done, total)
-    return findings
-
-
-def _inspect_tar(task: _Task) -> Finding:
-    """Check a shard, and its members against its rows of the index."""
-    path, claim, rows = task
-    finding = examine(path, claim, {})
-    if finding.status == OK and rows is not None and (wrong := _first_difference(path, rows)):
-        return Finding(name=path.name, status=CHANGED, detail=wrong)
-    return finding
+        for shard, rows in zip(split.shards, np.split(shards.index(name), split.shard_starts[1:-1]), strict=True):
+            if detail := _first_difference(shards.root / shard.name, rows):
+                wrong[shard.name] = Finding(name=shard.name, status=CHANGED, detail=detail)
+    return wrong
 
 
 def _first_difference(path: Path, rows: np.ndarray) -> str:
@@ -88,27 +70,22 @@ def _first_difference(path: Path, rows: np.ndarray) -> str:
         return "" if tar[place:] == TAR_END else "it does not end after its last member"
 
 
-def _compare_images(shards: ShardSet, progress: Progress) -> str:
-    """Return what the manifest says differently from the keys, images and labels, or an empty text."""
-    try:
-        wrong = _wrong_keys(shards) or _wrong_claims(shards, progress)
-    except UserError as error:
-        return str(error)
-    return f"does not match the shards: {', '.join(wrong)}" if wrong else ""
-
-
-def _wrong_claims(shards: ShardSet, progress: Progress) -> list[str]:
-    manifest = shards.manifest
-    count = sum(split.count for split in manifest.splits.values())
-    measured = measure_pixels(_in_key_order(shards), count=count, size=manifest.image_size, progress=progress)
-    wrong = [f"the pixels of {group}" for group, sha in manifest.pixels_sha256.items() if measured.groups[group] != sha]
-    for name, split in manifest.splits.items():
-        counts = np.bincount(shards.labels(name), minlength=len(manifest.classes))
-        facts = (measured.splits[name], *measured.moments[name], tuple(counts.tolist()))
-        claims = (split.pixels_sha256, split.mean, split.std, split.class_counts)
-        what = ("pixels", "mean", "std", "class counts")
-        wrong += [f"the {w} of {name}" for w, claim, fact in zip(what, claims, facts, strict=True) if claim != fact]
-    return wrong
+def _compare_images(shards: ShardSet, count: int, progress: Progress) -> Finding:
+    """Compare the keys, images and labels with the manifest."""
+    manifest, wrong = shards.manifest, _wrong_keys(shards)
+    if not wrong:
+        measured = measure_pixels(_in_key_order(shards), count=count, size=manifest.image_size, progress=progress)
+        wrong += [
+            f"the pixels of {group}" for group, sha in manifest.pixels_sha256.items() if measured.sha256[group] != sha
+        ]
+        for name, split in manifest.splits.items():
+            counts = np.bincount(shards.labels(name), minlength=len(manifest.classes))
+            facts = (measured.sha256[name], *measured.moments[name], tuple(counts.tolist()))
+            claims = (split.pixels_sha256, split.mean, split.std, split.class_counts)
+            what = ("pixels", "mean", "std", "class counts")
+            wrong += [f"the {w} of {name}" for w, claim, fact in zip(what, claims, facts, strict=True) if claim != fact]
+    detail = f"does not match the shards: {', '.join(wrong)}" if wrong else ""
+    return Finding(name=MANIFEST_NAME, status=CHANGED if wrong else OK, detail=detail)
 
 
 def _wrong_keys(shards: ShardSet) -> list[str]:

@@ -10,6 +10,7 @@
 import hashlib
 import tempfile
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from mnistm_dist.data.manifest import (
     index_dtype,
     render,
 )
-from mnistm_dist.data.packing.splits import Part, Spool, count_shards, cut_splits
+from mnistm_dist.data.packing.splits import Part, count_shards, cut_splits, read_image, spool_images
 from mnistm_dist.data.packing.statistics import PixelStatistics, find_lineage, measure_pixels
 from mnistm_dist.data.parallel import Progress, stage
 from mnistm_dist.data.sources.base import CLASSES, SPLITS, Source
@@ -40,7 +41,6 @@ _OWNER = b"0000644\0" + b"0000000\0" * 2  # mode, user, group
 _TIME = b"00000000000\0"
 _REST = b"0" + bytes(100) + b"ustar\x0000" + bytes(64) + b"0000000\0" * 2 + bytes(167)  # from the type flag on
 _REST_SUM = 8 * ord(" ") + sum(_REST)
-_BUFFER = 1 << 20
 _TAG_STORAGE = 5  # separates the keys of the storage order from those of data/order.py with the same seed
 
 
@@ -65,38 +65,40 @@ def pack(
     cannot be written; then nothing is left behind.
     """
     parts = cut_splits(source, val_size)
+    count = sum(part.count for part in parts.values())
     with staged_folder(out) as folder:
         with explain_os_errors(folder):
             file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 (it is closed below)
         with file:
-            spool = Spool(folder, file, source, parts)
-            spool.fill(stage(progress, 0, 3))
+            rows, image_size = spool_images(source, parts, file, folder, stage(progress, 0, 3, count))
             statistics = measure_pixels(
-                ((name, *spool.read(row)) for name, rows in spool.rows.items() for row in rows),
-                count=sum(part.count for part in parts.values()),
-                size=spool.image_size,
-                progress=stage(progress, 1, 3),
+                ((name, *read_image(file, row)) for name in rows for row in rows[name]),
+                count=count,
+                size=image_size,
+                progress=stage(progress, 1, 3, count),
             )
+            groups = {group: statistics.sha256[group] for group in PIXEL_GROUPS if group in statistics.sha256}
             labels = {
-                group: np.concatenate([spool.rows[name]["label"] for name in PIXEL_GROUPS[group] if name in parts])
-                for group in statistics.groups
+                group: np.concatenate([rows[name]["label"] for name in PIXEL_GROUPS[group] if name in rows])
+                for group in groups
             }
-            found = find_lineage(statistics.groups, labels, source.lineage)
+            found = find_lineage(groups, labels, source.lineage)
             if lineage not in (None, found):
                 raise UserError(
                     f"{source.description}: its pixels and labels are not those of the {lineage} set; nothing is packed"
                 )
             with explain_os_errors(folder):
-                splits = _write_splits(folder, spool, parts, num_shards, seed, statistics, stage(progress, 2, 3))
+                report = stage(progress, 2, 3, count)
+                splits = _write_splits(folder, parts, rows, file, num_shards, seed, statistics, report)
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             lineage=found,
             layout=source.layout,
             description="".join(letter if letter.isprintable() else "?" for letter in source.description),
             classes=CLASSES,
-            image_size=spool.image_size,
+            image_size=image_size,
             seed=seed,
-            pixels_sha256=statistics.groups,
+            pixels_sha256=groups,
             splits=splits,
         )
         with explain_os_errors(folder):
@@ -106,8 +108,9 @@ def pack(
 
 def _write_splits(
     folder: Path,
-    spool: Spool,
     parts: dict[str, Part],
+    images: dict[str, np.ndarray],
+    spool: FileIO,
     train_shards: int,
     seed: int,
     statistics: PixelStatistics,
@@ -117,7 +120,7 @@ def _write_splits(
     splits = {}
     for name, part in parts.items():
         places = permute(np.arange(part.count), part.count, derive_key(seed, _TAG_STORAGE, SPLITS.index(name)))
-        keys, rows = part.keys(places), spool.rows[name][places]
+        keys, rows = part.keys(places), images[name][places]
         index = np.zeros(part.count, dtype=index_dtype(len(keys[0])))
         index["key"], index["label"] = keys, rows["label"]
         num_shards = count_shards(part, parts["train"], train_shards)
@@ -126,7 +129,7 @@ def _write_splits(
             # Cut in this way, shards differ by at most one sample.
             span = slice(number * part.count // num_shards, (number + 1) * part.count // num_shards)
             path = folder / f"{name}-{number:0{max(6, len(str(num_shards - 1)))}d}.tar"
-            _write_tar(path, (spool.read(row)[0] for row in rows[span]), index[span])
+            _write_tar(path, (read_image(spool, row)[0] for row in rows[span]), index[span])
             shards.append(Shard(**_describe(path).model_dump(), count=span.stop - span.start))
             done += span.stop - span.start
             progress(done, total)
@@ -136,12 +139,11 @@ def _write_splits(
             np.lib.format.write_array(file, index, version=(1, 0), allow_pickle=False)
         mean, std = statistics.moments[name]
         splits[name] = Split(
-            name=name,
             count=part.count,
             class_counts=tuple(np.bincount(index["label"], minlength=len(CLASSES)).tolist()),
             mean=mean,
             std=std,
-            pixels_sha256=statistics.splits[name],
+            pixels_sha256=statistics.sha256[name],
             index=_describe(path),
             shards=tuple(shards),
         )
@@ -157,7 +159,7 @@ def _describe(path: Path) -> SetFile:
 def _write_tar(path: Path, pngs: Iterator[bytes], rows: np.ndarray) -> None:
     """Write ``KEY.png`` and ``KEY.cls`` of each row of the index to a tar, and set the row's offset and size."""
     keys, labels = rows["key"].tolist(), rows["label"].tolist()
-    with path.open("wb", buffering=_BUFFER) as tar:
+    with path.open("wb", buffering=1 << 20) as tar:
         offset = 0
         for row, (key, label, png) in enumerate(zip(keys, labels, pngs, strict=True)):
             rows["offset"][row], rows["size"][row] = offset + BLOCK, len(png)

@@ -122,7 +122,7 @@ def choose_config(run: str | None, new_run: NewRun) -> Config:
 def save_images(
     path: Path, config: Config, shards: ShardSet, positions: np.ndarray, ids: np.ndarray, image_size: int, title: str
 ) -> None:
-    """Draw the samples ``ids`` at training ``positions``, augmented to ``size`` pixels, with key and label below each.
+    """Draw the samples ``ids`` at training ``positions``, augmented to ``image_size`` pixels, with key and label.
 
     Raises `UserError` if a shard is damaged or the file cannot be written.
     """
@@ -133,15 +133,14 @@ def save_images(
     from mnistm_dist.reporting.figures import batch_grid
     from mnistm_dist.reporting.style import save
 
-    split, manifest = shards.split("train"), shards.manifest
+    split, classes = shards.split("train"), shards.manifest.classes
     keys, labels = shards.keys("train", ids), shards.labels("train")[ids]
     preprocess = Preprocess(split.mean, split.std)
     augment = Augment(config.augment, preprocess, config.steps.seed)
-    floats = (
-        augment(torch.from_numpy(shards.images("train", ids)), positions, image_size) * preprocess.std + preprocess.mean
-    )
+    images = torch.from_numpy(shards.images("train", ids))
+    floats = augment(images, positions, image_size) * preprocess.std + preprocess.mean
     pixels = (255 * floats).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
-    captions = [f"{key}\n{manifest.classes[label]}" for key, label in zip(keys, labels, strict=True)]
+    captions = [f"{key}\n{classes[label]}" for key, label in zip(keys, labels, strict=True)]
     with explain_os_errors(path):
         save(batch_grid(list(pixels), captions, title), path)
 

@@ -8,7 +8,6 @@
 import contextlib
 import hashlib
 import importlib
-import importlib.util
 import re
 import threading
 import time
@@ -23,7 +22,7 @@ from mnistm_dist.data.cache import cache_entry, cache_errors
 from mnistm_dist.data.manifest import MANIFEST_NAME, SetFile, parse
 from mnistm_dist.data.parallel import Progress
 from mnistm_dist.data.shards import OK, ShardSet, examine_all
-from mnistm_dist.errors import UserError
+from mnistm_dist.errors import UserError, import_optional
 from mnistm_dist.files import fsync_path, write_atomic
 
 SCHEMES = ("https", "http", "s3")  # the schemes of addresses that can be fetched
@@ -149,8 +148,7 @@ def _read(address: str, limit: int, start: int = 0, size: int | None = None) -> 
     """
     errors: tuple[type[Exception], ...] = (OSError, importlib.import_module("aiohttp").ClientError)
     if address.startswith("s3:"):
-        if importlib.util.find_spec("s3fs") is None:
-            raise UserError("s3:// addresses require s3fs: pip install 'mnistm-dist[s3]'")
+        import_optional("s3fs", "an s3:// address", "s3")
         botocore = importlib.import_module("botocore.exceptions")
         errors = (OSError, botocore.BotoCoreError, botocore.ClientError)
     try:

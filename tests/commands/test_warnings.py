@@ -14,7 +14,6 @@ COMMANDS = {
     "evaluate": ("evaluate", "RUN"),
     "predict": ("predict", "RUN", ROOT / "docs" / "report.png"),
     "export to torch": ("export", "RUN", "--to", "torch", "--out", "model.pt2"),
-    "export to onnx": ("export", "RUN", "--to", "onnx", "--out", "model.onnx"),
     "report": ("report", "RUN"),
     "cache": ("cache", "list"),
 }
@@ -35,7 +34,7 @@ def test_no_import_warns_even_of_what_is_deprecated():
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_training_says_no_warning(run_command, small_set, world_size):
     """With its report, and W&B offline, as it is on a machine without a network."""
     places = ("--shards", small_set, "--run-dir", "run")
@@ -44,8 +43,6 @@ def test_a_training_says_no_warning(run_command, small_set, world_size):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_no_other_door_says_a_warning(run_command, small_set, trained_run, tmp_path, name):
-    if "onnx" in name:
-        pytest.importorskip("onnxruntime", reason='needs pip install "mnistm-dist[export]"')
     run = shutil.copytree(trained_run, tmp_path / "run")
     first, *arguments = COMMANDS[name]
     places = {"SET": small_set, "RUN": run}

@@ -28,8 +28,8 @@ class Row:
     world_size: int
     step: int
     """What state.json tells of when another process is left to tell it."""
-    usual: bool = False
-    """Whether it belongs to the usual suite."""
+    fast: bool = False
+    """Whether it belongs to the fast tests."""
 
     def __str__(self) -> str:
         return f"{self.phase}, rank {self.rank} of {self.world_size}"
@@ -44,7 +44,7 @@ TABLE = (
     Row(phase="drawing", rank=0, world_size=1, step=0),
     Row(phase="summing up", rank=0, world_size=1, step=0),
     Row(phase="reporting", rank=0, world_size=1, step=0),
-    Row(phase="training", rank=0, world_size=2, step=8, usual=True),
+    Row(phase="training", rank=0, world_size=2, step=8, fast=True),
     Row(phase="training", rank=1, world_size=2, step=8),
     Row(phase="saving", rank=0, world_size=2, step=6),
     Row(phase="evaluating", rank=0, world_size=2, step=10),
@@ -62,7 +62,7 @@ SILENT = (
 
 
 def rows(table: tuple[Row, ...]) -> list:
-    return [pytest.param(row, id=str(row), marks=() if row.usual else pytest.mark.soak) for row in table]
+    return [pytest.param(row, id=str(row), marks=() if row.fast else pytest.mark.slow) for row in table]
 
 
 def launch(start, small_set, row: Row, fault: str, *more: str):
@@ -117,6 +117,7 @@ def test_a_process_that_falls_silent_is_given_up_after_the_collective_timeout(
     goes_on(run_command, small_set, tmp_path, row, uninterrupted)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(available_cores() == 1, reason="one core: pack works without workers")
 def test_a_worker_of_pack_that_is_killed_ends_it_with_one_line_and_leaves_nothing(environment, tmp_path):
     command = [sys.executable, "-m", "mnistm_dist.pack", "sample", "--out", "set"]

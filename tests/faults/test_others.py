@@ -48,6 +48,7 @@ def test_a_job_that_comes_late_to_a_folder_throws_nothing_away(start, run_comman
     assert_ended_alike(tmp_path / "run", uninterrupted())
 
 
+@pytest.mark.slow
 def test_a_job_that_waits_for_a_cache_takes_over_when_the_one_that_writes_it_is_killed(
     start, small_set, tmp_path, uninterrupted
 ):
@@ -101,6 +102,7 @@ def test_shards_that_are_altered_under_a_streaming_run_are_named_and_whole_again
     assert_ended_alike(tmp_path / "run", uninterrupted(1, *STREAMING))
 
 
+@pytest.mark.slow
 def test_a_run_whose_wandb_settings_are_refused_is_offline_and_ends_the_same(
     run_command, small_set, tmp_path, uninterrupted
 ):
@@ -112,7 +114,7 @@ def test_a_run_whose_wandb_settings_are_refused_is_offline_and_ends_the_same(
     assert_ended_alike(tmp_path / "run", uninterrupted())
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 def test_a_run_whose_wandb_server_hangs_ends_the_same_half_a_minute_later_at_most(
     run_command, small_set, tmp_path, uninterrupted
 ):

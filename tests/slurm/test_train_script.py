@@ -128,26 +128,31 @@ def gpu_cluster():
 
 @pytest.fixture(scope="module")
 def reference(cluster, environment, small_set, tmp_path_factory) -> Job:
-    """A run of two nodes that nobody interrupted, in a folder with a space in its name."""
-    folder = tmp_path_factory.mktemp("reference")
-    job = submit(cluster, environment, folder, "--shards", small_set, *FLAGS, run=folder / "a run")
+    """An uninterrupted run of two nodes."""
+    job = submit(cluster, environment, tmp_path_factory.mktemp("reference"), "--shards", small_set, *FLAGS)
     job.output_of()
     return job
 
 
-def test_two_nodes_train_one_model_when_nothing_but_nodes_is_overridden(reference):
-    summary = json.loads((reference.run / "summary.json").read_text())
-    assert (summary["world_size"], summary["device"], summary["steps"]) == (2, "cpu", STEPS)
+def test_two_nodes_train_one_model_with_only_nodes_overridden(cluster, environment, small_set, tmp_path):
+    """The run folder has a space in its name."""
+    flags = ("--shards", small_set, *FLAGS, "--max-steps", 4)
+    job = submit(cluster, environment, tmp_path, *flags, run=tmp_path / "a run")
+    ended = job.ended()
+    assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), job.log()
+    summary = json.loads((job.run / "summary.json").read_text())
+    assert (summary["world_size"], summary["device"], summary["steps"]) == (2, "cpu", 4)
     assert (summary["val"]["total"], summary["test"]["total"]) == (VAL, TEST)
-    facts = json.loads((reference.run / "environment.json").read_text())
-    assert (facts["slurm_job_id"], facts["slurm_nodes"]) == (str(reference.number), "node[1-2]")
-    log = reference.log()
-    assert f"job {reference.number}, launch 1: nodes node[1-2], processes per node 1, CPUs per process 2" in log
+    run_environment = json.loads((job.run / "environment.json").read_text())
+    assert (run_environment["slurm_job_id"], run_environment["slurm_nodes"]) == (str(job.number), "node[1-2]")
+    log = job.log()
+    assert f"job {job.number}, launch 1: nodes node[1-2], processes per node 1, CPUs per process 2" in log
     assert "GPUs per node 0 (training on CPU)" in log
     assert "CPU (no GPU found)" in log
-    assert reference.launches() == [("start", 2)]
+    assert job.launches() == [("start", 2)]
 
 
+@pytest.mark.slow
 def test_usr1_saves_and_requeues_and_the_same_run_ends_as_if_nothing_had_happened(
     cluster, environment, small_set, tmp_path, reference
 ):
@@ -167,6 +172,7 @@ def test_usr1_saves_and_requeues_and_the_same_run_ends_as_if_nothing_had_happene
     assert f"job {job.number}, launch 2" in log
 
 
+@pytest.mark.slow
 def test_usr1_that_comes_while_the_trainers_start_is_not_lost(cluster, environment, small_set, tmp_path):
     job = submit(cluster, environment, tmp_path, "--shards", small_set, *FLAGS)
     while not job.processes(rank=0):
@@ -180,6 +186,7 @@ def test_usr1_that_comes_while_the_trainers_start_is_not_lost(cluster, environme
     assert job.ended()["JobState"] == "CANCELLED"
 
 
+@pytest.mark.slow
 def test_scancel_saves_and_ends_the_job_for_good(cluster, environment, small_set, tmp_path):
     job = submit(cluster, environment, tmp_path, "--shards", small_set, *FLAGS)
     job.wait_for_step(8)
@@ -193,6 +200,7 @@ def test_scancel_saves_and_ends_the_job_for_good(cluster, environment, small_set
     assert cluster.job(job.number)["JobState"] == "CANCELLED"
 
 
+@pytest.mark.slow
 def test_a_killed_task_fails_the_job_within_a_minute(cluster, environment, small_set, tmp_path):
     job = submit(cluster, environment, tmp_path, "--shards", small_set, *FLAGS)
     job.wait_for_step(24)
@@ -202,7 +210,7 @@ def test_a_killed_task_fails_the_job_within_a_minute(cluster, environment, small
     assert read_state(job.run)["state"] == "failed"
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 def test_a_job_whose_head_was_killed_goes_on_when_resubmitted_to_another_node(
     cluster, environment, small_set, tmp_path, reference
 ):
@@ -224,7 +232,7 @@ def test_a_job_whose_head_was_killed_goes_on_when_resubmitted_to_another_node(
     assert all(torch.equal(ours[name], theirs[name]) for name, _ in create_model(10, 0).named_parameters())
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 def test_two_tasks_on_each_node_are_a_world_of_four(cluster, environment, small_set, tmp_path):
     options = ("--nodes", 2, "--ntasks-per-node", 2)
     job = submit(cluster, environment, tmp_path, "--shards", small_set, *FLAGS, "--max-steps", 4, options=options)
@@ -242,6 +250,7 @@ def test_a_wrong_argument_ends_the_job_with_2_and_one_line(cluster, environment,
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_tasks_that_do_not_know_of_each_other_are_refused(cluster, environment, small_set, tmp_path):
     """A world of 1 on each node would train, slowly, twice, and end well."""
     command = ["srun", "--nodes", "2", "--ntasks", "2", sys.executable, "-m", "mnistm_dist.train", "--run-dir", "run"]
@@ -276,6 +285,7 @@ def shown_by(cluster: Cluster, folder: Path, *flags: object, options=()) -> int:
     return number
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "local_world_size", "gpus"),
     [
@@ -301,6 +311,7 @@ def test_each_gpu_has_a_task_that_sees_all_gpus_of_its_node(gpu_cluster, tmp_pat
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "python", "named"),
     [
@@ -319,6 +330,7 @@ def test_a_job_that_cannot_start_as_asked_ends_with_2_and_one_line(
     assert named in line
 
 
+@pytest.mark.slow
 def test_a_job_that_began_at_a_named_checkpoint_goes_on_from_the_newest_once_requeued(gpu_cluster, tmp_path):
     """A second start from the named one would throw away what the first had learnt, again and again."""
     arguments = ("--resume", "r/checkpoints/step-00000640")

@@ -88,7 +88,9 @@ def test_threads_are_slurms_cpus_per_task_or_a_share_of_the_cores():
 # Who launches
 
 
-@pytest.mark.parametrize("world_size", [1, 2], ids=["one", "two, whose port is in use"])
+@pytest.mark.parametrize(
+    "world_size", [pytest.param(1, marks=pytest.mark.slow), 2], ids=["one", "two, whose port is in use"]
+)
 def test_the_projects_accelerate_config_starts_as_many_as_it_is_asked_for(
     launched, small_set, tmp_path, taken_port, world_size
 ):
@@ -105,7 +107,6 @@ def test_the_projects_accelerate_config_starts_as_many_as_it_is_asked_for(
     ("flags", "named"),
     [
         (["--expect-world-size", 3], "world size: found 2"),
-        (["--batch-size", 33, "--micro-batch", 16], "33"),
         (["--no-such-flag"], "--no-such-flag"),
     ],
 )
@@ -120,6 +121,7 @@ def test_what_one_node_finds_before_all_have_joined_its_first_process_tells(run_
     assert flags[1] in error_of(run_command("train", *flags, **second_node))
 
 
+@pytest.mark.slow
 def test_under_the_launcher_too_a_mistake_is_told_once(launched, small_set, tmp_path):
     flags = ("--shards", small_set, "--run-dir", "run", "--expect-world-size", 3)
     done = launched(sys.executable, *launcher(2), "-m", "mnistm_dist.train", *flags)
@@ -172,6 +174,7 @@ def test_a_head_that_cannot_be_reached_is_told_by_the_node_that_cannot_reach_it(
     assert time.monotonic() - began < 40
 
 
+@pytest.mark.slow
 def test_a_head_that_does_not_know_its_own_name_says_so(run_command, small_set, free_port):
     flags = ("--shards", small_set, "--collective-timeout", 3)
     error = error_of(run_command("train", *flags, timeout=60, **rank(0, head="no-such-host.invalid", port=free_port)))
@@ -191,8 +194,8 @@ def test_a_head_that_nobody_joins_says_so(run_command, small_set, free_port):
 @pytest.mark.parametrize(
     ("disk", "reason"),
     [
-        ("read_only_disk", "Read-only file system"),
-        ("full_disk", "No space left on device"),
+        pytest.param("read_only_disk", "Read-only file system", marks=pytest.mark.slow),
+        pytest.param("full_disk", "No space left on device", marks=pytest.mark.slow),
         ("small_disk", "No space left on device"),
     ],
 )
@@ -204,7 +207,7 @@ def test_a_run_folder_that_cannot_be_written_is_told_in_one_line(run_command, sm
     assert reason in error
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_clock_asks_for_a_checkpoint_once(run_command, small_set, tmp_path, world_size):
     clock = ("--checkpoint-every", 0, "--checkpoint-minutes", 0.1, "--keep-checkpoints", 100, "--max-steps", 20)
     flags = ("--shards", small_set, "--run-dir", "run", *QUICK, *clock)
@@ -215,7 +218,7 @@ def test_the_clock_asks_for_a_checkpoint_once(run_command, small_set, tmp_path, 
     assert not any(after - before == 1 for before, after in itertools.pairwise(steps)), steps
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.soak), 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_mistake_that_one_rank_finds_is_told_and_ends_all_in_bounded_time(run_command, small_set, tmp_path, rank):
     flags = ("--shards", small_set, "--run-dir", "run", *QUICK)
     injected = {"before": "injected:mistake_on_one_rank", "FAULT_RANK": str(rank)}
@@ -224,6 +227,7 @@ def test_a_mistake_that_one_rank_finds_is_told_and_ends_all_in_bounded_time(run_
     assert read_state(tmp_path / "run")["state"] == "failed"
 
 
+@pytest.mark.slow
 def test_nodes_without_a_shared_run_folder_train_to_the_end_and_are_refused_at_a_resume(
     run_command, small_set, tmp_path
 ):

@@ -1,7 +1,5 @@
 """``mnistm-dist COMMAND`` and ``python -m mnistm_dist COMMAND``: the same as ``python -m mnistm_dist.COMMAND``."""
 
-from __future__ import annotations
-
 import runpy
 import sys
 

@@ -8,8 +8,6 @@ Clearing only costs time: the next launch decodes or fetches again. Running
 processes keep what they have opened.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import time
@@ -46,7 +44,7 @@ def main(
     for name in names:
         if not any(entry.path.name.startswith(name) for entry in present):
             raise UserError(f"{name}: no such entry in {folder}; python -m mnistm_dist.cache list shows all")
-    chosen = [e for e in present if not names or any(e.path.name.startswith(name) for name in names)]
+    chosen = [e for e in present if not names or e.path.name.startswith(names)]
 
     if action == "list" and json_output:
         rows = [{"name": e.path.name, "kind": e.kind, "bytes": e.size, "used": e.used, **e.about} for e in chosen]

@@ -1,7 +1,5 @@
 """The command line: tyro reads the flags, pydantic converts and checks their values, results go to stdout."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import inspect
@@ -26,15 +24,17 @@ from mnistm_dist.config import (
     Config,
     build,
     fields_of,
+    flag_error,
     read_recipe,
     replace,
 )
-from mnistm_dist.errors import UserError, errors_once_per_node, flag_error
+from mnistm_dist.errors import UserError, errors_once_per_node
 
 TRAIN_HELP = f"""Train an image classifier on packed shards.
 
     python -m mnistm_dist.train --shards shards/official
-    accelerate launch --num_processes 8 -m mnistm_dist.train --recipe best
+    accelerate launch --config_file accelerate_config.yaml --num_processes 8 \\
+        -m mnistm_dist.train
     python -m mnistm_dist.train --resume runs/NAME
 
 Recipes: {", ".join(RECIPES)}, or a YAML file. Without --recipe it
@@ -163,8 +163,8 @@ def _tyro(target: Any, argv: list[str], name: str, head: str = "", **options: An
     except SystemExit as stop:
         if stop.code:
             _, *lines = re.sub("[│╰╯]", " ", err.getvalue()).split("\n")  # a title, then parts between rules
-            message = re.sub(r"\.? [-─]{3,}", ";", " ".join(" ".join(lines).split()))
-            raise UserError(message.rstrip(";")) from None
+            message = re.sub(r"\.? ?[-─]{3,}", ";", " ".join(" ".join(lines).split()))
+            raise UserError(message.strip("; ")) from None
         text = out.getvalue()
         if text.startswith("usage: "):
             # tyro would join the lines of the head, and does not wrap the usage.

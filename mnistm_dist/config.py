@@ -6,8 +6,7 @@ a field is its text in ``--help``. Its type says which values are accepted: pyda
 they come from YAML or from a flag.
 """
 
-from __future__ import annotations
-
+import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -25,7 +24,7 @@ from pydantic import (
     with_config,
 )
 
-from mnistm_dist.errors import UserError, did_you_mean, escape_control, flag_error, invalid_value
+from mnistm_dist.errors import UserError, did_you_mean, escape_control
 from mnistm_dist.files import explain_os_errors
 
 LARGEST_IMAGE_SIZE = 1024  # of a training, pixels
@@ -250,8 +249,7 @@ def dump(config: Config) -> str:
 def load(path: Path | str) -> Config:
     """Read a run's ``config.yaml``. Raises `UserError` if it is missing or damaged."""
     with explain_os_errors(path, verb="read", advice="name a run folder"):
-        content = Path(path).read_bytes()
-    return _check(read_yaml(content, str(path)), str(path))
+        return _check(_read_yaml(Path(path)), str(path))
 
 
 def read_recipe(recipe: str, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -271,22 +269,22 @@ def read_recipe(recipe: str, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise UserError(f"{origin}: inherits from itself; remove a recipe: line")
     known = f"use {', '.join(RECIPES)} or a YAML file{did_you_mean(recipe, RECIPES)}"
     with explain_os_errors(origin, verb="read", advice=known):
-        document = read_yaml(path.read_bytes(), str(path))
+        document = _read_yaml(path)
     own = fields_of(_check(document, str(path)))
     inherited = read_recipe(document["recipe"], (path.resolve(), *heirs)) if "recipe" in document else {}
     return inherited | {name: own[name] for section in SECTIONS for name in document.get(section) or ()}
 
 
-def read_yaml(text: str | bytes, origin: str) -> Any:
-    """Parse a YAML document; nothing in it is executed. Raises `UserError` with its ``origin`` if it is invalid."""
+def _read_yaml(path: Path) -> Any:
+    """Read a YAML file; nothing in it is executed. Raises `OSError`, and `UserError` if it is not valid."""
     try:
-        return yaml.safe_load(text)
+        return yaml.safe_load(path.read_bytes())
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         # A ValueError is a date that does not exist.
         reason = str(error).partition("\n")[0]
         if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
             reason = f"line {error.problem_mark.line + 1}: {error.problem}"
-        raise UserError(f"{origin}: not valid YAML ({reason}); correct the file") from error
+        raise UserError(f"{path}: not valid YAML ({reason}); correct the file") from error
 
 
 def _check(document: Any, origin: str | None = None) -> Config:
@@ -307,3 +305,22 @@ def _check(document: Any, origin: str | None = None) -> Config:
             known = SECTIONS[path[0]] if len(path) > 1 else ("recipe", *SECTIONS)
             problem = f"unknown{did_you_mean(path[-1], known)}; known: {', '.join(known)}"
         raise UserError(f"{origin}: {escape_control('.'.join(path))}: {problem}") from error
+
+
+def invalid_value(error: ValidationError) -> tuple[tuple[str, ...], str]:
+    """Return the path to the first invalid value, and ``found X; should be Y`` in one line."""
+    first, *_ = errors = error.errors()
+    path = first["loc"][:2]
+    # A value that fits no member of a union has an error for each of them.
+    messages = [e["msg"] for e in errors if e["loc"][:2] == path and e["input"] is first["input"]]
+    noise = r"^(Input|String|Tuple) |, (unable|got) .*|dictionary or an instance of "
+    problem = " or ".join(re.sub(noise, "", message) for message in messages).replace(" or should be ", " or ")
+    return tuple(map(str, path)), f"found {first['input']!r:.120}; {problem}"
+
+
+def flag_error(error: ValidationError) -> UserError:
+    """Return the first invalid value as an error that names its flag."""
+    path, problem = invalid_value(error)
+    # The last part may be a member of a union.
+    flag = [part for part in path if part.isidentifier()][-1].replace("_", "-")
+    return UserError(f"--{flag}: {problem}")

@@ -1,18 +1,13 @@
 """User errors: one line on stderr and exit code 2, without a traceback."""
 
-from __future__ import annotations
-
 import difflib
 import errno
+import importlib
 import os
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from pydantic import ValidationError
+from types import ModuleType
 
 EXIT_PEER_FAILURE = 1  # another process of the run has failed
 EXIT_USER_ERROR = 2
@@ -76,28 +71,18 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
-def invalid_value(error: ValidationError) -> tuple[tuple[str, ...], str]:
-    """Return the path to the first invalid value, and ``found X; should be Y`` in one line."""
-    first, *_ = errors = error.errors()
-    path = first["loc"][:2]
-    # A value that fits no member of a union has an error for each of them.
-    messages = [e["msg"] for e in errors if e["loc"][:2] == path and e["input"] is first["input"]]
-    noise = r"^(Input|String|Tuple) |, (unable|got) .*|dictionary or an instance of "
-    problem = " or ".join(re.sub(noise, "", message) for message in messages).replace(" or should be ", " or ")
-    return tuple(map(str, path)), f"found {first['input']!r:.120}; {problem}"
-
-
-def flag_error(error: ValidationError) -> UserError:
-    """Return the first invalid value as an error that names its flag."""
-    path, problem = invalid_value(error)
-    # The last part may be a member of a union.
-    flag = [part for part in path if part.isidentifier()][-1].replace("_", "-")
-    return UserError(f"--{flag}: {problem}")
-
-
 def os_error_reason(error: Exception) -> str:
     """Return the reason of an `OSError`, without its number and its path."""
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def import_optional(name: str, needed_by: str, extra: str) -> ModuleType:
+    """Import a module of an optional package. Raises `UserError` with the command that installs ``extra``."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.partition(".")[0]
+        raise UserError(f'{needed_by} needs {package}: pip install "mnistm-dist[{extra}]"') from error
 
 
 def run_cli(main: Callable[[list[str]], int], argv: list[str] | None = None) -> int:

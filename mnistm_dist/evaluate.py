@@ -1,7 +1,8 @@
 """Evaluate a trained run, exactly, with any number of processes.
 
     python -m mnistm_dist.evaluate runs/NAME
-    accelerate launch --num_processes 4 -m mnistm_dist.evaluate runs/NAME
+    accelerate launch --config_file accelerate_config.yaml --num_processes 4 \\
+        -m mnistm_dist.evaluate runs/NAME
 
 Writes into RUN, for each split: predictions_SPLIT.csv, mistakes_SPLIT.png,
 confusion_matrix_SPLIT.png, and the metrics in summary.json. Update report.html

@@ -1,13 +1,12 @@
 """A trained model as one graph, uint8 images in and probabilities out, for programs without this package.
 
-Both formats take ``images``, uint8 (N, H, W, 3), RGB, any N, H and W from 1, and give ``probabilities``, float32
+Both formats take ``images``, uint8 (N, H, W, 3), RGB, any N, H and W from 1, and return ``probabilities``, float32
 (N, C). Resizing and normalising are inside, in float32 whatever the run's precision was.
 """
 
-from __future__ import annotations
-
 import copy
 import io
+import itertools
 import json
 import warnings
 from collections.abc import Callable
@@ -15,16 +14,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn import functional
 
+from mnistm_dist.data.sources.catalog import open_source
 from mnistm_dist.inference import TrainedModel
 
 Runner = Callable[[np.ndarray], np.ndarray]
 """uint8 (N, H, W, 3) to float32 (N, C)."""
 ABOUT = "mnistm_dist"
-"""Where `about` stands: in ONNX a metadata property, in a .pt2 an extra file."""
+"""Where `about` is stored: in ONNX a metadata property, in a .pt2 an extra file."""
+SIZES = ((28, 28), (33, 20), (64, 64), (90, 150))
+"""(width, height) of the images on which a file is compared with its model, pixels: smaller, larger, not square."""
 
 
 class Portable(nn.Module):
@@ -35,47 +38,47 @@ class Portable(nn.Module):
 
     def __init__(self, model: TrainedModel) -> None:
         super().__init__()
-        # A copy in the ordinary memory format, which the torch format would not recognise as whole otherwise.
+        # A copy in the default memory format: torch.export.save does not store channels_last weights whole.
         self.module = copy.deepcopy(model.module).to(memory_format=torch.contiguous_format)
         self.image_size = model.image_size
         self.register_buffer("mean", model.preprocess.mean)
         self.register_buffer("std", model.preprocess.std)
 
     def forward(self, images: Tensor) -> Tensor:
-        # `images / 255` and not `.float()`: that would tie the graph to the CPU by an assertion.
+        # `images / 255` and not `.float()`, which would tie the graph to the CPU by an assertion.
         x = images.permute(0, 3, 1, 2) / 255
-        # Always antialiased, where `data.transforms.resize` is only if it shrinks: an image that grows or stays is the
-        # same by it, and the graph has no branch on a size that it does not know.
+        # Always antialiased, unlike `data.transforms.resize`: it has no effect where an image grows or stays, and the
+        # graph has no branch on a size that it does not know.
         size = (self.image_size, self.image_size)
         x = functional.interpolate(x, size, mode="bilinear", align_corners=False, antialias=True)
         return self.module((x - self.mean) / self.std).softmax(dim=1)
 
 
 def about(model: TrainedModel) -> str:
-    """What an exported file says of itself, as JSON: the names of the classes, the size the model sees, its step."""
+    """Return the description that an exported file holds, as JSON: class names, size of the model's input, step."""
     return json.dumps({"classes": model.classes, "image_size": model.image_size, "step": model.step})
 
 
 def trace(model: TrainedModel) -> ExportedProgram:
-    """The graph of a model that lies on the CPU, with N, H and W free."""
+    """Return the graph of a model on the CPU, with N, H and W free."""
     example = torch.zeros(2, 32, 48, 3, dtype=torch.uint8)
     free = {0: Dim("N"), 1: Dim("H"), 2: Dim("W")}
     program = torch.export.export(Portable(model).eval(), (example,), dynamic_shapes=(free,))
     for node in program.graph.nodes:
-        # Lines of the source with their paths on this machine: nobody else's business.
+        # It holds paths of this machine.
         node.meta.pop("stack_trace", None)
     return program
 
 
 def to_torch(model: TrainedModel) -> bytes:
-    """A ``.pt2`` file: ``torch.export.load(FILE).module()(images)``, with torch alone."""
+    """Return a ``.pt2`` file: ``torch.export.load(FILE).module()(images)``, with torch alone."""
     file = io.BytesIO()
     torch.export.save(trace(model), file, extra_files={ABOUT: about(model)})
     return file.getvalue()
 
 
 def to_onnx(model: TrainedModel) -> bytes:
-    """An ONNX file with its weights inside. Needs onnx and onnxscript."""
+    """Return an ONNX file with its weights inside. Needs onnx and onnxscript."""
     with warnings.catch_warnings():
         # torch's own converter uses what torch has deprecated.
         warnings.simplefilter("ignore")
@@ -88,7 +91,7 @@ def to_onnx(model: TrainedModel) -> bytes:
 
 
 def run_torch(path: Path) -> Runner:
-    """A `.pt2` file, loaded."""
+    """Load a ``.pt2`` file."""
     with path.open("rb") as file:
         module = torch.export.load(file).module()
 
@@ -100,12 +103,27 @@ def run_torch(path: Path) -> Runner:
 
 
 def run_onnx(path: Path) -> Runner:
-    """An ONNX file in onnxruntime, on the CPU."""
+    """Load an ONNX file in onnxruntime, on the CPU."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda images: session.run(["probabilities"], {"images": images})[0]
 
-    def run(images: np.ndarray) -> np.ndarray:
-        return session.run(["probabilities"], {"images": images})[0]
 
-    return run
+def sample_images(count: int) -> np.ndarray:
+    """Return the first images of the bundled sample, uint8 (count, 28, 28, 3)."""
+    samples = itertools.islice(open_source("sample").samples(), count)
+    return np.stack([sample.pixels for sample in samples if sample.pixels is not None])
+
+
+def compare(model: TrainedModel, run: Runner, images: np.ndarray) -> float:
+    """Return the largest difference of a probability between an exported file and its model; NaN if there is a NaN.
+
+    The images, uint8 (n, H, W, 3), are brought to each of `SIZES`, and classified all at once and the first by itself.
+    """
+    differences = []
+    for size in SIZES:
+        resized = np.stack([np.asarray(Image.fromarray(image).resize(size)) for image in images])
+        for batch in (resized, resized[:1]):
+            differences.append(np.abs(run(batch) - model.predict(batch)).max())
+    return float(np.max(differences))

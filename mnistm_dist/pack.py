@@ -36,12 +36,12 @@ class Synthesis:
     Args:
         mnist: For mnist+photos and pickles: folder of MNIST's four IDX files. auto: download them.
         photos: For mnist+photos: folder of colour photos.
-        blends: For mnist+photos and sample: training images per digit, each over another patch. none: 1.
+        blends: For mnist+photos and sample: training images per digit, each over another patch.
     """
 
     mnist: OrNone[str] = None
     photos: OrNone[str] = None
-    blends: OrNone[Annotated[int, Field(ge=1, le=1_000)]] = None
+    blends: Annotated[int, Field(ge=1, le=1_000)] = 1
 
 
 @checked
@@ -135,16 +135,14 @@ def main(
 
 def _summary(manifest: Manifest, seconds: float) -> dict[str, str]:
     height, width = manifest.image_size
-    rows = {
+    return {
         "lineage": manifest.lineage,
         "from": f"{manifest.description} ({manifest.layout})",
         "images": f"{height} x {width}, {len(manifest.classes)} classes",
+        **{name: f"{split.count:,} images in {len(split.shards)} shards" for name, split in manifest.splits.items()},
+        **{f"pixels of {group}": digest for group, digest in manifest.pixels_sha256.items()},
+        "took": f"{seconds:.1f} s",
     }
-    for split in manifest.splits.values():
-        rows[split.name] = f"{split.count:,} images in {len(split.shards)} shards"
-    for group, digest in manifest.pixels_sha256.items():
-        rows[f"pixels of {group}"] = digest
-    return {**rows, "took": f"{seconds:.1f} s"}
 
 
 if __name__ == "__main__":

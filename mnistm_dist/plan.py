@@ -72,41 +72,33 @@ def main(
         save: Draw the images, as the model receives them, to this file.
     """
     config = choose_config(run, new_run)
-
-    import numpy as np
-
+    # Heavy imports come after the flags, so that --help and a mistyped flag answer at once.
     from mnistm_dist.data.cache import choose_cache_dir
     from mnistm_dist.data.fetch import open_shards
-    from mnistm_dist.data.order import choose_reading, create_order, step_positions
+    from mnistm_dist.data.order import accumulation_share, choose_reading, create_order, step_positions
     from mnistm_dist.training.schedule import Schedule
 
     shards = open_shards(str(config.data.shards), cache_dir=choose_cache_dir(config.data.cache_dir))
     batch_size = config.steps.batch_size
-    order_name, reader, streams = choose_reading(
-        config.data, shards.manifest, batch_size=batch_size, world_size=world_size
-    )
-    config = configuration.replace(config, order=order_name, reader=reader, shuffle_streams=streams)
-    order = create_order(config.data, config.steps, shards.manifest)
-    schedule = Schedule.of(config, order.size)
+    order, reader, streams = choose_reading(config.data, shards.manifest, batch_size=batch_size, world_size=world_size)
+    config = configuration.replace(config, order=order, reader=reader, shuffle_streams=streams)
+    schedule = Schedule.of(config, shards.split("train").count)
     if run is not None and step >= schedule.total_steps:
-        steps = schedule.total_steps
-        raise UserError(f"--step {step}: {run} has {steps:,} steps; use 0 to {steps - 1}")
-    shares = [
-        step_positions(step, batch_size=batch_size, world_size=world_size, rank=rank) for rank in range(world_size)
-    ]
-    ids = [order.ids(share) for share in shares]
-    ranks = [shards.keys("train", of_rank) for of_rank in ids]
+        raise UserError(f"--step {step}: {run} has {schedule.total_steps:,} steps; use 0 to {schedule.total_steps - 1}")
+    share = accumulation_share(batch_size=batch_size, world_size=world_size)
+    positions = step_positions(step, batch_size=batch_size)
+    ids = create_order(config.data, config.steps, shards.manifest).ids(positions)
+    keys = shards.keys("train", ids)
+    ranks = [keys[start : start + share] for start in range(0, batch_size, share)]
     epoch = schedule.epoch(step)
-    title = f"step {step} of epoch {epoch}: {batch_size} images, {order_name} order, seed {config.steps.seed}"
+    title = f"step {step} of epoch {epoch}: {batch_size} images, {order} order, seed {config.steps.seed}"
     if save:
-        size = schedule.image_size(step)
-        save_images(Path(save), config, shards, np.concatenate(shares), np.concatenate(ids), size, title)
+        save_images(Path(save), config, shards, positions, ids, schedule.image_size(step), title)
     if json_output:
         write_result(json.dumps({"step": step, "epoch": epoch, "ranks": ranks}) + "\n")
         return 0
-    lines = [title]
-    for rank, keys in enumerate(ranks):
-        lines.append(textwrap.fill(" ".join(keys), width=80, initial_indent=f"rank {rank}: ", subsequent_indent="    "))
+    texts = (f"rank {rank}: {' '.join(of_rank)}" for rank, of_rank in enumerate(ranks))
+    lines = [title, *(textwrap.fill(text, width=80, subsequent_indent="    ") for text in texts)]
     if save:
         lines.append(f"images: {save}")
     write_result("\n".join(lines) + "\n")
@@ -128,7 +120,7 @@ def choose_config(run: str | None, new_run: NewRun) -> Config:
 
 
 def save_images(
-    path: Path, config: Config, shards: ShardSet, positions: np.ndarray, ids: np.ndarray, size: int, title: str
+    path: Path, config: Config, shards: ShardSet, positions: np.ndarray, ids: np.ndarray, image_size: int, title: str
 ) -> None:
     """Draw the samples ``ids`` at training ``positions``, augmented to ``size`` pixels, with key and label below each.
 
@@ -143,18 +135,17 @@ def save_images(
     from mnistm_dist.reporting.figures import batch_grid
     from mnistm_dist.reporting.style import save
 
-    split = shards.split("train")
+    split, manifest = shards.split("train"), shards.manifest
     keys, labels = shards.keys("train", ids), shards.labels("train")[ids]
     pngs = zip(shards.read("train", ids), keys, strict=True)
-    images = np.stack([decode_png(png, f"{shards.root}: {key}.png", shards.manifest.image_size) for png, key in pngs])
-    floats = Augment(config.augment, Preprocess(split.mean, split.std), config.steps.seed)(
-        torch.from_numpy(images), positions, size
-    )
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (split.mean, split.std))
-    seen = (255 * (floats * std + mean)).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
-    captions = [f"{key}\n{shards.manifest.classes[label]}" for key, label in zip(keys, labels, strict=True)]
+    images = np.stack([decode_png(png, f"{shards.root}: {key}.png", manifest.image_size) for png, key in pngs])
+    preprocess = Preprocess(split.mean, split.std)
+    augment = Augment(config.augment, preprocess, config.steps.seed)
+    floats = augment(torch.from_numpy(images), positions, image_size) * preprocess.std + preprocess.mean
+    pixels = (255 * floats).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+    captions = [f"{key}\n{manifest.classes[label]}" for key, label in zip(keys, labels, strict=True)]
     with explain_os_errors(path):
-        save(batch_grid(list(seen), captions, title), path)
+        save(batch_grid(list(pixels), captions, title), path)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,7 @@ import csv
 import io
 import json
 import sys
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import PositiveInt
 from tyro.conf import arg
@@ -35,25 +34,6 @@ EXIT_SKIPPED = 1
 """Exit code if some files could not be read and others could."""
 DECIMALS = 6
 """Decimals of a written probability, as in ``predictions_SPLIT.csv``."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FilePrediction:
-    """The prediction for one file."""
-
-    file: str
-    probabilities: list[float]
-    """Of each class, rounded to `DECIMALS`."""
-
-    @property
-    def predicted(self) -> int:
-        """The class of the largest probability, the first one if several are equal."""
-        return self.probabilities.index(self.probability)
-
-    @property
-    def probability(self) -> float:
-        """The largest probability."""
-        return max(self.probabilities)
 
 
 @command
@@ -87,80 +67,70 @@ def main(
     from mnistm_dist.reporting.console import Console
 
     skipped: list[str] = []
-    files = [str(path) for path in find_pictures(list(images), skipped.append)]
-    if not files:
-        raise UserError(nothing_read(skipped))
     model = load_model(run, checkpoint)
+    files = [str(path) for path in find_pictures(images, skipped.append)]
     # stdout holds the result only; stderr, unless it is a terminal, the skipped files only.
     console = Console(enabled=sys.stderr.isatty(), stream=sys.stderr)
     with console.library_warnings(), console.progress("predicting", len(files)) as bar:
-        results = predict_files(model, files, batch_size, skipped, bar)
-    if not results:
-        raise UserError(nothing_read(skipped))
+        rows = predict_files(model, files, batch_size, skipped, bar)
+    if not rows:
+        others = f" (and {len(skipped) - 1} more)" if len(skipped) > 1 else ""
+        raise UserError(f"no image could be read: {skipped[0]}{others}")
     for line in skipped:
         print(f"skipped: {escape_control(line)}", file=sys.stderr)
     if json_output:
-        write_result(format_json(results))
+        write_result("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
     elif csv_output:
-        write_result(format_csv(results, model.classes))
+        write_result(format_csv(rows, model.classes))
     elif sys.stdout.isatty():
-        show_table(results, model.classes)
+        show_table(rows, model.classes)
     else:
-        write_result(
-            "".join(f"{model.classes[r.predicted]}  {r.probability:.4f}  {escape_control(r.file)}\n" for r in results)
-        )
+        lines = (f"{model.classes[row['predicted']]}  {row['probability']:.4f}  {row['file']}" for row in rows)
+        write_result("".join(f"{escape_control(line)}\n" for line in lines))
     return EXIT_SKIPPED if skipped else 0
-
-
-def nothing_read(skipped: list[str]) -> str:
-    """Return the error message if no file could be read."""
-    others = f" (and {len(skipped) - 1} more)" if len(skipped) > 1 else ""
-    return f"no image could be read: {escape_control(skipped[0])}{others}"
 
 
 def predict_files(
     model: TrainedModel, files: list[str], batch_size: int, skipped: list[str], bar: Bar
-) -> list[FilePrediction]:
-    """Read and classify the files, ``batch_size`` at a time. Files that cannot be read are added to ``skipped``."""
+) -> list[dict[str, Any]]:
+    """Read and classify the files, ``batch_size`` at a time. Files that cannot be read are added to ``skipped``.
+
+    Return a row per file: ``file``, ``predicted`` (the first class of the largest probability), ``probability`` and
+    ``probabilities``, rounded to `DECIMALS`.
+    """
     import torch
 
-    results: list[FilePrediction] = []
+    rows = []
     for start in range(0, len(files), batch_size):
-        names, prepared = [], []
+        batch = []
         for file in files[start : start + batch_size]:
             try:
-                prepared.append(model.prepare(file))
+                batch.append((file, model.prepare(file)))
             except UserError as error:
                 skipped.append(str(error))
-            else:
-                names.append(file)
-        if names:
-            rows = model.classify(torch.cat(prepared), batch_size=batch_size).astype("float64").round(DECIMALS).tolist()
-            results += [FilePrediction(file=name, probabilities=row) for name, row in zip(names, rows, strict=True)]
-        bar.update(min(start + batch_size, len(files)))
-    return results
+        if batch:
+            names, inputs = zip(*batch, strict=True)
+            outputs = model.classify(torch.cat(inputs), batch_size=batch_size).astype("float64").round(DECIMALS)
+            for name, row in zip(names, outputs.tolist(), strict=True):
+                largest = max(row)
+                predicted = row.index(largest)
+                rows.append({"file": name, "predicted": predicted, "probability": largest, "probabilities": row})
+        bar(min(start + batch_size, len(files)))
+    return rows
 
 
-def format_json(results: list[FilePrediction]) -> str:
-    """Return a JSON array, one object per line. Bytes of a file name that are not UTF-8 are lone surrogates."""
-    rows = [
-        {"file": r.file, "predicted": r.predicted, "probability": r.probability, "probabilities": r.probabilities}
-        for r in results
-    ]
-    return "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n"
-
-
-def format_csv(results: list[FilePrediction], classes: tuple[str, ...]) -> str:
+def format_csv(rows: list[dict[str, Any]], classes: tuple[str, ...]) -> str:
     """Return a header and a row per file, as in ``predictions_SPLIT.csv``."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["file", "predicted", "probability", *(f"p{name}" for name in classes)])
-    for r in results:
-        writer.writerow([r.file, r.predicted, *(f"{p:.{DECIMALS}f}" for p in (r.probability, *r.probabilities))])
+    for row in rows:
+        numbers = (f"{p:.{DECIMALS}f}" for p in (row["probability"], *row["probabilities"]))
+        writer.writerow([row["file"], row["predicted"], *numbers])
     return text.getvalue()
 
 
-def show_table(results: list[FilePrediction], classes: tuple[str, ...]) -> None:
+def show_table(rows: list[dict[str, Any]], classes: tuple[str, ...]) -> None:
     """Print a table in the terminal."""
     from rich import box
     from rich.console import Console
@@ -171,8 +141,9 @@ def show_table(results: list[FilePrediction], classes: tuple[str, ...]) -> None:
     table.add_column("file", overflow="fold")
     table.add_column("class", justify="right")
     table.add_column("probability", justify="right")
-    for r in results:
-        table.add_row(Text(escape_control(r.file)), Text(classes[r.predicted], "bold"), f"{r.probability:.4f}")
+    for row in rows:
+        name = Text(classes[row["predicted"]], "bold")
+        table.add_row(Text(escape_control(row["file"])), name, f"{row['probability']:.4f}")
     Console().print(table)
 
 

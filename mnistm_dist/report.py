@@ -6,8 +6,6 @@
 Missing parts of a run are named, and the report is written without them.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Annotated

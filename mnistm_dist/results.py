@@ -18,7 +18,8 @@ from mnistm_dist.files import write_atomic
 from mnistm_dist.reporting.console import Console
 from mnistm_dist.reporting.describe import describe
 from mnistm_dist.reporting.predictions import Predictions, mistakes, read_predictions
-from mnistm_dist.reporting.tracking import Tracker, log_results
+from mnistm_dist.reporting.run_logger import log_results
+from mnistm_dist.reporting.tracking import Tracker
 from mnistm_dist.training import checkpoint as checkpoints
 from mnistm_dist.training.checkpoint import Checkpoint
 from mnistm_dist.training.environment import device_name
@@ -137,8 +138,7 @@ def finish(run: RunSetup, run_dir: RunDir, state: TrainState, console: Console, 
         with writing(run.path):
             save(curve, run.path / "learning_curve.png")
         write_report([run.path], run.path / "report.html", predictions)
-    tracker.summary(summary)
-    log_results(tracker, sorted(run.path.glob("*.png")), predictions, state.steps_done)
+    log_results(tracker, summary, sorted(run.path.glob("*.png")), predictions, state.steps_done)
     if run.config.run.upload_checkpoint:
         tracker.log_checkpoint(checkpoint.path, [str(entry["chosen"]).split()[0]])
     print_result(console, run.path, summary, predictions, report=run.config.run.report)

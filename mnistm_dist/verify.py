@@ -7,8 +7,6 @@ file that is truncated, changed, missing or extra: a tar or index that the
 manifest does not list (exit code 2).
 """
 
-from __future__ import annotations
-
 import sys
 from typing import Annotated
 

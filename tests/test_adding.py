@@ -122,7 +122,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mnistm_dist.data.decode_errors import explain_decode_errors
+from mnistm_dist.data.image_io import explain_decode_errors
 from mnistm_dist.data.sources.base import Source
 from mnistm_dist.data.sources.data_files import array_source
 
@@ -172,7 +172,7 @@ def layout(copy: Copy) -> None:
     imported = "".join(
         f"from mnistm_dist.data.sources.{name} import is_{name}, open_{name}\n" for name in ("keras", "named")
     )
-    copy.replace(file, r"^(from mnistm_dist\.data\.sources\.pickles import .*\n)", rf"{imported}\1")
+    copy.replace(file, r"^(from mnistm_dist\.data\.sources\.synthesis import .*\n)", rf"{imported}\1")
     known = '    "keras": "one .npz: x_train, y_train, x_test, y_test",\n    "named": "SPLIT_NUMBER_LABEL.png",\n'
     copy.replace(file, r"^(    \"pickle\": \"one .*\n)", rf"\1{known}")
     copy.replace(file, r"^(    \"mat\": .*open_mat\),\n)", r'\1    "keras": (is_keras, open_keras),' + "\n")

@@ -13,15 +13,18 @@ Processes and jobs wait for one another at a lock file, never in a collective op
 however long one of them decodes.
 """
 
+import errno
 import json
 import os
 import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
 
 from mnistm_dist.errors import UserError
 from mnistm_dist.files import explain_os_errors, file_lock, write_atomic
@@ -55,13 +58,10 @@ def cache_entry(cache_dir: Path, kind: str, name: str, about: dict[str, str]) ->
     Raises `UserError` if the cache folder cannot be written or a stranger could have planted files in it.
     """
     folder = cache_dir / kind / name
-    card, text = folder / "about.json", json.dumps(about)
     with _entry_lock(cache_dir, kind, name):
-        with explain_cache_errors(folder):
+        with cache_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            if not card.exists() or card.read_text() != text:
-                write_atomic(card, text)
-            os.utime(card)  # `entries` takes it for the time of the last use
+            write_atomic(folder / "about.json", json.dumps(about))  # its mtime is the time of the last use
         yield folder
 
 
@@ -69,7 +69,7 @@ def cache_entry(cache_dir: Path, kind: str, name: str, about: dict[str, str]) ->
 def _entry_lock(cache_dir: Path, kind: str, name: str, *, wait: bool = True) -> Iterator[bool]:
     locks = cache_dir / "locks"
     with ExitStack() as stack:
-        with explain_cache_errors(cache_dir):
+        with cache_errors(cache_dir):
             cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
             state = cache_dir.stat()
             if state.st_uid != os.getuid() and state.st_mode & stat.S_IWOTH:
@@ -79,20 +79,17 @@ def _entry_lock(cache_dir: Path, kind: str, name: str, *, wait: bool = True) -> 
         yield held
 
 
-def explain_cache_errors(path: Path, need: int | None = None) -> AbstractContextManager[None]:
-    """Turn an `OSError` of the block into a `UserError` that names ``path`` and the ``need``, bytes on its disk."""
+@contextmanager
+def cache_errors(path: Path, need: int = 0) -> Iterator[None]:
+    """Turn an `OSError` of the block into a `UserError` that names ``path`` and the ``need``: bytes that it will write.
+
+    Raises `UserError` at once if the disk has less free; then the folder of ``path`` must exist.
+    """
     needed = f"{need / 1e6:,.0f} MB are needed: " if need else ""
-    return explain_os_errors(path, advice=f"{needed}free some space or {_ELSEWHERE}")
-
-
-def require_free_space(folder: Path, need: int) -> None:
-    """Raise `UserError` unless the disk of ``folder`` has ``need`` bytes free."""
-    with explain_cache_errors(folder):
-        free = shutil.disk_usage(folder).free
-    if free < need:
-        raise UserError(
-            f"{folder}: {free / 1e6:,.0f} MB free, {need / 1e6:,.0f} MB are needed: free some space or {_ELSEWHERE}"
-        )
+    with explain_os_errors(path, advice=f"{needed}free some space or {_ELSEWHERE}"):
+        if need and shutil.disk_usage(path.parent).free < need:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        yield
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,28 +110,21 @@ class Entry:
 def entries(cache_dir: Path) -> list[Entry]:
     """Return all entries of the cache, the last used first."""
     found = []
-    for kind in KINDS:
-        for folder in (cache_dir / kind).glob("*/"):
-            card = folder / "about.json"
-            size, used = sum(map(_size, folder.rglob("*"))), card.stat().st_mtime if card.exists() else 0.0
-            found.append(Entry(kind=kind, path=folder, size=size, used=used, about=_read_about(card)))
+    for folder in (folder for kind in KINDS for folder in (cache_dir / kind).glob("*/")):
+        used, about = 0.0, {}
+        with suppress(OSError, ValidationError):
+            used = (folder / "about.json").stat().st_mtime
+            about = TypeAdapter(dict[str, str]).validate_json((folder / "about.json").read_bytes())
+        size = sum(map(_size, folder.rglob("*")))
+        found.append(Entry(kind=folder.parent.name, path=folder, size=size, used=used, about=about))
     return sorted(found, key=lambda entry: (-entry.used, entry.path))
 
 
 def _size(path: Path) -> int:
     try:
-        state = path.stat()
+        return path.stat().st_size if path.is_file() else 0
     except FileNotFoundError:
         return 0  # a process has just renamed or removed it
-    return state.st_size if stat.S_ISREG(state.st_mode) else 0
-
-
-def _read_about(path: Path) -> dict[str, str]:
-    try:
-        about = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return {str(name): str(value) for name, value in about.items()} if isinstance(about, dict) else {}
 
 
 def clear(entry: Entry) -> bool:

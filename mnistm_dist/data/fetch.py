@@ -5,23 +5,23 @@
 2. `fetch_set`: the packed set at an address; `open_shards`: a packed set, in a folder or at an address.
 """
 
+import contextlib
 import hashlib
 import importlib
-import io
+import importlib.util
 import re
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
-from mnistm_dist.data.cache import cache_entry, explain_cache_errors, require_free_space
-from mnistm_dist.data.integrity import FileClaim, find_damaged
-from mnistm_dist.data.manifest import MANIFEST_NAME, parse
-from mnistm_dist.data.parallel import thread_pool
-from mnistm_dist.data.progress import Progress
+from mnistm_dist.data.cache import cache_entry, cache_errors
+from mnistm_dist.data.integrity import OK, examine_all
+from mnistm_dist.data.manifest import MANIFEST_NAME, SetFile, parse
+from mnistm_dist.data.parallel import Progress, thread_pool
 from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.errors import UserError
 from mnistm_dist.files import fsync_path, write_atomic
@@ -37,12 +37,11 @@ _MAX_BYTES = 16 << 30  # largest file of unknown size: a server that never stops
 _MAX_MANIFEST = 256 << 20
 _CONNECTIONS = 8
 _PAGES = (b"<!doctype", b"<html", b"<?xml", b"<head", b"{")
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RemoteFile:
-    """A file on a server, and what is known of it."""
+    """A file on a server, with its size and checksum if they are known."""
 
     address: str
     size: int | None = None
@@ -59,13 +58,17 @@ class Unreachable(UserError):
     """A server failed `TRIES` times in a row."""
 
 
-def split_address(address: str) -> SplitResult | None:
-    """Return the parts of an address that can be fetched, or None for any other text."""
-    try:
+def split_address(address: str, alternative: str) -> SplitResult:
+    """Return the parts of an address that can be fetched.
+
+    Raises `UserError` for any other text, with the ``alternative`` that is accepted in place of an address.
+    """
+    with contextlib.suppress(ValueError):  # brackets around what is not an IPv6 address
         parts = urlsplit(address)
-    except ValueError:
-        return None  # brackets around what is not an IPv6 address
-    return parts if parts.scheme in SCHEMES and parts.netloc else None
+        if parts.scheme in SCHEMES and parts.netloc:
+            return parts
+    known = ", ".join(f"{scheme}://" for scheme in SCHEMES)
+    raise UserError(f"{address}: expected {alternative} or an address of {known}")
 
 
 def fetch_file(file: RemoteFile, target: Path, report: Callable[[int], None]) -> None:
@@ -80,24 +83,23 @@ def fetch_file(file: RemoteFile, target: Path, report: Callable[[int], None]) ->
     partial = target.with_name(f"{target.name}.partial")
     earlier = _size(partial)
     report(earlier)
-    require_free_space(target.parent, (file.size or 0) - earlier)
-    _retry(file.address, lambda: _append(file, partial, report), received=lambda: _size(partial))
-    if _is_right(file, partial):
-        with explain_cache_errors(target):
+    with cache_errors(partial, (file.size or 0) - earlier):
+        _retry(file.address, lambda: _append(file, partial, report), received=lambda: _size(partial))
+        if _is_right(file, partial):
             fsync_path(partial)
             partial.replace(target)
-        return
-    wrong = _size(partial)
-    partial.unlink()
+            return
+        wrong = _size(partial)
+        partial.unlink()
     report(-wrong)
-    if earlier:  # which may be what is wrong
+    if earlier:  # the earlier part may be wrong
         fetch_file(file, target, report)
     elif wrong < (file.size or 1):
         expected = f" of the expected {file.size:,}" if file.size else ""
         raise UserError(f"{file.address}: it ends after {wrong:,} bytes{expected}")
     else:
-        name, value = file.checksum or ("", "")
-        raise UserError(f"{file.address}: its {name} is not the expected {value}: the server sends another file")
+        name, _ = file.checksum or ("content", "")
+        raise UserError(f"{file.address}: its {name} is not the expected one: the server sends another file")
 
 
 def _size(path: Path) -> int:
@@ -110,11 +112,11 @@ def _is_right(file: RemoteFile, path: Path) -> bool:
     if size == 0 or size != (file.size or size) or file.checksum is None:
         return 0 < size == (file.size or size)
     name, value = file.checksum
-    with explain_cache_errors(path), path.open("rb") as stream:
+    with cache_errors(path), path.open("rb") as stream:
         return hashlib.file_digest(stream, lambda: hashlib.new(name, usedforsecurity=False)).hexdigest() == value
 
 
-def _retry(address: str, attempt: Callable[[], _T], received: Callable[[], int] = lambda: 0) -> _T:
+def _retry(address: str, attempt: Callable[[], Any], received: Callable[[], int] = lambda: 0) -> Any:
     """Return the result of ``attempt``, repeated while it is `Interrupted`, with growing pauses.
 
     Raises `Unreachable` after `TRIES` failures in a row in which ``received()`` did not grow.
@@ -134,7 +136,7 @@ def _retry(address: str, attempt: Callable[[], _T], received: Callable[[], int] 
 def _append(file: RemoteFile, partial: Path, report: Callable[[int], None]) -> None:
     """Append to ``partial`` what one connection sends. Raises `Interrupted` if more may come."""
     start = _size(partial)
-    with explain_cache_errors(partial, file.size), partial.open("ab") as target:
+    with partial.open("ab") as target:
         for piece in _read(file.address, file.size or _MAX_BYTES, start, file.size):
             if target.tell() == 0 and file.checksum is None and piece.lstrip()[:9].lower().startswith(_PAGES):
                 raise UserError(f"{file.address}: it sends a page of text")
@@ -151,14 +153,12 @@ def _read(address: str, limit: int, start: int = 0, size: int | None = None) -> 
     """
     errors: tuple[type[Exception], ...] = (OSError, importlib.import_module("aiohttp").ClientError)
     if address.startswith("s3:"):
-        try:
-            importlib.import_module("s3fs")
-        except ImportError as error:
-            raise UserError("s3:// addresses require s3fs: pip install 'mnistm-dist[s3]'") from error
+        if importlib.util.find_spec("s3fs") is None:
+            raise UserError("s3:// addresses require s3fs: pip install 'mnistm-dist[s3]'")
         botocore = importlib.import_module("botocore.exceptions")
         errors = (OSError, botocore.BotoCoreError, botocore.ClientError)
     try:
-        with _open_remote(address, start, size) if start < limit else io.BytesIO() as file:
+        with _open_remote(address, start, size) as file:
             while piece := file.read(_PIECE):
                 start += len(piece)
                 if start > limit:
@@ -218,10 +218,7 @@ def fetch_set(address: str, cache_dir: Path, progress: Progress | None = None) -
     naming the file: an address of another kind, no manifest there, a server that cannot be reached or sends other files
     than the manifest says, a full disk.
     """
-    parts = split_address(address)
-    if parts is None:
-        known = ", ".join(f"{known}://" for known in SCHEMES)
-        raise UserError(f"{address}: not a place for shards; accepted are a folder and addresses of {known}")
+    parts = split_address(address, "a folder")
     if parts.query or parts.fragment or parts.password is not None:
         raise UserError(
             f"{parts.scheme}://{parts.hostname}{parts.path}: use an address without password, query and fragment"
@@ -238,17 +235,17 @@ def fetch_set(address: str, cache_dir: Path, progress: Progress | None = None) -
             data = stored.read_bytes()
         manifest = parse(data, url)
         claims = ShardSet(root=folder, manifest=manifest).files(manifest.splits)
-        missing = [claim for claim, _ in find_damaged(claims, record=folder / "checked.json")]
-        if missing:
-            require_free_space(folder, sum(claim.size for claim in missing))
-            _fetch_claims(base, missing, sum(claim.size for claim in claims), progress)
-        with explain_cache_errors(stored):
+        findings = examine_all(claims, record=folder / "checked.json")
+        files = zip(claims.items(), findings, strict=True)
+        missing = {path: claim for (path, claim), finding in files if finding.status != OK}
+        wanted, total = (sum(claim.size for claim in some.values()) for some in (missing, claims))
+        with cache_errors(stored, wanted):
+            _fetch_claims(base, missing, total - wanted, total, progress)
             write_atomic(stored, data)
     return folder
 
 
-def _fetch_claims(base: str, missing: list[FileClaim], total: int, progress: Progress | None) -> None:
-    done = total - sum(claim.size for claim in missing)
+def _fetch_claims(base: str, claims: dict[Path, SetFile], done: int, total: int, progress: Progress | None) -> None:
     lock = threading.Lock()
 
     def report(count: int) -> None:
@@ -258,11 +255,10 @@ def _fetch_claims(base: str, missing: list[FileClaim], total: int, progress: Pro
             if progress is not None:
                 progress(done, total)
 
-    def fetch_one(claim: FileClaim) -> None:
-        file = RemoteFile(address=f"{base}/{claim.path.name}", size=claim.size, checksum=("sha256", claim.sha256))
-        fetch_file(file, claim.path, report)
+    def fetch_one(path: Path, claim: SetFile) -> None:
+        file = RemoteFile(address=f"{base}/{claim.name}", size=claim.size, checksum=("sha256", claim.sha256))
+        fetch_file(file, path, report)
 
     report(0)
     with thread_pool(_CONNECTIONS, "fetch") as pool:
-        for _ in pool.map(fetch_one, missing):
-            pass
+        list(pool.map(fetch_one, claims.keys(), claims.values()))

@@ -1,14 +1,22 @@
 """Image files to uint8 RGB pixels: the PNGs of a packed set, strictly, and any picture for prediction.
 
+`explain_decode_errors` turns what the readers of all kinds of files raise at a damaged one into one line.
+
 A packed set accepts what MNIST-M's own archive contains: PNGs of 8-bit RGB, 1 to 1,024 pixels a side. Everything else
 is refused rather than converted: the shards keep PNG bytes as they are, and another reader of the shards might convert
 them differently.
 """
 
+import contextlib
 import io
+import lzma
 import os
+import pickle
 import stat
 import struct
+import tarfile
+import tokenize
+import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -17,8 +25,15 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 from PIL.PngImagePlugin import PngImageFile
 
-from mnistm_dist.data.decode_errors import explain_decode_errors
-from mnistm_dist.errors import UserError
+from mnistm_dist.errors import UserError, os_error_reason
+
+# What libraries raise when a file is damaged, hostile or of another format. A `UserError` is a ValueError: code that
+# catches these must raise a `UserError` again.
+UNREADABLE: tuple[type[Exception], ...] = (
+    *(ArithmeticError, EOFError, LookupError, MemoryError, OSError, RuntimeError, SyntaxError, TypeError, ValueError),
+    *(lzma.LZMAError, pickle.UnpicklingError, struct.error, tarfile.TarError, tokenize.TokenError, zlib.error),
+    *(zipfile.BadZipFile, Image.DecompressionBombError, Image.DecompressionBombWarning),
+)
 
 # Largest accepted height and width, pixels: a larger header is refused before anything is decompressed.
 MAX_SIDE = 1024
@@ -26,6 +41,21 @@ MAX_SIDE = 1024
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _COLOUR_TYPES = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGB with alpha"}
 _ADVICE = "accepted are 8-bit RGB PNGs: replace this image or leave it out"
+
+
+@contextlib.contextmanager
+def explain_decode_errors(origin: object, expected: str, *extra: type[Exception]) -> Iterator[None]:
+    """Turn an error of a library's reader into a `UserError`: ``ORIGIN: damaged or not EXPECTED (REASON)``.
+
+    ``extra`` are further exceptions of one library. A `UserError` of the block passes through.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (*UNREADABLE, *extra) as error:
+        problem = "cannot be read" if getattr(error, "errno", None) else f"damaged or not {expected}"
+        raise UserError(f"{origin}: {problem} ({' '.join(os_error_reason(error).split())[:120]})") from error
 
 
 def png_size(data: bytes, origin: str) -> tuple[int, int]:

@@ -10,15 +10,13 @@ import json
 import os
 import stat
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from mnistm_dist.data.parallel import available_cores, thread_pool
-from mnistm_dist.data.progress import Progress
+from mnistm_dist.data.manifest import SetFile, Sha256
+from mnistm_dist.data.parallel import Progress, available_cores, thread_pool
 from mnistm_dist.errors import os_error_reason
 from mnistm_dist.files import write_atomic
 
@@ -28,20 +26,10 @@ OK, TRUNCATED, CHANGED, MISSING = "ok", "truncated", "changed", "missing"
 EXTRA = "extra"
 
 # Absolute path -> stamp and sha256 of the file when it was last found to be as claimed.
-Record = dict[str, tuple[list[int], str]]
+Record = dict[str, tuple[list[int], Sha256]]
 # A file changed less than this before its check is not recorded: another change within the same tick of the clock
 # would leave the same times.
 _MIN_AGE_NS = 100_000_000
-
-
-@dataclass(frozen=True, kw_only=True)
-class FileClaim:
-    """A file and what is claimed of it."""
-
-    path: Path
-    size: int
-    """Bytes."""
-    sha256: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,56 +42,52 @@ class Finding:
     """`OK`, `TRUNCATED`, `CHANGED`, `MISSING` or `EXTRA`."""
     detail: str = ""
     """The reason, unless it is ok."""
-    stamp: list[int] | None = None
-    """`stamp_of` the file if it is ok and old enough to be recorded."""
 
 
-def examine(claim: FileClaim, known: tuple[list[int], str] | None = None) -> Finding:
-    """Check one file. It is hashed unless ``known``, its entry of a record, still applies."""
-    finding = partial(Finding, name=claim.path.name)
+def examine(path: Path, claim: SetFile, record: Record) -> Finding:
+    """Check that a file is as claimed. It is hashed unless it is as recorded, and recorded if it is old enough."""
+    status, detail = OK, ""
     try:
-        state = claim.path.stat()
-        if not stat.S_ISREG(state.st_mode):
-            return finding(status=MISSING, detail="not a regular file")
-        if state.st_size != claim.size:
-            status = TRUNCATED if state.st_size < claim.size else CHANGED
-            return finding(status=status, detail=f"{state.st_size:,} bytes instead of {claim.size:,}")
+        state, key = path.stat(), str(path.absolute())
         stamp = stamp_of(state)
-        if known == (stamp, claim.sha256):
-            return finding(stamp=stamp)
-        old_enough = time.time_ns() - state.st_ctime_ns > _MIN_AGE_NS
-        with claim.path.open("rb", buffering=0) as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != claim.sha256:
-                return finding(status=CHANGED, detail="its sha256 is not that of the manifest")
-            unchanged = stamp_of(os.fstat(file.fileno())) == stamp
-        return finding(stamp=stamp if old_enough and unchanged else None)
+        if not stat.S_ISREG(state.st_mode):
+            status, detail = MISSING, "not a regular file"
+        elif state.st_size != claim.size:
+            status = TRUNCATED if state.st_size < claim.size else CHANGED
+            detail = f"{state.st_size:,} bytes instead of {claim.size:,}"
+        elif record.get(key) != (stamp, claim.sha256):
+            old_enough = time.time_ns() - state.st_ctime_ns > _MIN_AGE_NS
+            with path.open("rb", buffering=0) as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != claim.sha256:
+                    status, detail = CHANGED, "its sha256 is not that of the manifest"
+                elif old_enough and stamp_of(os.fstat(file.fileno())) == stamp:
+                    record[key] = (stamp, claim.sha256)
     except OSError as error:
-        return finding(status=MISSING, detail=os_error_reason(error))
+        status, detail = MISSING, os_error_reason(error)
+    return Finding(name=path.name, status=status, detail=detail)
 
 
-def find_damaged(
-    claims: list[FileClaim], *, record: Path | None = None, progress: Progress | None = None
-) -> Iterator[tuple[FileClaim, Finding]]:
-    """Check files in parallel threads and yield those that are not as claimed, in the order of the claims.
+def examine_all(
+    claims: dict[Path, SetFile], *, record: Path | None = None, progress: Progress | None = None
+) -> list[Finding]:
+    """Check files in parallel threads, in the order of the claims.
 
-    ``record`` is a JSON file of earlier checks, updated when all files have been checked; a missing or damaged one is
-    created anew, and one that cannot be written is ignored. ``progress(done, total)`` counts bytes.
+    ``record`` is a JSON file of earlier checks, updated at the end; a missing or damaged one is created anew, and one
+    that cannot be written is ignored. ``progress(done, total)`` counts bytes.
     """
-    known = load_record(record) if record is not None else {}
-    verified: Record = {}
-    total, done = sum(claim.size for claim in claims), 0
+    known = {} if record is None else load_record(record)
+    before, findings = dict(known), []
+    total, done = sum(claim.size for claim in claims.values()), 0
     with thread_pool(min(16, available_cores()), "hash") as pool:
-        findings = pool.map(lambda claim: examine(claim, known.get(str(claim.path.absolute()))), claims)
-        for claim, finding in zip(claims, findings, strict=True):
-            if finding.status != OK:
-                yield claim, finding
-            elif finding.stamp is not None:
-                verified[str(claim.path.absolute())] = (finding.stamp, claim.sha256)
+        results = pool.map(lambda path: examine(path, claims[path], known), claims)
+        for claim, finding in zip(claims.values(), results, strict=True):
+            findings.append(finding)
             done += claim.size
             if progress is not None:
                 progress(done, total)
-    if record is not None and not verified.items() <= known.items():
-        save_record(record, {**known, **verified})
+    if record is not None and known != before:
+        save_record(record, known)
+    return findings
 
 
 def stamp_of(state: os.stat_result) -> list[int]:

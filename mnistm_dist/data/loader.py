@@ -16,8 +16,7 @@ from torch import Tensor
 
 from mnistm_dist.config import DataConfig
 from mnistm_dist.data.order import Order, accumulation, step_positions
-from mnistm_dist.data.parallel import available_cores
-from mnistm_dist.data.progress import Progress
+from mnistm_dist.data.parallel import Progress, available_cores
 from mnistm_dist.data.resident import Resident, open_resident
 from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.data.streaming import Streaming, open_streaming
@@ -73,11 +72,11 @@ def open_reader(
     Raises `UserError`.
     """
     assert config.reader != "auto", "reader is not resolved"
-    if config.reader == "streaming":
-        workers = threads if config.workers == "auto" else config.workers
-        return open_streaming(shards, split, cache_dir=cache_dir, device=device, workers=workers, progress=progress)
-    workers = available_cores() if config.workers == "auto" else config.workers
-    return open_resident(shards, split, cache_dir=cache_dir, device=device, workers=workers, progress=progress)
+    streams = config.reader == "streaming"
+    auto = threads if streams else available_cores()
+    workers = auto if config.workers == "auto" else config.workers
+    open_with = open_streaming if streams else open_resident
+    return open_with(shards, split, cache_dir=cache_dir, device=device, workers=workers, progress=progress)
 
 
 def train_batches(

@@ -22,15 +22,15 @@ from pydantic import (
     model_validator,
 )
 
-from mnistm_dist.data.decode_errors import explain_decode_errors
-from mnistm_dist.data.image_io import MAX_SIDE
-from mnistm_dist.data.packing.splits import PIXEL_GROUPS
+from mnistm_dist.data.image_io import MAX_SIDE, explain_decode_errors
 from mnistm_dist.data.sources.base import SPLITS
 from mnistm_dist.errors import UserError, escape_control
 
 MANIFEST_NAME = "manifest.json"
 # Version of the format. A reader accepts only its own.
 FORMAT_VERSION = 1
+# The groups of splits whose pixels are hashed in key order, across the splits of a group.
+PIXEL_GROUPS = {"train+val": ("train", "val"), "test": ("test",)}
 MAX_KEY = 96  # bytes; with its suffix it is the name of a tar's member, of 100 at most
 # What to do about a damaged set: the end of an error message.
 REPAIR = "copy the set again, or pack it again"

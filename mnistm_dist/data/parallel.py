@@ -1,4 +1,4 @@
-"""Work in processes and threads: in order, with a bounded number of items in flight."""
+"""Work in processes and threads, in order, with a bounded number of items in flight; and how it reports progress."""
 
 import multiprocessing
 import os
@@ -15,6 +15,7 @@ from mnistm_dist.errors import UserError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Progress = Callable[[int, int], None]  # called with (done, total)
 
 _IN_FLIGHT = 3  # items per worker that are held at once: one in work, one waiting, one coming back
 _IMAGES_PER_WORKER = 4096  # images that take about as long as a worker process takes to start
@@ -101,3 +102,13 @@ def _exit_with_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(1)
+
+
+def stage(progress: Progress | None, number: int, stages: int) -> Progress:
+    """Return a callback for stage ``number`` of ``stages`` over the same items, which reports overall progress."""
+
+    def report(done: int, total: int) -> None:
+        if progress is not None:
+            progress((number * total + done) // stages, total)
+
+    return report

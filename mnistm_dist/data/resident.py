@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mnistm_dist.data.cache import explain_cache_errors, require_free_space
-from mnistm_dist.data.integrity import OK, FileClaim, examine, load_record, save_record, stamp_of
+from mnistm_dist.data.cache import cache_errors
+from mnistm_dist.data.integrity import OK, examine_all, load_record, save_record, stamp_of
+from mnistm_dist.data.manifest import SetFile
 from mnistm_dist.data.order import Order
-from mnistm_dist.data.parallel import read_ahead, thread_pool
-from mnistm_dist.data.progress import Progress, stage
+from mnistm_dist.data.parallel import Progress, read_ahead, stage, thread_pool
 from mnistm_dist.data.shard_reader import SplitReader, open_split, set_entry
 from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.files import atomic_path
@@ -88,11 +88,10 @@ def open_resident(
         reader = open_split(shards, split, record=record, progress=stage(progress, 0, 2))
         report = stage(progress, 1, 2)
         if not _is_intact(path, reader.count * prod(reader.image_shape), record):
-            sha256 = _decode_to(path, reader, workers, report)
-            _save_stamp(path, sha256, record)
+            _save_stamp(path, _decode_to(path, reader, workers, report), record)
         report(reader.count, reader.count)
         # Mapped under the lock, so that it cannot be cleared before.
-        with explain_cache_errors(path), path.open("rb") as file:
+        with cache_errors(path), path.open("rb") as file:
             # Copy on write: torch takes no read-only buffer, and nobody writes.
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     images = torch.frombuffer(mapped, dtype=torch.uint8).view(reader.count, *reader.image_shape)
@@ -102,14 +101,11 @@ def open_resident(
 
 def _is_intact(path: Path, size: int, record: Path) -> bool:
     """Return whether a decoded file is there as it was written. It is hashed only if its stat has changed."""
-    entry = load_record(record).get(str(path.absolute()))
-    if entry is None:
+    known = load_record(record).get(str(path.absolute()))
+    if known is None:
         return False
-    sha256 = entry[1]
-    finding = examine(FileClaim(path=path, size=size, sha256=sha256), entry)
-    if finding.stamp is not None and entry != (finding.stamp, sha256):
-        _save_stamp(path, sha256, record)
-    return finding.status == OK
+    claim = SetFile(name=path.name, size=size, sha256=known[1])
+    return examine_all({path: claim}, record=record)[0].status == OK
 
 
 def _save_stamp(path: Path, sha256: str, record: Path) -> None:
@@ -119,25 +115,20 @@ def _save_stamp(path: Path, sha256: str, record: Path) -> None:
 def _decode_to(path: Path, reader: SplitReader, workers: int, progress: Progress) -> str:
     """Decode a split into the file ``path`` and return its sha256. The lock of the cache entry must be held."""
     count, image_bytes = reader.count, prod(reader.image_shape)
-    total = count * image_bytes
-    digest, done = hashlib.sha256(), 0
-    with explain_cache_errors(path, total):
-        for leftover in path.parent.glob(f".{path.stem}.*{path.suffix}"):  # of a killed process
-            leftover.unlink()
-        require_free_space(path.parent, total)
-        with atomic_path(path) as temporary, temporary.open("wb") as file:
-            for images in _decode_all(reader, max(1, _CHUNK_BYTES // image_bytes), workers):
-                data = images.data.cast("B")
-                file.write(data)
-                digest.update(data)
-                done += len(images)
-                progress(done, count)
+    chunk, digest, done = max(1, _CHUNK_BYTES // image_bytes), hashlib.sha256(), 0
+    with (
+        cache_errors(path),
+        atomic_path(path) as temporary,
+        temporary.open("wb") as file,  # empties what a killed process has left, before the look at the free space
+        cache_errors(path, count * image_bytes),
+        thread_pool(workers, "decode") as pool,
+    ):
+        chunks = (np.arange(first, min(first + chunk, count)) for first in range(0, count, chunk))
+        tasks = (pool.submit(reader.load, ids) for ids in chunks)
+        for task in read_ahead(tasks, lambda _: 2 * max(1, workers)):
+            images = task.result().numpy()
+            file.write(images.data.cast("B"))
+            digest.update(images.data.cast("B"))
+            done += len(images)
+            progress(done, count)
     return digest.hexdigest()
-
-
-def _decode_all(reader: SplitReader, chunk: int, workers: int) -> Iterator[np.ndarray]:
-    """Yield the images in storage order, uint8 (<= chunk, H, W, 3) at a time; two chunks per worker are in work."""
-    chunks = (np.arange(first, min(first + chunk, reader.count)) for first in range(0, reader.count, chunk))
-    with thread_pool(workers, "decode") as pool:
-        for images in read_ahead((pool.submit(reader.load, ids) for ids in chunks), lambda _: 2 * max(1, workers)):
-            yield images.result().numpy()

@@ -5,24 +5,24 @@ its place in storage order within its split: shards in the manifest's order, sam
 Everything downstream uses that id. ``data/packing`` writes such a folder; ``shards/README.md`` documents it.
 """
 
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 
-from mnistm_dist.data.integrity import FileClaim, find_damaged
+from mnistm_dist.data.image_io import decode_png
+from mnistm_dist.data.integrity import OK, examine_all
 from mnistm_dist.data.manifest import MANIFEST_NAME, REPAIR, Manifest, SetFile, Split, open_index, parse
-from mnistm_dist.data.progress import Progress
-from mnistm_dist.errors import UserError, os_error_reason
+from mnistm_dist.data.parallel import Progress
+from mnistm_dist.errors import UserError
+from mnistm_dist.files import explain_os_errors
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Block:
-    """The encoded images of some samples, with what lies between neighbours in their shards."""
+    """The encoded images of some samples, with the bytes between neighbours in their shards."""
 
     ids: np.ndarray
     """The samples, int64 (n,)."""
@@ -32,11 +32,6 @@ class Block:
     """Where each PNG starts in ``data``, int64 (n,)."""
     sizes: np.ndarray
     """Bytes of each PNG, int64 (n,)."""
-
-    def png(self, place: int) -> bytes:
-        """Return the PNG of the sample ``ids[place]``."""
-        start = int(self.offsets[place])
-        return self.data[start : start + int(self.sizes[place])].tobytes()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,14 +45,12 @@ class ShardSet:
     def open(path: str | Path) -> "ShardSet":
         """Read and validate the manifest of the set in the folder ``path``; no shard is opened. Raises `UserError`."""
         root = Path(path)
-        where = root / MANIFEST_NAME
-        try:
+        where, advice = root / MANIFEST_NAME, "python -m mnistm_dist.pack SOURCE --out DIR makes a packed set"
+        with explain_os_errors(root, verb="read", advice=advice):
             if where.is_file():
                 return ShardSet(root=root, manifest=parse(where.read_bytes(), str(where)))
             found = "a file" if root.is_file() else f"no {MANIFEST_NAME} in it" if root.exists() else "no such folder"
-        except OSError as error:
-            found = f"cannot be read ({os_error_reason(error)})"
-        raise UserError(f"{root}: {found}; python -m mnistm_dist.pack SOURCE --out DIR makes a packed set")
+        raise UserError(f"{root}: {found}; {advice}")
 
     def split(self, name: str) -> Split:
         """Return the split of that name. Raises `UserError` if the set has none."""
@@ -92,7 +85,15 @@ class ShardSet:
         """
         unique, places = np.unique(_as_ids(ids), return_inverse=True)
         block = self.read_block(split, unique, self.index(split))
-        return list(map(block.png, places.tolist()))
+        spans = zip(block.offsets[places].tolist(), block.sizes[places].tolist(), strict=True)
+        return [block.data[offset : offset + size].tobytes() for offset, size in spans]
+
+    def images(self, split: str, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Return the decoded samples ``ids``, in their order, uint8 (n, H, W, 3). Raises `UserError` as `read`, and for
+        a broken PNG."""
+        pngs = zip(self.keys(split, ids), self.read(split, ids), strict=True)
+        size = self.manifest.image_size
+        return np.stack([decode_png(png, f"{self.root}: {key}.png of {split}", size) for key, png in pngs])
 
     def read_block(
         self, split: str, ids: np.ndarray, index: np.ndarray, verify: Callable[[int, int], None] | None = None
@@ -122,47 +123,37 @@ class ShardSet:
         data = np.empty(lengths.sum(), dtype=np.uint8)
         spans = zip(shard_of[firsts].tolist(), offsets[firsts].tolist(), starts.tolist(), lengths.tolist(), strict=True)
         for shard, shard_spans in groupby(spans, key=lambda span: span[0]):
-            with self._opened(entry.shards[shard]) as descriptor:
-                if verify is not None:
-                    verify(shard, descriptor)
-                for _, offset, start, length in shard_spans:
-                    _read_into(descriptor, data[start : start + length].data, offset)
+            path, claimed = self.root / entry.shards[shard].name, entry.shards[shard].size
+            with explain_os_errors(path, verb="read", advice=REPAIR):
+                if (size := path.stat().st_size) != claimed:  # also of what must not be opened, such as a pipe
+                    raise UserError(f"{path}: {size:,} bytes instead of {claimed:,}; {REPAIR}")
+                with path.open("rb") as file:
+                    if verify is not None:
+                        verify(shard, file.fileno())
+                    for _, offset, start, length in shard_spans:
+                        file.seek(offset)
+                        if file.readinto(data[start : start + length].data) != length:
+                            raise OSError("truncated while it was read")
         in_data = offsets + np.repeat(starts - offsets[firsts], np.diff(edges))
         return Block(ids=ids, data=data, offsets=in_data, sizes=sizes)
 
-    @contextmanager
-    def _opened(self, shard: SetFile) -> Iterator[int]:
-        """Yield the descriptor of a shard. An `OSError` of the block becomes a `UserError` that names the shard."""
-        path = self.root / shard.name
-        try:
-            # O_NONBLOCK: do not hang at a pipe. It has no effect on a regular file.
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-            try:
-                size = os.fstat(descriptor).st_size
-                if size != shard.size:
-                    raise UserError(f"{path}: {size:,} bytes instead of {shard.size:,}; {REPAIR}")
-                yield descriptor
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({os_error_reason(error)}); {REPAIR}") from error
-
-    def files(self, splits: Iterable[str]) -> list[FileClaim]:
-        """Return what the manifest claims of each file of the splits: per split the index, then the shards in order."""
+    def files(self, splits: Iterable[str]) -> dict[Path, SetFile]:
+        """Return the files of the splits by their paths: per split the index, then the shards in order."""
         listed = [file for split in map(self.split, splits) for file in (split.index, *split.shards)]
-        return [FileClaim(path=self.root / file.name, size=file.size, sha256=file.sha256) for file in listed]
+        return {self.root / file.name: file for file in listed}
 
     def check(self, splits: Iterable[str], *, record: Path | None, progress: Progress | None = None) -> None:
-        """Check that every file of the splits is what the manifest says: see `find_damaged`.
+        """Check that every file of the splits is what the manifest says: see `examine_all`.
 
         ``record`` is a JSON file of earlier checks; None hashes everything. ``progress(done, total)`` counts bytes.
         Raises `UserError` naming the first file that is missing, truncated or changed.
         """
-        damaged = list(find_damaged(self.files(splits), record=record, progress=progress))
+        findings = examine_all(self.files(splits), record=record, progress=progress)
+        damaged = [finding for finding in findings if finding.status != OK]
         if damaged:
-            claim, finding = damaged[0]
+            first = damaged[0]
             others = f" ({len(damaged) - 1} more files are damaged)" if len(damaged) > 1 else ""
-            raise UserError(f"{claim.path}: {finding.status}: {finding.detail}{others}; {REPAIR}")
+            raise UserError(f"{self.root / first.name}: {first.status}: {first.detail}{others}; {REPAIR}")
 
     def bad_index(self, split: str, what: str) -> UserError:
         """Return the error that the split's index is damaged."""
@@ -171,12 +162,3 @@ class ShardSet:
 
 def _as_ids(ids: Sequence[int] | np.ndarray) -> np.ndarray:
     return np.asarray(ids, dtype=np.int64)
-
-
-def _read_into(descriptor: int, target: memoryview, offset: int) -> None:
-    done = 0
-    while done < len(target):
-        count = os.preadv(descriptor, [target[done:]], offset + done)
-        if not count:
-            raise OSError("truncated while it was read")
-        done += count

@@ -22,11 +22,9 @@ import torch
 from torch import Tensor
 
 from mnistm_dist.data.order import Order, OrderPositions, WindowedOrder
-from mnistm_dist.data.parallel import read_ahead, thread_pool
-from mnistm_dist.data.progress import Progress
+from mnistm_dist.data.parallel import Progress, read_ahead, thread_pool
 from mnistm_dist.data.shard_reader import SplitReader, open_split, set_entry
 from mnistm_dist.data.shards import Block, ShardSet
-from mnistm_dist.errors import UserError
 
 _TASK_IMAGES = 128  # images that one task decodes
 _READING_THREADS = 2
@@ -66,10 +64,9 @@ class Streaming:
         """Yield images and labels of one step after another.
 
         ``blocks``: positions and their ids in ``order``, both int64 (steps, images of a step). Each step is one rank's
-        share, that is, whole streams. Raises `UserError` if the order is not windowed, and for damaged shards.
+        share, that is, whole streams, of a `WindowedOrder`. Raises `UserError` for damaged shards.
         """
-        if not isinstance(order, WindowedOrder):
-            raise UserError("reader streaming requires order windowed: use --order windowed, or --reader resident")
+        assert isinstance(order, WindowedOrder), "the order is not windowed"
         with thread_pool(_READING_THREADS, "read") as reading, thread_pool(self.workers, "stream") as decoding:
             windows = _Windows(order, lambda ids: reading.submit(self.reader.read, ids))
 
@@ -159,6 +156,7 @@ def open_streaming(
     """
     device = torch.device(device)
     with set_entry(cache_dir, shards) as folder:
-        record, pin = folder / "checked.json", device.type == "cuda"
-        reader = open_split(shards, split, record=record, pin_memory=pin, progress=progress)
+        reader = open_split(
+            shards, split, record=folder / "checked.json", pin_memory=device.type == "cuda", progress=progress
+        )
     return Streaming(reader=reader, device=device, workers=workers)

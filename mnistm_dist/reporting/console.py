@@ -1,67 +1,124 @@
 """The output of a command: a header, bars, a table of evaluations, the result.
 
 One console per process. On ranks other than 0 it is made with ``enabled=False`` and discards everything. In a terminal
-rich draws it; a pipe, a file or a dumb terminal gets a few plain lines with the time
-(`mnistm_dist.reporting.terminal`).
+rich draws panels and bars in place; a pipe, a file or a dumb terminal gets plain lines with the time and no control
+codes.
 """
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 import textwrap
+import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TextIO, cast
 
-from rich.progress import Task
+from rich.console import Console as RichConsole
+from rich.console import RenderableType
+from rich.constrain import Constrain
+from rich.panel import Panel
+from rich.progress import BarColumn, Progress, Task, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
+from rich.text import Text
 
+from mnistm_dist.errors import escape_control
 from mnistm_dist.reporting.describe import describe_accuracy, describe_checkpoint, duration, number
-from mnistm_dist.reporting.terminal import NullStream, PlainScreen, TerminalScreen, finished_text, is_live
 
-LONGEST_WARNING = 300
-"""Characters of a library's warning that are shown."""
-TEXT_WIDTH = 71
-"""Columns that paragraphs are wrapped to: 80 with the time."""
-EVALUATION = "{:>5}  {:>6}  {:>5}  {:>10}  {:>6}  {:>8}  {}"
-"""A row of the table of evaluations."""
+WIDEST = 100  # columns that panels and bars fill at most
+TEXT_WIDTH = 71  # columns that paragraphs are wrapped to: 80 with the time
+LONGEST_WARNING = 300  # characters of a library's warning that are shown
+REFRESH_SECONDS = 0.5  # between two drawings of a bar in a terminal; each costs milliseconds
+# Between two plain lines of a bar, at first and at most; it grows with the time that the bar is open.
+FIRST_LINE_SECONDS, LAST_LINE_SECONDS = 5.0, 60.0
+EVALUATION = "{:>5}  {:>6}  {:>5}  {:>10}  {:>6}  {:>8}  {}"  # a row of the table of evaluations
 
 
-MEASURED = {
-    "epoch": lambda epoch: f"epoch {epoch + 1}",
-    "loss": "loss {:.4f}".format,
-    "lr": "lr {:.2e}".format,
-    "images_per_second": lambda speed: f"{number(speed)} images/s",
-    "image_size": "{} px".format,
-}
-"""How a bar shows what was measured."""
+class LossyStream:
+    """A text stream that never raises: a closed terminal, a reader that has gone or a full disk must not stop a run.
+
+    Characters that the encoding lacks are escaped; output that cannot be written is lost. Everything is flushed at
+    once, so that the log of a killed job is complete.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        encoding = self._stream.encoding or "utf-8"
+        try:
+            self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+            self._stream.flush()
+        except OSError as error:
+            if error.errno in (errno.EPIPE, errno.EIO):
+                # Python flushes standard output when it exits, and would fail again, with another exit code:
+                # https://docs.python.org/3/library/signal.html#note-on-sigpipe
+                with Path(os.devnull).open("w") as null:
+                    os.dup2(null.fileno(), self._stream.fileno())
+        return len(text)
+
+    def flush(self) -> None:
+        """Do nothing: `write` has flushed."""
+
+
+class Bars(Progress):
+    """The open bars, one above the other, each with its text below it."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        for task in self.tasks:
+            yield Constrain(self.make_tasks_table([task]), WIDEST)
+            yield Text(f"  {bar_text(task)}", style="cyan", no_wrap=True, overflow="ellipsis")
+
+
+def bar_text(task: Task) -> str:
+    """Return ``1,200/55,000 images  1,204 images/s``, or the note of the bar instead of the speed."""
+    return f"{_amount(task)}  {task.fields['note'] or _rate(task, task.speed or 0.0)}".rstrip()
+
+
+def finished_text(task: Task) -> str:
+    """Return the line that stays when a bar is closed: ``pack: 1,200 images in 1.0 s (1,200 images/s)``."""
+    elapsed, done = task.elapsed or 0.0, task.completed - task.fields["first"]
+    rate = f" ({_rate(task, done / elapsed)})" if elapsed and done > 0 else ""
+    return f"{task.description}: {_amount(task)} in {duration(elapsed)}{rate}"
+
+
+def _amount(task: Task) -> str:
+    scale, digits, unit = task.fields["unit"]
+    counts = [count for count in (task.completed, task.total) if count is not None]
+    return f"{'/'.join(f'{scale * count:,.{digits}f}' for count in counts)} {unit}"
+
+
+def _rate(task: Task, speed: float) -> str:
+    scale, _, unit = task.fields["unit"]
+    return f"{number(scale * speed)} {unit}/s" if speed else ""
 
 
 class Bar:
-    """A bar. Updates are cheap: it is drawn only now and then. It is a callback ``progress(done, total)``, too."""
+    """A bar, which is a callback ``progress(done, total)``. Calls are cheap: it is drawn only now and then."""
 
-    def __init__(self, screen: PlainScreen, task: Task) -> None:
-        self._screen = screen
-        self._task = task
+    def __init__(self, console: Console, task: Task) -> None:
+        self._console, self._task, self._drawn = console, task, time.monotonic()
 
-    def update(self, done: int, **measured: float) -> None:
-        """Set how much is done.
-
-        Args:
-            done: of a training: steps, over all launches of the run.
-            measured: shown instead of the speed: ``epoch`` (from 0, shown from 1), ``loss``, ``lr``,
-                ``images_per_second`` (over all processes), ``image_size`` (pixels).
-        """
-        note = "  ".join(MEASURED[name](value) for name, value in measured.items())
-        self._screen.advance(self._task, done, None, note)
-
-    def leave_out(self, seconds: float) -> None:
-        """Do not count the last ``seconds``, which were spent on something else."""
-        self._screen.left_out += seconds
-
-    def __call__(self, done: int, total: int) -> None:
-        """Set how much is done of ``total``; 0: unknown."""
-        self._screen.advance(self._task, done, total or None, "")
+    def __call__(self, done: int, total: int = 0, note: str = "") -> None:
+        """Set how much is done of ``total``; 0: as before, or unknown. ``note`` is shown instead of the speed."""
+        console, task, now = self._console, self._task, time.monotonic()
+        console.bars.update(task.id, total=total or None, completed=done, note=note)
+        line_seconds = min(max(FIRST_LINE_SECONDS, (task.elapsed or 0.0) / 50), LAST_LINE_SECONDS)
+        if now - self._drawn < (REFRESH_SECONDS if console.live else line_seconds):
+            return
+        self._drawn = now
+        if console.live:
+            console.bars.refresh()
+        else:
+            left = "" if task.time_remaining is None else f"  {duration(task.time_remaining)} left"
+            console.line(f"{task.description} {bar_text(task)}{left}")
 
 
 class Console:
@@ -73,39 +130,76 @@ class Console:
     """
 
     def __init__(self, enabled: bool = True, stream: TextIO | None = None) -> None:
-        stream = (stream or sys.stdout) if enabled else cast(TextIO, NullStream())
-        self._screen = TerminalScreen(stream) if is_live(stream) else PlainScreen(stream)
+        stream = stream or sys.stdout
+        # Whether bars are redrawn in place.
+        self.live = enabled and stream.isatty() and os.environ.get("TERM", "").lower() not in ("", "dumb", "unknown")
+        self.left_out = 0.0  # seconds that the bars do not count; add to it what was spent on something else
+        self._rich = RichConsole(
+            file=cast(TextIO, LossyStream(stream)),
+            highlight=False,
+            quiet=not enabled,
+            force_terminal=self.live,
+            color_system="auto" if self.live else None,
+        )
+        self.bars = Bars(
+            TextColumn("{task.description}", style="bold", markup=False),
+            BarColumn(bar_width=None),
+            TimeRemainingColumn(),
+            console=self._rich,
+            auto_refresh=False,
+            transient=True,
+            expand=True,
+            speed_estimate_period=30.0,
+            get_time=lambda: time.monotonic() - self.left_out,
+            disable=not self.live,
+        )
         self._has_evaluations = False
 
     def header(self, title: str, rows: Mapping[str, str]) -> None:
         """Show names and values under a title."""
-        self._screen.panel(title, rows)
+        if self.live:
+            grid = Table.grid(Column(style="cyan", no_wrap=True), Column(overflow="fold"), padding=(0, 2))
+            for name, value in rows.items():
+                grid.add_row(Text(escape_control(name)), Text(escape_control(value)))
+            head, width = Text(escape_control(title), style="bold"), min(self._rich.width, WIDEST)
+            self._rich.print(Panel(grid, title=head, title_align="left", width=width, border_style="cyan"))
+        else:
+            width = max(map(len, rows), default=0)
+            for line in (title, *(f"  {name:<{width}}  {value}" for name, value in rows.items())):
+                self.line(line)
 
-    def line(self, text: str) -> None:
-        """Show one line."""
-        self._screen.line(text)
+    def line(self, text: str, style: str = "") -> None:
+        """Show a text line by line; in a terminal, in one of rich's styles."""
+        for part in text.splitlines() or [""]:
+            shown = (
+                escape_control(part) if self.live else f"{time.strftime('%H:%M:%S')} {escape_control(part)}".rstrip()
+            )
+            self._rich.print(Text(shown, style), soft_wrap=not self.live)
 
     def warn(self, text: str) -> None:
         """Show a warning."""
-        self._screen.line(f"warning: {text}", "yellow")
+        self.line(f"warning: {text}", "yellow")
 
     @contextmanager
     def progress(self, description: str, total: int | None, unit: str = "images", start: int = 0) -> Iterator[Bar]:
-        """Show a bar inside the context.
+        """Show a bar inside the context, ``start`` of ``total`` done. Bytes are shown as MB.
 
         If the context exits without an error and no other bar is open, one line with time and speed is left.
         """
-        task = self._screen.open_bar(description, total, unit, start)
+        # The unit: its scale, decimals and name.
+        fields: Any = {"unit": (1e-6, 1, "MB") if unit == "bytes" else (1, 0, unit), "first": start, "note": ""}
+        self.bars.start()
+        self.bars.add_task(escape_control(description), total=total, completed=start, **fields)
+        task = self.bars.tasks[-1]
         try:
-            yield Bar(self._screen, task)
+            yield Bar(self, task)
         finally:
-            self._screen.close_bar(task)
-        if not self._screen.bars.tasks:
-            self._screen.line(finished_text(task))
-
-    def training(self, total_steps: int, start_step: int = 0) -> AbstractContextManager[Bar]:
-        """Show the bar of a training inside the context."""
-        return self.progress("train", total_steps, "steps", start_step)
+            self.bars.remove_task(task.id)
+            self.bars.refresh()
+            if self.live and not self.bars.tasks:
+                self.bars.stop()
+        if not self.bars.tasks:
+            self.line(finished_text(task))
 
     def evaluation(self, row: Mapping[str, Any]) -> None:
         """Add a row to the table of evaluations.
@@ -118,11 +212,9 @@ class Console:
         if not self._has_evaluations:
             self._has_evaluations = True
             head = EVALUATION.format("epoch", "step", "split", "train loss", "loss", "accuracy", "")
-            self._screen.line(head.rstrip(), "bold underline")
+            self.line(head.rstrip(), "bold underline")
         split, size, train_loss = row.get("split", "val"), row.get("image_size"), row.get("train/loss")
-        note = "best" if row.get("best") else ""
-        if size is not None and size < row.get("full_image_size", size):
-            note = f"{note} at {size} px".lstrip()
+        at_size = f"at {size} px" if size is not None and size < row.get("full_image_size", size) else ""
         text = EVALUATION.format(
             row["epoch"] + 1,
             f"{row['step']:,}",
@@ -130,9 +222,9 @@ class Console:
             "" if train_loss is None else f"{train_loss:.4f}",
             f"{row[f'{split}/loss']:.4f}",
             f"{100 * row[f'{split}/accuracy']:.2f} %",
-            note,
+            f"{'best' if row.get('best') else ''} {at_size}".lstrip(),
         )
-        self._screen.line(text.rstrip(), "green" if row.get("best") else "")
+        self.line(text.rstrip(), "green" if row.get("best") else "")
 
     def result(self, summary: Mapping[str, Any], text: str, paths: Mapping[str, str]) -> None:
         """Show the result: accuracy of each split with its interval, the time, a text, and what was written."""
@@ -144,15 +236,14 @@ class Console:
         if summary.get("checkpoint"):
             rows["checkpoint"] = describe_checkpoint(summary["checkpoint"])
         if summary.get("train_seconds") and summary.get("images_per_second"):
-            rate = number(summary["images_per_second"])
-            rows["training"] = f"{duration(summary['train_seconds'])}, {rate} images/s"
-        self._screen.panel("result", rows)
+            rows["training"] = f"{duration(summary['train_seconds'])}, {number(summary['images_per_second'])} images/s"
+        self.header("result", rows)
         for paragraph in text.splitlines():
             # A number and its % stay on one line.
             for line in textwrap.wrap(paragraph.replace(" %", "\N{NO-BREAK SPACE}%"), TEXT_WIDTH):
-                self._screen.line(line.replace("\N{NO-BREAK SPACE}", " "))
+                self.line(line.replace("\N{NO-BREAK SPACE}", " "))
         if paths:
-            self._screen.panel("written", paths)
+            self.header("written", paths)
 
     @contextmanager
     def library_warnings(self) -> Iterator[None]:

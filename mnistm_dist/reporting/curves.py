@@ -1,7 +1,5 @@
 """The learning curve of a run, and those of several runs in one figure, from the rows of ``log.jsonl``."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -10,15 +8,14 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
 from mnistm_dist.reporting.style import GRID, INK, LINES, MARKERS, MUTED, SERIES, SMALL, new_figure, styled
 
 Row = Mapping[str, Any]
+# Points of a training curve. More steps are binned; the curve shows the mean of a bin, a band its extremes.
 POINTS = 300
-"""Points of a training curve. More steps are binned; the curve shows the mean of a bin, a band its extremes."""
-NAMED_EPOCHS = 12
-"""Epochs that the upper axis names, at most."""
+NAMED_EPOCHS = 12  # epochs that the upper axis names, at most
 
 
 def series(rows: Sequence[Row], kind: str, key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -37,19 +34,18 @@ def learning_curve(rows: Sequence[Row], title: str = "Learning curve") -> Figure
     _training_line(loss, *series(rows, "train", "train/loss"), SERIES[0], "training")
     loss.plot(*series(rows, "evaluation", "val/loss"), "--D", color=SERIES[1], markersize=4, label="val")
     loss.legend(handles=[line for line in loss.lines if len(line.get_xdata())], loc="upper right", ncols=2)
-    loss.set_ylim(bottom=0)
     _accuracy(accuracy, rows)
     rate.plot(*series(rows, "train", "train/learning_rate"), color=SERIES[2])
-    rate.set_ylim(bottom=0)
     # The default formatter writes powers of ten as mathtext, which `STYLE` does not parse.
-    rate.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    rate.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     for axes, name in zip(panels, ("loss", "val accuracy, %", "learning rate"), strict=True):
         axes.set_ylabel(name)
         if not any(len(line.get_xdata()) for line in axes.lines):
             axes.text(0.5, 0.5, "not logged", ha="center", va="center", color=MUTED, transform=axes.transAxes)
-    rate.set_xlabel("step")
+    loss.set_ylim(bottom=0)
+    rate.set(xlabel="step", ylim=(0, None))
     rate.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    rate.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    rate.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     _mark_epochs(loss, rows)
     _mark_sizes(panels, rows)
     _mark_resumes(panels, rows)
@@ -79,8 +75,7 @@ def learning_curves(
         _training_line(loss, steps * scale, values, colour, name, line)
         steps, values = series(rows, "evaluation", "val/accuracy")
         accuracy.plot(steps * scale, 100 * values, line, marker=marker, color=colour, markersize=4, label=name)
-    loss.set_ylabel("training loss")
-    loss.set_ylim(bottom=0)
+    loss.set(ylabel="training loss", ylim=(0, None))
     accuracy.set(xlabel="epoch" if by_epoch else "step", ylabel="val accuracy, %")
     _limit_to_100(accuracy)
     figure.legend(*accuracy.get_legend_handles_labels(), loc="outside lower left", ncols=1)
@@ -165,8 +160,16 @@ def _mark_sizes(panels: Sequence[Axes], rows: Sequence[Row]) -> None:
         if i % 2 == 0:
             for axes in panels:
                 axes.axvspan(start, end, color=GRID, alpha=0.4, linewidth=0, zorder=0)
-        style: Any = {"ha": "center", "va": "bottom", "fontsize": SMALL, "color": INK}
-        panels[1].text((start + end) / 2, 0.03, f"{size} px", transform=panels[1].get_xaxis_transform(), **style)
+        panels[1].text(
+            (start + end) / 2,
+            0.03,
+            f"{size} px",
+            ha="center",
+            va="bottom",
+            fontsize=SMALL,
+            color=INK,
+            transform=panels[1].get_xaxis_transform(),
+        )
 
 
 def _mark_resumes(panels: Sequence[Axes], rows: Sequence[Row]) -> None:

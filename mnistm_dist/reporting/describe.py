@@ -1,14 +1,13 @@
 """Results as text: how numbers are written, and sentences that summarise a confusion matrix."""
 
-from __future__ import annotations
-
+import re
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from typing import Any
 
-from mnistm_dist.reporting.metrics import ClassScores, Confusion, Metrics
+from mnistm_dist.reporting.metrics import ClassScores, Metrics
 
-MOST_NAMED = 3
-"""Items of a list that are named before the rest is counted."""
+MOST_NAMED = 3  # items of a list that are named before the rest is counted
 
 
 def number(value: float) -> str:
@@ -30,11 +29,8 @@ def duration(seconds: float) -> str:
     """Format seconds as ``0.4 s``, ``4:05`` (minutes), ``2:04:05`` (hours) or ``3 d 2:04:05``."""
     if seconds < 59.95:
         return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    days, hour = divmod(hours, 24)
-    clock = f"{hour}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
-    return f"{days} d {clock}" if days else clock
+    # Python writes 0:04:05 and 3 days, 2:04:05.
+    return re.sub(" days?,", " d", str(timedelta(seconds=round(seconds))).lstrip("0:"))
 
 
 def plural(count: int, noun: str) -> str:
@@ -70,13 +66,13 @@ def describe(metrics: Metrics) -> str:
 
     The sentences hold for any matrix: classes without images, ties, no errors, a constant prediction.
     """
-    paragraphs = [
+    paragraphs = (
         f"{describe_accuracy(metrics.correct, metrics.total, metrics.interval95)}.",
         _support(metrics),
         _confusions(metrics),
-        _classes(metrics),
+        _classes(metrics) if metrics.confusions else "",
         _never_predicted(metrics),
-    ]
+    )
     return "\n".join(filter(None, paragraphs))
 
 
@@ -97,35 +93,32 @@ def _confusions(metrics: Metrics) -> str:
     cells = metrics.confusions
     if not cells:
         return "No errors."
-    worst = [cell for cell in cells if cell.count == cells[0].count]
-    rest = cells[len(worst) :]
-    if len(worst) == 1:
-        count, true = plural(worst[0].count, "image"), f"{percent(worst[0].share_of_true)} of class {worst[0].true}"
-        text = f"Most common confusion: {_pair(worst[0])}, {count} ({true})."
+    names = [f"{cell.true} as {cell.predicted}" for cell in cells]
+    ties = sum(cell.count == cells[0].count for cell in cells)
+    if ties == 1:
+        share = f"{percent(cells[0].share_of_true)} of class {cells[0].true}"
+        text = f"Most common confusion: {names[0]}, {plural(cells[0].count, 'image')} ({share})."
     else:
-        text = f"Most common confusions, {worst[0].count:,} each: {listed([_pair(cell) for cell in worst])}."
+        text = f"Most common confusions, {cells[0].count:,} each: {listed(names[:ties])}."
+    end = ties + MOST_NAMED
     # Of equal cells, all are named or none.
-    limit = rest[MOST_NAMED].count if len(rest) > MOST_NAMED else 0
-    named = [f"{_pair(cell)} ({cell.count:,})" for cell in rest[:MOST_NAMED] if cell.count > limit]
-    if named:
-        text += f" Next: {listed(named)}."
+    limit = cells[end].count if len(cells) > end else 0
+    following = [
+        f"{names[i]} ({cells[i].count:,})" for i in range(ties, min(end, len(cells))) if cells[i].count > limit
+    ]
+    if following:
+        text += f" Next: {listed(following)}."
     return f"{text} All others: at most {limit:,} each." if limit else text
-
-
-def _pair(cell: Confusion) -> str:
-    return f"{cell.true} as {cell.predicted}"
 
 
 def _classes(metrics: Metrics) -> str:
     """Name the classes with the most errors and, if they are others, those with the highest error rate."""
     errors = {row: row.support - row.correct for row in metrics.per_class if row.support}
     most = max(errors.values())
-    if most == 0:
-        return ""
     worst = [row for row, count in errors.items() if count == most]
     if len(worst) == 1:
-        of_support = f"{most:,} of {worst[0].support:,}"
-        text = f"Class {worst[0].name} has the most errors: {of_support} ({_predicted_as(metrics, worst[0])})."
+        count = f"{most:,} of {worst[0].support:,}"
+        text = f"Class {worst[0].name} has the most errors: {count} ({_predicted_as(metrics, worst[0])})."
     else:
         text = f"Classes with the most errors, {most:,} each: {listed([row.name for row in worst])}."
     highest = max(count / row.support for row, count in errors.items())

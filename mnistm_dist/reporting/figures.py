@@ -3,8 +3,6 @@
 The learning curve has its own module, `mnistm_dist.reporting.curves`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +10,6 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import NullLocator
 
 from mnistm_dist.reporting.describe import percent, plural
 from mnistm_dist.reporting.metrics import CalibrationBin, Metrics
@@ -20,10 +17,9 @@ from mnistm_dist.reporting.predictions import Mistake
 from mnistm_dist.reporting.style import COLUMN_INCHES, GRID, INK, MUTED, SERIES, SMALL, new_figure, styled
 
 TILES_ACROSS = 6
-MOST_MISTAKES = 36
-"""Mistakes that a figure shows, at most."""
+MOST_MISTAKES = 36  # that a figure shows
+# Opacity of the lightest and the darkest cell: the text stays legible on both, in a light and in a dark theme.
 WEAKEST_SHADE, STRONGEST_SHADE = 0.10, 0.60
-"""Opacity of the lightest and the darkest cell: the text stays legible on both, in a light and in a dark theme."""
 CENTRED: Any = {"ha": "center", "va": "center"}
 
 
@@ -40,7 +36,17 @@ def confusion_matrix(metrics: Metrics, title: str = "Confusion matrix") -> Figur
     largest = (shares * ~np.eye(width, dtype=bool)).max() or 1.0
     size = (0.44 if width <= 12 else 0.38) * (width + 3.2)
     figure = new_figure(height=size * 0.92, width=max(size, COLUMN_INCHES))
-    axes = figure.add_subplot()
+    title = f"{title}: {plural(metrics.total - metrics.correct, 'error')} in {plural(metrics.total, 'image')}"
+    axes = figure.add_subplot(
+        xlim=(-0.5, width + 1.0),
+        ylim=(width - 0.5, -0.5),
+        xticks=range(width),
+        yticks=range(width),
+        xticklabels=metrics.classes,
+        yticklabels=metrics.classes,
+        aspect="equal",
+        title=title,
+    )
     axes.grid(False)
     count_size = {1: 8.5, 2: 8.5, 3: 8.5, 4: 8.0}.get(len(str(matrix.max())), 6.5)
     for (i, j), count in np.ndenumerate(matrix):
@@ -62,11 +68,6 @@ def confusion_matrix(metrics: Metrics, title: str = "Confusion matrix") -> Figur
     for i, scores in enumerate(metrics.per_class):
         recall, colour = ("no images", MUTED) if scores.recall is None else (percent(scores.recall, 1), INK)
         axes.text(width - 0.3, i, recall, ha="left", va="center", fontsize=SMALL, color=colour)
-    errors = plural(metrics.total - metrics.correct, "error")
-    title = f"{title}: {errors} in {plural(metrics.total, 'image')}"
-    axes.set(xlim=(-0.5, width + 1.0), ylim=(width - 0.5, -0.5), aspect="equal", title=title)
-    axes.set_xticks(range(width), metrics.classes)
-    axes.set_yticks(range(width), metrics.classes)
     axes.tick_params(length=0, top=False, labeltop=True, bottom=False, labelbottom=False)
     axes.xaxis.set_label_position("top")
     axes.set_xlabel("predicted", loc="left")
@@ -105,16 +106,14 @@ def batch_grid(images: Sequence[np.ndarray], captions: Sequence[str], title: str
     rows, gap, text = max(math.ceil(len(images) / TILES_ACROSS), 1), 0.06, 0.16 * lines + 0.06
     width, height = TILES_ACROSS * (1 + gap) - gap, rows * (1 + text)
     figure = new_figure(height=0.3 + height * COLUMN_INCHES / width, gap=0.02, title=title)
-    axes = figure.add_subplot()
+    axes = figure.add_subplot(xlim=(0, width), ylim=(height, 0), aspect="equal")
     axes.set_axis_off()
     if not images:
         axes.text(0.5, 0.5, "no images", transform=axes.transAxes, **CENTRED)
-        return figure
     for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
         left, top = i % TILES_ACROSS * (1 + gap), i // TILES_ACROSS * (1 + text)
         axes.imshow(image, interpolation="nearest", extent=(left, left + 1, top + 1, top))
         axes.text(left + 0.5, top + 1.05, caption, ha="center", va="top", fontsize=SMALL)
-    axes.set(xlim=(0, width), ylim=(height, 0), aspect="equal")
     return figure
 
 
@@ -133,18 +132,34 @@ def per_class(metrics: Metrics, title: str = "Precision and recall of each class
     ):
         dots = [(value, i - shift) for i, scores in present if (value := getattr(scores, name)) is not None]
         lowest = min([lowest, *(value for value, _ in dots)])
-        style: Any = {"color": colour, "markersize": 5.5, "markerfacecolor": fill, "markeredgewidth": 1.4}
-        x, y = [100 * value for value, _ in dots], [place for _, place in dots]
-        axes.plot(x, y, marker, label=name, clip_on=False, zorder=3, **style)
+        axes.plot(
+            [100 * value for value, _ in dots],
+            [place for _, place in dots],
+            marker,
+            label=name,
+            color=colour,
+            markersize=5.5,
+            markerfacecolor=fill,
+            markeredgewidth=1.4,
+            clip_on=False,
+            zorder=3,
+        )
     # A round start of the axis that leaves space for the differences between the classes.
     start = next((low for low in (99, 98, 95, 90, 80, 50) if 100 * lowest > low + (100 - low) * 0.1), 0)
-    axes.set(xlim=(start, 100), ylim=(width - 0.5, -0.5), xlabel="%", ylabel="class", title=title)
+    axes.set(
+        xlim=(start, 100),
+        ylim=(width - 0.5, -0.5),
+        yticks=range(width),
+        yticklabels=metrics.classes,
+        xlabel="%",
+        ylabel="class",
+        title=title,
+    )
     for i, scores in enumerate(metrics.per_class):
         note = "no images" if not scores.support else "never predicted" if not scores.predicted else ""
         axes.annotate(
             note, (0, i), (6, 0), ("axes fraction", "data"), "offset points", va="center", fontsize=SMALL, color=MUTED
         )
-    axes.set_yticks(range(width), metrics.classes)
     axes.tick_params(length=0)
     axes.tick_params(axis="y", pad=8)
     axes.spines["left"].set_visible(False)
@@ -168,8 +183,9 @@ def calibration(bins: Sequence[CalibrationBin], error: float, title: str = "Cali
     bars: Any = {"width": 100 / len(bins), "align": "edge"}
     upper.plot([0, 100], [0, 100], color=MUTED, linestyle="--", linewidth=1.0, label="perfect calibration")
     upper.bar(left, accuracy, color=SERIES[0], alpha=0.25, edgecolor=SERIES[0], linewidth=0.8, **bars)
-    confidence = [100 * row.confidence for row in filled]
-    upper.plot(confidence, accuracy, "o", color=SERIES[0], markersize=5, clip_on=False, zorder=3)
+    upper.plot(
+        [100 * row.confidence for row in filled], accuracy, "o", color=SERIES[0], markersize=5, clip_on=False, zorder=3
+    )
     upper.set(xlim=(0, 100), ylim=(0, 100), ylabel="accuracy, %", title=f"{title}: ECE {100 * error:.2f} %")
     upper.legend(loc="upper left")
     counts = [row.count for row in filled]
@@ -177,5 +193,5 @@ def calibration(bins: Sequence[CalibrationBin], error: float, title: str = "Cali
     # Most images are in the last bin: only a logarithmic axis shows the others, and a bin of one image.
     lower.set(yscale="log", ylim=(0.7, max(counts) * 2), xlabel="confidence, %", ylabel="images")
     lower.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    lower.yaxis.set_minor_locator(NullLocator())
+    lower.minorticks_off()
     return figure

@@ -3,8 +3,6 @@
 The templates hold the markup; this module prepares the values that they show.
 """
 
-from __future__ import annotations
-
 import base64
 import dataclasses
 import statistics
@@ -19,17 +17,15 @@ from mnistm_dist import __version__
 from mnistm_dist.config import Config
 from mnistm_dist.files import explain_os_errors, write_atomic
 from mnistm_dist.reporting import figures
-from mnistm_dist.reporting.comparison import differing_fields, paired_difference, seed_groups
 from mnistm_dist.reporting.curves import learning_curve, learning_curves
 from mnistm_dist.reporting.describe import describe, describe_checkpoint, duration, number, percent, plural
 from mnistm_dist.reporting.metrics import calibration_bins
-from mnistm_dist.reporting.predictions import Predictions, mistakes
-from mnistm_dist.reporting.runs import SPLITS, RunRecord, flatten, read_runs
+from mnistm_dist.reporting.predictions import Predictions, mistakes, paired_difference
+from mnistm_dist.reporting.runs import SPLITS, RunRecord, differing_fields, flatten, read_runs, seed_groups
 from mnistm_dist.reporting.style import to_svg
 
 SPLIT_NAMES = {"val": "validation", "test": "test"}
-MISTAKES_LISTED = 20
-"""Rows of a table of mistakes, at most."""
+MISTAKES_LISTED = 20  # rows of a table of mistakes, at most
 
 
 def write_report(
@@ -94,7 +90,7 @@ def run_values(run: RunRecord) -> dict[str, Any]:
     """Return the values of ``run.html.j2``."""
     evaluations = [row for row in run.rows if row["kind"] == "evaluation" and row.get("val/accuracy") is not None]
     wrong = [_mistakes(run, split) for split in SPLITS]
-    processes = run.environment.get("world_size")
+    resumes, processes = sum(row["kind"] == "resume" for row in run.rows), run.environment.get("world_size")
     sections = {
         "results": ("Results", run.metrics),
         "curve": ("Learning curve", run.rows),
@@ -107,7 +103,7 @@ def run_values(run: RunRecord) -> dict[str, Any]:
     return {
         "run": run,
         "title": run.name,
-        "subtitle": _subtitle(run),
+        "subtitle": _subtitle(run, resumes),
         "tiles": _tiles(run),
         "sections": {anchor: title for anchor, (title, content) in sections.items() if content},
         "checkpoint": run.summary.checkpoint and describe_checkpoint(run.summary.checkpoint.model_dump()),
@@ -117,28 +113,23 @@ def run_values(run: RunRecord) -> dict[str, Any]:
         "full_size": max((row.get("image_size") or 0 for row in evaluations), default=0),
         "mistakes": wrong,
         "config": _config(run.config),
-        "command_title": ("Command of the last launch" if _resumes(run) else "To reproduce this run")
+        "command_title": ("Command of the last launch" if resumes else "To reproduce this run")
         + (f", on {processes} processes" if isinstance(processes, int) and processes > 1 else ""),
     }
 
 
-def _resumes(run: RunRecord) -> int:
-    return sum(row["kind"] == "resume" for row in run.rows)
-
-
-def _subtitle(run: RunRecord) -> str:
+def _subtitle(run: RunRecord, resumes: int) -> str:
     state, step = run.state.state, run.state.step
     if state == "running":
         # A run writes its summary, then this page, and then the state `finished`.
         state, step = ("finished", run.summary.steps) if run.summary.steps else ("running, or killed", step)
     recipe = run.summary.recipe or run.config.get("recipe", "unknown")
-    parts = [f"recipe {recipe}", state, "" if step is None else f"step {step:,}", run.state.reason or ""]
-    parts.append(f"resumed {plural(_resumes(run), 'time')}" if _resumes(run) else "")
-    return " · ".join(filter(None, parts))
+    at_step = "" if step is None else f"step {step:,}"
+    resumed = f"resumed {plural(resumes, 'time')}" if resumes else ""
+    return " · ".join(filter(None, (f"recipe {recipe}", state, at_step, run.state.reason, resumed)))
 
 
 def _tiles(run: RunRecord) -> list[tuple[str, str]]:
-    """Return the numbers at the top of the page, each with its name."""
     summary, tiles = run.summary, []
     for split, metrics in run.metrics.items():
         low, high = metrics.interval95
@@ -157,7 +148,6 @@ def _tiles(run: RunRecord) -> list[tuple[str, str]]:
 
 def _split(run: RunRecord, split: str) -> dict[str, Any]:
     metrics, name, results = run.metrics[split], SPLIT_NAMES[split], run.predictions.get(split)
-    matrix = figures.confusion_matrix(metrics, f"Confusion matrix, {name}")
     calibration = None
     if results is not None:
         bins = calibration_bins(results.labels, results.probabilities, results.predicted)
@@ -166,7 +156,11 @@ def _split(run: RunRecord, split: str) -> dict[str, Any]:
         "name": name,
         "metrics": metrics,
         "text": describe(metrics).splitlines(),
-        "matrix": to_svg(matrix, f"matrix-{split}", f"Confusion matrix, {name}"),
+        "matrix": to_svg(
+            figures.confusion_matrix(metrics, f"Confusion matrix, {name}"),
+            f"matrix-{split}",
+            f"Confusion matrix, {name}",
+        ),
         "classes": to_svg(figures.per_class(metrics), f"classes-{split}", f"Precision and recall, {name}"),
         "calibration": calibration and to_svg(calibration, f"calibration-{split}", "Accuracy at each confidence"),
     }
@@ -217,8 +211,13 @@ def comparison_values(runs: Sequence[RunRecord]) -> dict[str, Any]:
     }
     titles = {"fields": "Differences", "accuracy": "Accuracy", "seeds": "Seeds", "curves": "Learning curves"}
     sections = {anchor: title for anchor, title in titles.items() if anchor == "fields" or values[anchor]}
-    names = ", ".join(run.name for run in runs)
-    return {**values, "runs": runs, "title": f"{len(runs)} runs", "subtitle": names, "sections": sections}
+    return {
+        **values,
+        "runs": runs,
+        "title": f"{len(runs)} runs",
+        "subtitle": ", ".join(run.name for run in runs),
+        "sections": sections,
+    }
 
 
 def _accuracy(runs: Sequence[RunRecord], split: str) -> dict[str, Any]:

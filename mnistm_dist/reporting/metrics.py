@@ -1,30 +1,23 @@
 """Metrics of a set of predictions: confusion matrix, accuracy, per-class scores, log loss, calibration.
 
 1. `measure` turns labels and probabilities into `Metrics`. Integers are summed first and divided last.
-2. `Metrics.to_json` gives the fields of a split in ``summary.json``; `Metrics.from_json` reads them back.
+2. `Metrics.to_json` gives the fields of a split in ``summary.json``; pydantic reads `Metrics` back from them.
 3. `mnistm_dist.reporting.describe` summarises them in sentences.
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from pydantic import NonNegativeInt, TypeAdapter, ValidationError
+from pydantic import NonNegativeInt
 
-from mnistm_dist.errors import UserError
-
-CALIBRATION_BINS = 15
-"""Bins of the calibration error, of equal width (Guo et al. 2017)."""
+CALIBRATION_BINS = 15  # of equal width, as in Guo et al. 2017
+# Lower bound of a probability in the log loss: half of the sixth decimal, the last one that is written.
 SMALLEST_PROBABILITY = 5e-7
-"""Lower bound of a probability in the log loss: half of the sixth decimal, the last one that is written."""
 NORMAL_QUANTILE_975 = 1.959963984540054
 """97.5 % point of the standard normal distribution, for two-sided 95 % intervals."""
-WORST_CONFUSIONS = 10
-"""Largest cells off the diagonal that ``summary.json`` lists."""
+WORST_CONFUSIONS = 10  # cells off the diagonal that ``summary.json`` lists, the largest first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,8 +109,12 @@ class Metrics:
     @property
     def confusions(self) -> tuple[Confusion, ...]:
         """The nonzero cells off the diagonal, the largest first, equal ones in the order of the classes."""
-        rows = enumerate(self.confusion_matrix)
-        cells = sorted((-cell, i, j) for i, row in rows for j, cell in enumerate(row) if cell and i != j)
+        cells = [
+            (-count, i, j)
+            for i, row in enumerate(self.confusion_matrix)
+            for j, count in enumerate(row)
+            if count and i != j
+        ]
         return tuple(
             Confusion(
                 true=self.classes[i],
@@ -126,13 +123,12 @@ class Metrics:
                 share_of_true=-negative / sum(self.confusion_matrix[i]),
                 share_of_all=-negative / self.total,
             )
-            for negative, i, j in cells
+            for negative, i, j in sorted(cells)
         )
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields of a split in ``summary.json``. ``worst_cell`` is None if there are no errors."""
         cells = [asdict(cell) for cell in self.confusions[:WORST_CONFUSIONS]]
-        rows = [asdict(row) for row in self.per_class]
         return {
             "classes": list(self.classes),
             "total": self.total,
@@ -140,25 +136,12 @@ class Metrics:
             "accuracy": self.accuracy,
             "interval95": list(self.interval95),
             "confusion_matrix": [list(row) for row in self.confusion_matrix],
-            "per_class": [{"class": row.pop("name"), **row} for row in rows],
+            "per_class": [{"class": row.pop("name"), **row} for row in map(asdict, self.per_class)],
             "worst_confusions": cells,
             "log_loss": self.log_loss,
             "calibration_error": self.calibration_error,
             "worst_cell": cells[0] if cells else None,
         }
-
-    @staticmethod
-    def from_json(fields: Mapping[str, Any]) -> Metrics:
-        """Return the metrics that `to_json` wrote.
-
-        Raises:
-            UserError: a field is missing or invalid.
-        """
-        try:
-            return TypeAdapter(Metrics).validate_python(fields)
-        except ValidationError as error:
-            field = ".".join(map(str, error.errors()[0]["loc"]))
-            raise UserError(f"metrics in summary.json: invalid {field}; evaluate the run again") from error
 
 
 @dataclass(frozen=True, kw_only=True)

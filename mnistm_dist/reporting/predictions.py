@@ -1,8 +1,7 @@
-"""``predictions_SPLIT.csv`` of a run, and the mistakes in it."""
-
-from __future__ import annotations
+"""``predictions_SPLIT.csv`` of a run: the mistakes in it, and the paired difference of two of them."""
 
 import csv
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 
 from mnistm_dist.errors import UserError
 from mnistm_dist.files import explain_os_errors
-from mnistm_dist.reporting.metrics import Metrics, measure
+from mnistm_dist.reporting.metrics import NORMAL_QUANTILE_975, Metrics, measure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,9 +84,7 @@ def read_predictions(path: Path, classes: tuple[str, ...] | None = None) -> Pred
 def mistakes(predictions: Predictions, limit: int | None = None) -> list[Mistake]:
     """Return the mistakes, the most confident first, equal ones in manifest order; at most ``limit`` of them."""
     wrong = np.flatnonzero(predictions.predicted != predictions.labels)
-    confidence = predictions.probabilities[wrong, predictions.predicted[wrong]]
-    order = np.lexsort((wrong, -confidence))[:limit]
-    return [
+    rows = [
         Mistake(
             id=int(i),
             key=predictions.keys[i],
@@ -96,5 +93,54 @@ def mistakes(predictions: Predictions, limit: int | None = None) -> list[Mistake
             probability=float(predictions.probabilities[i, predictions.predicted[i]]),
             true_probability=float(predictions.probabilities[i, predictions.labels[i]]),
         )
-        for i in wrong[order]
+        for i in wrong
     ]
+    return sorted(rows, key=lambda row: -row.probability)[:limit]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairedDifference:
+    """Accuracy of a run minus that of a reference, on the same images."""
+
+    difference: float
+    """-1 to 1."""
+    interval95: tuple[float, float]
+    """95 % interval of the difference, -1 to 1."""
+    only_correct: int
+    """Images that only the run predicts correctly."""
+    only_reference_correct: int
+    """Images that only the reference predicts correctly."""
+    p_value: float
+    """Of McNemar's exact test; the null hypothesis is equal accuracy."""
+
+    @property
+    def significant(self) -> bool:
+        """Whether the interval excludes 0."""
+        return not self.interval95[0] <= 0 <= self.interval95[1]
+
+
+def paired_difference(run: Predictions, reference: Predictions) -> PairedDifference | None:
+    """Return the difference in accuracy of two models on the same images, or None if the images differ.
+
+    The interval is Agresti and Min's, "Simple improved confidence intervals for comparing matched proportions",
+    Statistics in Medicine 24 (2005) 729-740: Wald's for matched pairs after half an observation is added to each of the
+    four cells, which keeps its level if few images are predicted differently.
+    """
+    if run.keys != reference.keys or not np.array_equal(run.labels, reference.labels):
+        return None
+    correct, reference_correct = run.predicted == run.labels, reference.predicted == reference.labels
+    gained, lost = int((correct & ~reference_correct).sum()), int((~correct & reference_correct).sum())
+    net, total = gained - lost, len(run.labels) + 2
+    half = NORMAL_QUANTILE_975 * math.sqrt(gained + lost + 1 - net**2 / total) / total
+    return PairedDifference(
+        difference=net / len(run.labels),
+        interval95=(max(net / total - half, -1.0), min(net / total + half, 1.0)),
+        only_correct=gained,
+        only_reference_correct=lost,
+        p_value=binom_p_two_sided(min(gained, lost), gained + lost),
+    )
+
+
+def binom_p_two_sided(fewer: int, total: int) -> float:
+    """Return the two-sided exact binomial p-value (p = 0.5) of ``fewer`` successes, at most half of ``total``."""
+    return min(1.0, 2 * sum(math.comb(total, k) for k in range(fewer + 1)) / 2**total)

@@ -1,28 +1,19 @@
-"""The logger of a training: one row goes to ``log.jsonl``, to the console and to the tracker."""
+"""What a training logs: its rows go to ``log.jsonl``, the console and the tracker; its results go to the tracker."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from mnistm_dist.reporting.console import Bar, Console
+from mnistm_dist.reporting.describe import number
 from mnistm_dist.reporting.metrics import measure
-from mnistm_dist.reporting.tracking import Tracker
+from mnistm_dist.reporting.predictions import Predictions, mistakes
+from mnistm_dist.reporting.tracking import Table, Tracker
 
-
-class Outputs(Protocol):
-    """The outputs of a model for a split."""
-
-    @property
-    def labels(self) -> np.ndarray:
-        """int64 (N,)."""
-
-    @property
-    def probabilities(self) -> np.ndarray:
-        """float (N, C)."""
+MOST_MISTAKES = 500  # rows of a tracker's table of mistakes, at most
 
 
 class RunLogger:
@@ -43,41 +34,37 @@ class RunLogger:
         classes: tuple[str, ...],
     ) -> None:
         self.console, self.tracker, self.write_row, self.classes = console, tracker, write_row, classes
-        self._bar: Bar | None = None
 
     @contextmanager
     def training(self, last_step: int, steps_done: int) -> Iterator[None]:
-        """Show the progress of the training while the block runs."""
-        with self.console.training(last_step, steps_done) as self._bar:
+        """Show the progress of the training while the block runs, and log its rows."""
+        with self.console.progress("train", last_step, "steps", steps_done) as self._bar:
             yield
 
     def train_row(self, row: dict[str, Any]) -> None:
         """Log the steps since the last row: ``step``, ``epoch`` and ``train/...``; None stands for no value."""
         self.write_row({"kind": "train", **row})
-        self.tracker.log(
-            {name: value for name, value in row.items() if "/" in name and value is not None}, step=row["step"]
+        scalars = {name: value for name, value in row.items() if "/" in name and value is not None}
+        self.tracker.log(scalars, step=row["step"])
+        note = (
+            f"epoch {row['epoch'] + 1}  loss {row['train/loss']:.4f}  lr {row['train/learning_rate']:.2e}  "
+            f"{number(row['train/images_per_second'])} images/s  {row['train/image_size']} px"
         )
-        if self._bar is not None:
-            self._bar.update(
-                row["step"],
-                epoch=row["epoch"],
-                loss=row["train/loss"],
-                lr=row["train/learning_rate"],
-                images_per_second=row["train/images_per_second"],
-                image_size=row["train/image_size"],
-            )
+        self._bar(row["step"], note=note)
 
-    def evaluation_row(self, row: dict[str, Any], outputs: Outputs) -> None:
+    def evaluation_row(self, row: dict[str, Any], labels: np.ndarray, probabilities: np.ndarray) -> None:
         """Log an evaluation.
 
-        ``row``: ``step``, ``epoch``, ``split``, ``image_size``, and for the console ``train/loss``, ``full_image_size``
-        and ``best``.
+        Args:
+            row: ``step``, ``epoch``, ``split``, ``image_size``, and for the console ``train/loss``,
+                ``full_image_size`` and ``best``.
+            labels: int64 (N,).
+            probabilities: float (N, C).
         """
-        metrics = measure(outputs.labels, outputs.probabilities, self.classes)
-        split = row["split"]
+        metrics, split = measure(labels, probabilities, self.classes), row["split"]
         scores = {f"{split}/loss": metrics.log_loss, f"{split}/accuracy": metrics.accuracy}
-        shown_only = ("train/loss", "full_image_size", "best")
-        self.write_row({"kind": "evaluation", **{k: v for k, v in row.items() if k not in shown_only}, **scores})
+        logged = {name: row[name] for name in ("step", "epoch", "split", "image_size")}
+        self.write_row({"kind": "evaluation", **logged, **scores})
         self.tracker.log(scores, step=row["step"])
         self.console.evaluation({**row, **scores})
 
@@ -87,17 +74,34 @@ class RunLogger:
 
     def exclude_time(self, seconds: float) -> None:
         """Exclude the last ``seconds`` from the estimated time left."""
-        if self._bar is not None:
-            self._bar.leave_out(seconds)
-
-    def header(self, rows: Mapping[str, str]) -> None:
-        """Print the header of the run."""
-        self.console.header("mnistm_dist", rows)
+        self.console.left_out += seconds
 
     def message(self, text: str) -> None:
         """Print a line."""
         self.console.line(text)
 
-    def warn(self, text: str) -> None:
-        """Print a warning."""
-        self.console.warn(text)
+
+def log_results(
+    tracker: Tracker,
+    summary: Mapping[str, Any],
+    figures: Iterable[Path],
+    predictions: Mapping[str, Predictions],
+    step: int,
+) -> None:
+    """Log summary and figures of a run, and per split confusion matrix (exact counts) and mistakes as tables."""
+    tables: dict[str, Table] = {}
+    for split, results in predictions.items():
+        classes = results.classes
+        cells = [
+            [classes[i], classes[j], count]
+            for i, row in enumerate(results.metrics.confusion_matrix)
+            for j, count in enumerate(row)
+            if count
+        ]
+        rows = [
+            [row.key, row.true, row.predicted, row.probability, row.true_probability]
+            for row in mistakes(results, MOST_MISTAKES)
+        ]
+        tables[f"{split}/confusion_matrix"] = ["true", "predicted", "count"], cells
+        tables[f"{split}/mistakes"] = ["key", "true", "predicted", "p(predicted)", "p(true)"], rows
+    tracker.log_results(summary, {f"figures/{path.stem}": path for path in figures}, tables, step)

@@ -1,25 +1,104 @@
-"""Read run folders for a report: everything in them that can be read, and a list of what is missing."""
+"""Run folders as a report reads them: everything in them that can be read, what is missing, and how they differ.
 
-from __future__ import annotations
+The schemas list the fields that a report shows. Every field is optional, so that a run that is not finished, or of
+another version, is reported as far as possible.
+"""
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Required, TypeVar
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, FiniteFloat, NonNegativeInt, TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # pydantic needs this one below Python 3.12
 
 from mnistm_dist.errors import UserError, escape_control, os_error_reason
 from mnistm_dist.reporting.metrics import Metrics
 from mnistm_dist.reporting.predictions import Predictions, read_predictions
-from mnistm_dist.reporting.schema import Layer, Row, State, Summary
 
 SPLITS = ("val", "test")
+# A folder that holds one of these is a run folder.
 FILES = ("config.yaml", "environment.json", "state.json", "log.jsonl", "summary.json")
-"""A folder that holds one of these is a run folder."""
+SEED, WORLD_SIZE = "steps.seed", "launch.world_size"
+# Fields that, like most of ``run``, do not change what is learnt; packed sets are compared by their identity.
+PLACES = ("data.cache_dir", "data.workers", "data.shards")
 T = TypeVar("T")
+
+
+class State(BaseModel):
+    """``state.json``."""
+
+    state: str = "unknown"
+    step: NonNegativeInt | None = None
+    reason: str | None = None
+
+
+class Data(BaseModel):
+    """``data`` in ``summary.json``: the packed set."""
+
+    path: str | None = None
+    lineage: str | None = None
+    identity: str | None = None
+    counts: dict[str, NonNegativeInt] = {}
+    """Images of each split."""
+    pixels_sha256: dict[str, str] = {}
+
+
+class EvaluatedCheckpoint(BaseModel):
+    """``checkpoint`` in ``summary.json``: the checkpoint that was evaluated."""
+
+    step: NonNegativeInt
+    chosen: str | None = None
+    averaged: bool = False
+    image_size: NonNegativeInt | None = None
+
+
+class Summary(BaseModel):
+    """``summary.json``."""
+
+    recipe: str | None = None
+    world_size: NonNegativeInt | None = None
+    steps: NonNegativeInt | None = None
+    epochs: FiniteFloat | None = None
+    train_seconds: FiniteFloat | None = None
+    images_per_second: FiniteFloat | None = None
+    parameters: NonNegativeInt | None = None
+    checkpoint: EvaluatedCheckpoint | None = None
+    data: Data | None = None
+    val: Metrics | None = None
+    test: Metrics | None = None
+
+
+class Layer(BaseModel):
+    """A row of ``architecture.json``."""
+
+    name: str
+    layer: str
+    output_shape: list[NonNegativeInt]
+    """Of one image: channels, height, width."""
+    parameters: NonNegativeInt
+
+
+# A line of ``log.jsonl``.
+Row = TypedDict(
+    "Row",
+    {
+        "kind": Required[str],
+        "step": Required[NonNegativeInt],
+        "epoch": NonNegativeInt,
+        "image_size": NonNegativeInt | None,
+        "val/loss": FiniteFloat | None,
+        "val/accuracy": FiniteFloat | None,
+        # NaN is valid: the row of the step at which a run failed has it.
+        "train/loss": float | None,
+        "train/learning_rate": FiniteFloat | None,
+        "train/image_size": NonNegativeInt | None,
+    },
+    total=False,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,15 +160,21 @@ def read_run(path: Path, version: str, predictions: Mapping[str, Predictions] | 
     environment = _read(path / "environment.json", dict[str, Any], missing) or {}
     rows = _rows(path / "log.jsonl", missing)
     architecture = _read(path / "architecture.json", list[Layer], missing) or []
-    predictions = {**_predictions(path, missing, predictions or {}), **(predictions or {})}
-    metrics = {split: predictions[split].metrics for split in predictions}
+    read: dict[str, Predictions] = {}
+    metrics: dict[str, Metrics] = {}
     for split in SPLITS:
-        stored = getattr(summary, split)
-        if split not in metrics and stored is not None:
+        file, stored = path / f"predictions_{split}.csv", getattr(summary, split)
+        results = (predictions or {}).get(split)
+        if results is None and file.exists():
+            try:
+                results = read_predictions(file)
+            except UserError as error:
+                missing.append(f"{file.name}{str(error).removeprefix(str(file))}.")
+        if results is not None:
+            read[split], metrics[split] = results, results.metrics
+        elif stored is not None:
             metrics[split] = stored
-            missing.append(
-                f"predictions_{split}.csv: not available; calibration and comparisons on {split} are left out."
-            )
+            missing.append(f"{file.name}: not available; calibration and comparisons on {split} are left out.")
     if not metrics:
         missing.append("predictions_val.csv, predictions_test.csv: not found.")
     if not any((path / "checkpoints").glob("step-*")):
@@ -105,8 +190,8 @@ def read_run(path: Path, version: str, predictions: Mapping[str, Predictions] | 
         summary=summary,
         rows=rows,
         architecture=architecture,
-        predictions=predictions,
-        metrics={split: metrics[split] for split in SPLITS if split in metrics},
+        predictions=read,
+        metrics=metrics,
         missing=tuple(missing),
     )
 
@@ -122,10 +207,9 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _text(path: Path, missing: list[str]) -> str | None:
     try:
         return path.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        missing.append(f"{path.name}: not found.")
     except OSError as error:
-        missing.append(f"{path.name}: cannot be read ({os_error_reason(error)}).")
+        result = "not found" if isinstance(error, FileNotFoundError) else f"cannot be read ({os_error_reason(error)})"
+        missing.append(f"{path.name}: {result}.")
     return None
 
 
@@ -141,7 +225,7 @@ def _read(path: Path, schema: type[T], missing: list[str]) -> T | None:
         invalid = {str(detail["loc"][0]) for detail in error.errors() if detail["loc"]}
         if isinstance(document, dict) and invalid:
             missing.append(f"{path.name}: invalid fields left out: {', '.join(sorted(invalid))}.")
-            return TypeAdapter(schema).validate_python({k: v for k, v in document.items() if k not in invalid})
+            return TypeAdapter(schema).validate_python({k: v for k, v in document.items() if str(k) not in invalid})
     except (yaml.YAMLError, ValueError, RecursionError):
         pass
     missing.append(f"{path.name}: damaged, left out.")
@@ -152,10 +236,8 @@ def _rows(path: Path, missing: list[str]) -> list[Row]:
     lines = (_text(path, missing) or "").splitlines(keepends=True)
     adapter, rows = TypeAdapter(Row), []
     for line in lines:
-        try:
+        with contextlib.suppress(ValidationError):
             rows.append(adapter.validate_json(line))
-        except ValidationError:
-            continue
     invalid = len(lines) - len(rows)
     if invalid == 1 and not lines[-1].endswith("\n"):
         missing.append("log.jsonl: the last line is cut off (the run was killed while writing it).")
@@ -164,13 +246,31 @@ def _rows(path: Path, missing: list[str]) -> list[Row]:
     return rows
 
 
-def _predictions(path: Path, missing: list[str], known: Mapping[str, Predictions]) -> dict[str, Predictions]:
-    predictions: dict[str, Predictions] = {}
-    for split in SPLITS:
-        file = path / f"predictions_{split}.csv"
-        try:
-            if split not in known and file.exists():
-                predictions[split] = read_predictions(file)
-        except UserError as error:
-            missing.append(f"{file.name}{str(error).removeprefix(str(file))}.")
-    return predictions
+def differing_fields(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
+    """Return the fields of the configurations that differ, with their values in the order of the runs.
+
+    The world size and the identity of the packed set are compared too; where the runs are and how often they log are
+    not. A field that a run does not have is None.
+    """
+    compared = [_compared_fields(run) for run in runs]
+    values = {name: [other.get(name) for other in compared] for fields in compared for name in fields}
+    return {name: row for name, row in values.items() if any(value != row[0] for value in row[1:])}
+
+
+def seed_groups(runs: Sequence[RunRecord]) -> list[list[RunRecord]]:
+    """Group the runs that differ only in their seed and world size, in the order of their first runs."""
+    groups: dict[str, list[RunRecord]] = {}
+    for run in runs:
+        fields = {**_compared_fields(run), SEED: None, WORLD_SIZE: None}
+        groups.setdefault(str(sorted(fields.items())) if run.config else run.name, []).append(run)
+    return list(groups.values())
+
+
+def _compared_fields(run: RunRecord) -> dict[str, Any]:
+    fields = {
+        name: value
+        for name, value in run.config.items()
+        if name == "run.max_steps" or not (name.startswith("run.") or name in PLACES)
+    }
+    data = {f"data.{name}": getattr(run.summary.data, name, None) for name in ("identity", "lineage")}
+    return {**fields, WORLD_SIZE: run.summary.world_size, **data}

@@ -5,14 +5,10 @@ apart; markers and line styles differ too, for print in grey. No global setting 
 pyplot, and the style is active only while a figure is drawn or saved.
 """
 
-from __future__ import annotations
-
 import io
 import re
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any
 
 import matplotlib
 from markupsafe import Markup, escape
@@ -25,20 +21,18 @@ INK = "#1f2328"
 MUTED = "#656d76"
 GRID = "#d8dee4"
 GROUND = "#ffffff"
+# Blue, vermilion, green, purple, yellow (darkened for contrast on white) and sky blue.
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#56b4e9")
-"""Blue, vermilion, green, purple, yellow (darkened for contrast on white) and sky blue."""
 LINES = ("-", "--", "-.", ":")
 MARKERS = ("o", "D", "s", "^", "v", "P")
 PRINT_DPI = 160
-COLUMN_INCHES = 5.0
-"""Width of a figure: one column of a paper, the full width of a phone."""
-SMALL = 7.5
-"""Font size of annotations, points."""
+COLUMN_INCHES = 5.0  # width of a figure: one column of a paper, the full width of a phone
+SMALL = 7.5  # font size of annotations, points
 
+# The CSS variable that replaces each colour of a figure in SVG.
 THEME = {INK: "ink", MUTED: "muted", GRID: "rule", GROUND: "ground"} | {
     colour: f"series-{i + 1}" for i, colour in enumerate(SERIES)
 }
-"""The CSS variable that replaces each colour of a figure in SVG."""
 
 STYLE: Any = {  # Any: matplotlib types its keys as one literal of hundreds of names
     "font.family": "DejaVu Sans",
@@ -71,33 +65,23 @@ STYLE: Any = {  # Any: matplotlib types its keys as one literal of hundreds of n
     "svg.fonttype": "none",
 }
 
-Arguments = ParamSpec("Arguments")
-
-
-def styled(draw: Callable[Arguments, Figure]) -> Callable[Arguments, Figure]:
-    """Decorate a function that draws a figure so that it runs with `STYLE`."""
-
-    @wraps(draw)
-    def draw_styled(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Figure:
-        with matplotlib.rc_context(STYLE):
-            return draw(*args, **kwargs)
-
-    return draw_styled
+# Decorates a function that draws or saves a figure: it runs with `STYLE`.
+styled = matplotlib.rc_context(STYLE)
 
 
 def new_figure(height: float, width: float = COLUMN_INCHES, gap: float = 0.04, title: str = "") -> Figure:
     """Return an empty figure with constrained layout; sizes and the gap around its axes are in inches."""
-    layout = ConstrainedLayoutEngine(w_pad=gap, h_pad=gap, wspace=0.01, hspace=0.01)
-    figure = Figure(figsize=(width, height), layout=layout)
+    figure = Figure((width, height), layout=ConstrainedLayoutEngine(w_pad=gap, h_pad=gap, wspace=0.01, hspace=0.01))
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontsize=9.5, fontweight="bold")
     return figure
 
 
+@styled
 def save(figure: Figure, path: Path) -> None:
     """Write a figure atomically, without a date. The suffix is the format: ``.png``, ``.svg``, ``.pdf``. Raises
     `OSError`."""
-    with matplotlib.rc_context(STYLE), atomic_path(path) as temporary:
+    with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=PRINT_DPI, metadata={"Software": None} if path.suffix == ".png" else {})
 
 
@@ -110,16 +94,13 @@ def to_svg(figure: Figure, name: str, description: str) -> Markup:
         description: text alternative for screen readers.
     """
     buffer = io.StringIO()
+    no_metadata: Any = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
-    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
+        figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
+    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", buffer.getvalue())
     text = re.sub(r"(font: [^;\"']*?px) '[^;\"]*", r"\g<1> system-ui, sans-serif", text)
-    for colour, variable in THEME.items():
-        text = text.replace(colour, f"var(--{variable})")
+    text = re.sub("|".join(THEME), lambda colour: f"var(--{THEME[colour[0]]})", text)
     # The page sets the width; the view box keeps the aspect ratio.
-    head, _, body = text.partition(">")
+    head, _, body = text[text.index("<svg") :].partition(">")
     head = re.sub(r' (width|height)="[^"]*"', "", head)
     return Markup(f'{head} role="img" aria-label="{escape(description)}">{body}')

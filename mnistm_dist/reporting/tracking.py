@@ -7,51 +7,50 @@
 A tracker holds a copy: the run folder is complete without it.
 """
 
-from __future__ import annotations
-
 import netrc
 import os
 import queue
 import textwrap
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from mnistm_dist.reporting.predictions import Predictions, mistakes
-
-PROJECT = "mnistm-dist"
-"""W&B project, unless WANDB_PROJECT names another."""
+PROJECT = "mnistm-dist"  # W&B project, unless WANDB_PROJECT names another
+# Our own step metric: steps done, over all launches of a run. W&B's own counter drops repeated steps.
 STEP = "step"
-"""Our own step metric: steps done, over all launches of a run. W&B's own counter drops repeated steps."""
+# Timeouts of W&B at the start, after which the run is offline, and of the uploads at its end.
 INIT_SECONDS, FINISH_SECONDS = 10.0, 8.0
-"""Timeouts of W&B at the start, after which the run is offline, and of the uploads at its end."""
+# Most time that a run waits for its tracker to end: a launcher or Slurm kills a process that takes 30 s to exit.
 END_SECONDS = 20.0
-"""Most time that a run waits for its tracker to end: a launcher or Slurm kills a process that takes 30 s to exit."""
-QUEUE_SIZE = 20_000
-"""Entries that may wait for a tracker; further ones are dropped, and counted."""
-MOST_MISTAKES = 500
-"""Rows of a table of mistakes, at most."""
+QUEUE_SIZE = 20_000  # entries that may wait for a tracker; further ones are dropped, and counted
+
+# The names of the columns, and the rows.
+Table = tuple[list[str], list[list[Any]]]
 
 
 class Tracker:
     """Logs a run somewhere; this class does nothing."""
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
-        """Log scalars; ``step``: steps done."""
+        """Log scalars, which must not be changed afterwards; ``step``: steps done."""
 
-    def log_images(self, images: Mapping[str, Path], step: int) -> None:
-        """Log image files, which must exist until the run ends."""
+    def log_results(
+        self, summary: Mapping[str, Any], figures: Mapping[str, Path], tables: Mapping[str, Table], step: int
+    ) -> None:
+        """Log the results of a finished run.
 
-    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
-        """Log a table of texts and numbers."""
+        Args:
+            summary: values of the run as a whole.
+            figures: image files, which must exist until the run ends.
+            tables: tables of texts and numbers.
+            step: steps done.
+        """
 
     def log_checkpoint(self, folder: Path, aliases: Sequence[str] = ()) -> None:
         """Upload a checkpoint."""
-
-    def summary(self, values: Mapping[str, Any]) -> None:
-        """Set values of the run as a whole."""
 
     def finish(self, exit_code: int, state: str) -> None:
         """End the run.
@@ -108,21 +107,20 @@ class BackgroundTracker(Tracker):
             self.say(f"the tracker was too slow for {self._dropped:,} entries, which are only in log.jsonl")
 
     def _serve(self) -> None:
-        try:
+        with self._report_failure():
             opened = self.open()
-        except self.failures as error:
-            self._report(error)
-            return
-        for work in iter(self._queue.get, None):
-            try:
-                work(opened)
-            except self.failures as error:
-                self._report(error)
+            for work in iter(self._queue.get, None):
+                with self._report_failure():
+                    work(opened)
 
-    def _report(self, error: Exception) -> None:
-        if not self._failed:
-            self.say(f"the tracker failed ({one_line(error)}); training continues; {self.hint}")
-        self._failed = True
+    @contextmanager
+    def _report_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except self.failures as error:
+            if not self._failed:
+                self.say(f"the tracker failed ({one_line(error)}); training continues; {self.hint}")
+            self._failed = True
 
 
 class WandbTracker(BackgroundTracker):
@@ -163,8 +161,8 @@ class WandbTracker(BackgroundTracker):
         run.define_metric(STEP, hidden=True)
         run.define_metric("*", step_metric=STEP)
         self.hint = f"to upload this run later: wandb sync {run.settings.sync_dir}"
-        offline = f"W&B is offline{f' ({self._reason})' if self._reason else ''}; {self.hint}"
-        self.say(offline if run.offline else f"W&B: {run.url}")
+        reason = f" ({self._reason})" if self._reason else ""
+        self.say(f"W&B is offline{reason}; {self.hint}" if run.offline else f"W&B: {run.url}")
         return wandb
 
     def close(self, opened: Any, exit_code: int, state: str) -> None:
@@ -178,20 +176,19 @@ class WandbTracker(BackgroundTracker):
             opened.teardown()
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
-        row = {**values, STEP: step}
-        self.submit(lambda wandb: wandb.log(row))
+        self.submit(lambda wandb: wandb.log({**values, STEP: step}))
 
-    def log_images(self, images: Mapping[str, Path], step: int) -> None:
-        self.submit(
-            lambda wandb: wandb.log({STEP: step, **{name: wandb.Image(str(path)) for name, path in images.items()}})
-        )
-
-    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
-        self.submit(
-            lambda wandb: wandb.log(
-                {STEP: step, name: wandb.Table(columns=list(columns), data=[list(row) for row in rows])}
+    def log_results(
+        self, summary: Mapping[str, Any], figures: Mapping[str, Path], tables: Mapping[str, Table], step: int
+    ) -> None:
+        def log(wandb: Any) -> None:
+            wandb.summary.update(dict(summary))
+            wandb.log({STEP: step, **{name: wandb.Image(str(path)) for name, path in figures.items()}})
+            wandb.log(
+                {STEP: step, **{name: wandb.Table(columns=head, data=rows) for name, (head, rows) in tables.items()}}
             )
-        )
+
+        self.submit(log)
 
     def log_checkpoint(self, folder: Path, aliases: Sequence[str] = ()) -> None:
         self.submit(
@@ -199,10 +196,6 @@ class WandbTracker(BackgroundTracker):
                 str(folder), name=f"checkpoint-{wandb.run.id}", type="model", aliases=[*aliases, folder.name]
             )
         )
-
-    def summary(self, values: Mapping[str, Any]) -> None:
-        kept = dict(values)
-        self.submit(lambda wandb: wandb.summary.update(kept))
 
 
 def one_line(error: Exception) -> str:
@@ -233,8 +226,6 @@ def open_tracker(
     mode, reason = choose_mode(tracker, os.environ)
     if mode == "none":
         return Tracker()
-    # Without a mode W&B uses WANDB_MODE and its own settings; an argument would override them.
-    offline = {"mode": "offline"} if mode == "offline" else {}
     return WandbTracker(
         reason,
         say,
@@ -244,7 +235,8 @@ def open_tracker(
         dir=str(run_dir),
         job_type="train",
         config=dict(config),
-        **offline,
+        # None: W&B uses WANDB_MODE and its own settings, which an argument would override.
+        mode="offline" if mode == "offline" else None,
     )
 
 
@@ -268,23 +260,3 @@ def has_api_key(environ: Mapping[str, str]) -> bool:
     except (OSError, netrc.NetrcParseError):
         return False
     return bool(entry and entry[2])
-
-
-def log_results(tracker: Tracker, figures: Iterable[Path], predictions: Mapping[str, Predictions], step: int) -> None:
-    """Log the figures of a run, and per split the confusion matrix (exact counts) and the mistakes as tables."""
-    tracker.log_images({f"figures/{path.stem}": path for path in figures}, step)
-    for split, results in predictions.items():
-        metrics = results.metrics
-        cells = [
-            [metrics.classes[i], metrics.classes[j], count]
-            for i, row in enumerate(metrics.confusion_matrix)
-            for j, count in enumerate(row)
-            if count
-        ]
-        tracker.log_table(f"{split}/confusion_matrix", ["true", "predicted", "count"], cells, step)
-        columns = ["key", "true", "predicted", "p(predicted)", "p(true)"]
-        rows = [
-            [row.key, row.true, row.predicted, row.probability, row.true_probability]
-            for row in mistakes(results, MOST_MISTAKES)
-        ]
-        tracker.log_table(f"{split}/mistakes", columns, rows, step)

@@ -52,6 +52,12 @@ class World:
     """This process and its peers."""
 
     accelerator: Accelerator
+    rank: int
+    size: int
+    local_rank: int
+    is_main: bool
+    """Whether this is rank 0."""
+    device: torch.device
     control: dist.ProcessGroup | None
     """A gloo group for objects, errors and the stop consensus: it never waits for a GPU. None for one process."""
     precision: Precision
@@ -59,26 +65,6 @@ class World:
     """CPU threads of this process."""
     collective_timeout: timedelta
     """Limit of each wait for a peer once the data is open; before that it is `SETUP_TIMEOUT`."""
-
-    @property
-    def rank(self) -> int:
-        return self.accelerator.process_index
-
-    @property
-    def size(self) -> int:
-        return self.accelerator.num_processes
-
-    @property
-    def local_rank(self) -> int:
-        return self.accelerator.local_process_index
-
-    @property
-    def device(self) -> torch.device:
-        return self.accelerator.device
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
 
     def broadcast_object(self, value: T | None) -> T:
         """Return rank 0's ``value`` on every rank. All ranks take part."""
@@ -259,6 +245,11 @@ def join(machine: MachineConfig, *, expect_world_size: int | None, collective_ti
         raise UserError(f"world size: the launcher set {world_size}, Accelerate has {accelerator.num_processes}")
     return World(
         accelerator=accelerator,
+        rank=accelerator.process_index,
+        size=world_size,
+        local_rank=accelerator.local_process_index,
+        is_main=accelerator.process_index == 0,
+        device=accelerator.device,
         control=_control_group(SETUP_TIMEOUT) if world_size > 1 else None,
         precision=precision,
         threads=threads,

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from mnistm_dist.data.loader import Reader, evaluation_batches
-from mnistm_dist.data.progress import Progress
+from mnistm_dist.data.parallel import Progress
 from mnistm_dist.data.transforms import Preprocess
 from mnistm_dist.files import write_atomic
 from mnistm_dist.training.distributed import World

@@ -22,7 +22,7 @@ from mnistm_dist.data.loader import Reader, open_reader
 from mnistm_dist.data.manifest import Manifest
 from mnistm_dist.data.order import Order, accumulation, accumulation_share, choose_reading, create_order
 from mnistm_dist.data.packing.writer import pack
-from mnistm_dist.data.progress import Progress
+from mnistm_dist.data.parallel import Progress
 from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.data.sources.catalog import open_source
 from mnistm_dist.errors import UserError

@@ -11,15 +11,17 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
+import numpy as np
+
 from mnistm_dist.data.loader import Batch, train_batches
 from mnistm_dist.data.order import step_positions
-from mnistm_dist.data.progress import Progress
+from mnistm_dist.data.parallel import Progress
 from mnistm_dist.data.transforms import Augment, Preprocess
 from mnistm_dist.errors import UserError
 from mnistm_dist.training import checkpoint as checkpoints
 from mnistm_dist.training.checkpoint import Scalars
 from mnistm_dist.training.diagnostics import check_model_learns, profile_steps
-from mnistm_dist.training.evaluation import SplitOutputs, predict_split
+from mnistm_dist.training.evaluation import predict_split
 from mnistm_dist.training.log_window import LogWindow, NonFiniteLoss
 from mnistm_dist.training.preemption import CONTINUE, EXIT, Preempted, StepBoundary, StopRequest
 from mnistm_dist.training.run_dir import RunDir
@@ -38,7 +40,7 @@ class TrainLogger(Protocol):
     def train_row(self, row: dict[str, Any]) -> None:
         """Log the steps since the last row."""
 
-    def evaluation_row(self, row: dict[str, Any], outputs: SplitOutputs) -> None:
+    def evaluation_row(self, row: dict[str, Any], labels: np.ndarray, probabilities: np.ndarray) -> None:
         """Log an evaluation."""
 
     def evaluating(self, split: str, count: int) -> AbstractContextManager[Progress]:
@@ -164,7 +166,7 @@ class Trainer:
                 "train/loss": self.train_loss,
                 "best": is_best,
             }
-            self.logger.evaluation_row(row, outputs)
+            self.logger.evaluation_row(row, outputs.labels, outputs.probabilities)
         history.evaluate_seconds += self._exclude_time_since(started)
 
     def save(self) -> None:
@@ -207,11 +209,8 @@ class Trainer:
         """Run the sanity checks of ``--sanity-checks`` on a few training images."""
         positions = step_positions(0, batch_size=min(32, self.schedule.train_size))
         images, labels = self.run.readers["train"].gather(self.run.order.ids(positions))
-        inputs, num_classes = (
-            self.preprocess(images, self.schedule.image_size(0)),
-            len(self.run.shards.manifest.classes),
-        )
-        first, last = check_model_learns(self.state.model, inputs, labels, num_classes)
+        inputs = self.preprocess(images, self.schedule.image_size(0))
+        first, last = check_model_learns(self.state.model, inputs, labels, len(self.run.shards.manifest.classes))
         self.logger.message(f"sanity checks: initial loss {first:.3f}; one batch overfitted to loss {last:.4f}")
 
     def fetch_losses(self) -> None:

@@ -27,7 +27,7 @@ def folder(tiny_copy: Path) -> Path:
 def test_an_intact_set_passes_the_check_with_and_without_a_record(folder: Path, tmp_path: Path) -> None:
     shards, seen = ShardSet.open(folder), []
     shards.check(["train", "val", "test"], record=None, progress=lambda done, total: seen.append((done, total)))
-    assert seen[-1][0] == seen[-1][1] == sum(claim.size for claim in shards.files(["train", "val", "test"]))
+    assert seen[-1][0] == seen[-1][1] == sum(claim.size for claim in shards.files(["train", "val", "test"]).values())
     for _ in range(2):
         shards.check(["train"], record=tmp_path / "cache" / "record.json")
 

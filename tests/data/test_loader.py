@@ -310,7 +310,8 @@ def test_a_broken_or_unexpected_png_is_named_with_file_and_member(png, small_set
     good = reader.read(np.arange(3))
     data = np.concatenate([good.data, np.frombuffer(png, dtype=np.uint8)])
     offsets, sizes = np.append(good.offsets[:2], len(good.data)), np.append(good.sizes[:2], len(png))
-    block = Block(ids=good.ids, data=data, offsets=offsets, sizes=sizes)
+    plain = np.append(good.plain[:2], png[:8] == b"\x89PNG\r\n\x1a\n" and len(png) == 60)
+    block = Block(ids=good.ids, data=data, offsets=offsets, sizes=sizes, plain=plain)
     out = torch.empty(3, 28, 28, 3, dtype=torch.uint8)
     with pytest.raises(UserError) as caught:
         reader.decode(block, [0, 1, 2], out)

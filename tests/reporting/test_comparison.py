@@ -1,4 +1,4 @@
-"""Claims about `mnistm_dist.reporting.comparison`."""
+"""Claims about comparisons: `paired_difference` of predictions, `differing_fields` and `seed_groups` of runs."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from run_folders import CLASSES, write_run
 
 from mnistm_dist import __version__
-from mnistm_dist.reporting.comparison import differing_fields, paired_difference, seed_groups
-from mnistm_dist.reporting.predictions import Predictions
-from mnistm_dist.reporting.runs import RunRecord, read_runs
+from mnistm_dist.reporting.predictions import Predictions, paired_difference
+from mnistm_dist.reporting.runs import RunRecord, differing_fields, read_runs, seed_groups
 
 
 def predictions_of(correct: list[bool]) -> Predictions:

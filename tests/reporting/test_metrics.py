@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 from run_folders import CLASSES, metrics_of_matrix, synthetic_labels, synthetic_probabilities
 
-from mnistm_dist.errors import UserError
 from mnistm_dist.reporting.metrics import Metrics, calibration_bins, measure, wilson_interval
 
 
@@ -71,7 +71,7 @@ def test_every_image_is_in_one_bin_and_the_edges_in_the_lower_one() -> None:
 def test_json_and_back_gives_the_same_metrics() -> None:
     labels = synthetic_labels(200, 3, (5,))
     metrics = measure(labels, synthetic_probabilities(labels, 0.9, 4), CLASSES)
-    assert Metrics.from_json(json.loads(json.dumps(metrics.to_json()))) == metrics
+    assert TypeAdapter(Metrics).validate_json(json.dumps(metrics.to_json())) == metrics
 
 
 def test_the_json_has_the_documented_fields() -> None:
@@ -93,11 +93,3 @@ def test_the_json_has_the_documented_fields() -> None:
         "recall": None,
         "f1": 0.0,
     }
-
-
-@pytest.mark.parametrize(
-    "fields", [{}, {"confusion_matrix": "x"}, {"confusion_matrix": [[1]]}, {"confusion_matrix": [[0, 0], [0, 0]]}]
-)
-def test_metrics_of_another_version_are_refused_in_one_line(fields: dict[str, object]) -> None:
-    with pytest.raises(UserError, match=r"metrics in summary\.json: invalid"):
-        Metrics.from_json({"classes": ["a", "b"], "log_loss": 0, "calibration_error": 0, **fields})

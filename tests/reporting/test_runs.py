@@ -70,6 +70,10 @@ def test_a_damaged_file_is_named_and_the_rest_is_read(run: Path, name: str, cont
         ("summary.json", {"train_seconds": [1], "parameters": -1}),
         ("summary.json", {"images_per_second": float("nan"), "checkpoint": 3}),
         ("summary.json", {"val": {"accuracy": 0.9}}),
+        (
+            "summary.json",
+            {"val": {"classes": ["a"], "confusion_matrix": [[0, 1]], "log_loss": 0, "calibration_error": 0}},
+        ),
         ("summary.json", {"data": {"counts": {"train": {}}}}),
     ],
 )

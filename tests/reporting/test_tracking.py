@@ -18,13 +18,13 @@ from wandb_files import history, offline_records, server
 
 from mnistm_dist.reporting import tracking
 from mnistm_dist.reporting.predictions import read_predictions
+from mnistm_dist.reporting.run_logger import log_results
 from mnistm_dist.reporting.tracking import (
     BackgroundTracker,
     Tracker,
     WandbTracker,
     choose_mode,
     has_api_key,
-    log_results,
     one_line,
     open_tracker,
 )
@@ -61,11 +61,11 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
             tracker.log({"train/loss": 1.0 / step, "train/learning_rate": 4e-3}, step)
         tracker.log({"val/accuracy": 0.97}, 3)
         predictions = {split: read_predictions(run_dir / f"predictions_{split}.csv") for split in ("val", "test")}
-        log_results(tracker, [run_dir / "learning_curve.png"], predictions, 3)
+        summary = {"val": {"accuracy": 0.97}}
+        log_results(tracker, summary, [run_dir / "learning_curve.png"], predictions, 3)
         (checkpoint := run_dir / "step-3").mkdir()
         (checkpoint / "model.safetensors").write_bytes(b"weights")
         tracker.log_checkpoint(checkpoint, ["best"])
-        tracker.summary({"val": {"accuracy": 0.97}})
         tracker.finish(75, "preempted")
     return run_dir, lines
 
@@ -286,7 +286,7 @@ def test_a_run_without_tracking_writes_nothing_and_imports_no_wandb(tmp_path: Pa
     script = (
         "import sys; from pathlib import Path; from mnistm_dist.reporting.tracking import open_tracker\n"
         "t = open_tracker('none', run_dir=Path(sys.argv[1]), config={}, name='n', group=None, say=print)\n"
-        "t.log({'a': 1}, 1); t.log_images({}, 1); t.log_table('t', [], [], 1); t.summary({}); t.finish(0, 'finished')\n"
+        "t.log({'a': 1}, 1); t.log_results({}, {}, {}, 1); t.log_checkpoint(Path('c')); t.finish(0, 'finished')\n"
         "assert 'wandb' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "run")], capture_output=True, text=True)

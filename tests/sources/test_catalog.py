@@ -293,9 +293,9 @@ def test_options_that_do_not_fit_a_source_are_refused(tmp_path):
         ({"source": folder, "layout": "cifar"}, "--layout cifar: unknown; choose sample"),
         ({"source": "sample", "layout": "npz"}, "--layout npz: only for a path, not for sample"),
         ({"source": "sample", "photos": folder}, "--photos: only for mnist+photos"),
-        ({"source": "sample", "mnist": folder}, "the sample has its own digits"),
+        ({"source": "sample", "mnist": folder}, "--mnist: only for mnist+photos and pickle, not for layout sample"),
         ({"source": folder, "mnist": folder}, "--mnist: only for mnist+photos"),
-        ({"source": "mnist+photos", "mnist": folder}, "needs --mnist DIR"),
+        ({"source": "mnist+photos", "mnist": folder}, "mnist+photos: add --photos DIR"),
         ({"source": folder, "blends": 2}, "--blends: only for sample and mnist+photos"),
     ):
         with pytest.raises(UserError) as caught:

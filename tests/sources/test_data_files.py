@@ -12,7 +12,7 @@ from layouts import WRITERS, Part, noise, refusal
 
 from mnistm_dist.data.sources import archives
 from mnistm_dist.data.sources.catalog import open_source
-from mnistm_dist.data.sources.matlab import read_arrays
+from mnistm_dist.data.sources.parsers import read_mat
 from mnistm_dist.errors import UserError
 
 PARTS = noise()
@@ -71,7 +71,7 @@ def test_matlab_arrays_are_read_as_scipy_reads_them(tmp_path, compressed):
     }
     file = tmp_path / "set.mat"
     savemat(file, arrays | others, do_compression=compressed)
-    found, expected = read_arrays(file), loadmat(file)
+    found, expected = read_mat(file), loadmat(file)
     assert set(found) == set(arrays)
     for name, array in found.items():
         assert array.dtype == expected[name].dtype

@@ -20,7 +20,7 @@ from mnistm_dist.data.fetch import RemoteFile
 from mnistm_dist.data.sources import download as module
 from mnistm_dist.data.sources.catalog import open_source
 from mnistm_dist.data.sources.download import OFFICIAL_COPIES, download, fetch_mnist
-from mnistm_dist.data.sources.idx import read_digits
+from mnistm_dist.data.sources.synthesis import read_digits
 from mnistm_dist.errors import UserError, run_cli
 from mnistm_dist.pack import main as pack_main
 
@@ -202,7 +202,7 @@ def test_pack_refuses_a_download_whose_pixels_are_not_official(server, tmp_path,
     arguments = ["--download", f"{server.address}/{NAME}", "--out", str(tmp_path / "out" / "set")]
     assert run_cli(pack_main, arguments) == 2
     error = capsys.readouterr().err
-    assert "nothing is packed" in error
+    assert "its pixels and labels are not those of the official set" in error
     assert len(error.splitlines()) == 1
     assert not (tmp_path / "out").exists()
     # It has nothing but its pixels to tell that it is bad: the line says how the file is had anew.
@@ -251,7 +251,7 @@ def test_mnist_is_downloaded_by_torchvision_once(mnist_mirror, tmp_path, capsys)
     requests = len(mnist_mirror.requests)
     assert fetch_mnist(tmp_path) == folder
     assert len(mnist_mirror.requests) == requests > 0
-    np.testing.assert_array_equal(read_digits(folder, "test").labels, read_digits(SHARED / "mnist", "test").labels)
+    np.testing.assert_array_equal(read_digits(folder, "test")[1], read_digits(SHARED / "mnist", "test")[1])
     assert capsys.readouterr() == ("", "")
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from layouts import noise, write_mnist
 
-from mnistm_dist.data.sources.idx import read_digits
+from mnistm_dist.data.sources.synthesis import read_digits
 from mnistm_dist.errors import UserError
 
 PARTS = noise({"train": 60, "test": 12})
@@ -18,7 +18,7 @@ PARTS = noise({"train": 60, "test": 12})
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 def test_idx_files_are_found_compressed_or_not_and_where_torchvision_puts_them(tmp_path, suffix, nested):
     write_mnist(tmp_path / "MNIST" / "raw" if nested else tmp_path, PARTS, suffix=suffix)
-    np.testing.assert_array_equal(read_digits(tmp_path, "test").labels, PARTS["test"].labels)
+    np.testing.assert_array_equal(read_digits(tmp_path, "test")[1], PARTS["test"].labels)
 
 
 DAMAGE = {

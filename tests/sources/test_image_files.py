@@ -38,7 +38,10 @@ OFFICIAL_DAMAGE: dict[str, tuple[Callable[[Files], object], str]] = {
     ),
     "a label of -1": (relabel(lambda lines: ["00000000.png -1", *lines[1:]]), "line 1: label '-1'"),
     "a line of one word": (relabel(lambda lines: ["00000000.png", *lines[1:]]), "line 1: expected 2 values"),
-    "binary labels": (lambda files: files.update({LABELS: b"\xff\xfe\x00"}), "labels.txt: damaged or not UTF-8 text"),
+    "binary labels": (
+        lambda files: files.update({LABELS: b"\xff\xfe\x00"}),
+        "labels.txt: damaged or not CSV or lines of NAME LABEL, in UTF-8",
+    ),
 }
 
 
@@ -77,7 +80,7 @@ CSV_DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "an image twice": (lambda text: text + b"train00001.png,1\r\n", "line 42: train00001.png is labelled twice"),
     "an image in two splits": (lambda text: text + b"val00001.png,1\r\n", "val00001.png is labelled twice"),
     "an unknown class": (lambda text: text.replace(b"00000.png,", b"00000.png,1"), "line 2: label '1"),
-    "no CSV": (lambda text: text + b'"unclosed', "not CSV"),
+    "no CSV": (lambda text: text + b'"unclosed', "train.csv: damaged or not CSV"),
 }
 
 

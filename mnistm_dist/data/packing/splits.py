@@ -1,14 +1,28 @@
-"""The splits of a packed set and the keys of its images, from the counts of the source alone."""
+"""The splits of a packed set: cut from the counts of a source, and filled with its images in a temporary file.
 
+A source yields its images in the order that is cheapest for it; a set is hashed in key order and stored in a permuted
+order. With the file, packing needs some 20 bytes of memory per image and holds no image.
+"""
+
+import dataclasses
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
+from io import FileIO
+from itertools import chain, islice
+from pathlib import Path
 
 import numpy as np
 
-from mnistm_dist.data.sources.base import Source
+from mnistm_dist.data.image_io import encode_png, png_size
+from mnistm_dist.data.parallel import Progress, ordered_map, workers_for
+from mnistm_dist.data.sources.base import Sample, Source
 from mnistm_dist.errors import UserError
+from mnistm_dist.files import explain_os_errors
 
-# The groups of splits whose pixels are hashed in key order, across the splits of a group.
-PIXEL_GROUPS = {"train+val": ("train", "val"), "test": ("test",)}
+_CHUNK = 128  # images per encoding task
+# Where an image is in the file (bytes; its origin follows its PNG), and its label.
+_ROW = np.dtype([("offset", np.int64), ("png_size", np.int32), ("origin_size", np.uint16), ("label", np.int32)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,3 +84,74 @@ def count_shards(part: Part, train: Part, train_shards: int) -> int:
 
 def _digits(count: int) -> int:
     return max(8, len(str(count - 1)))
+
+
+class Spool:
+    """The images of all parts in an open file, in the order in which the source yields them.
+
+    ``folder`` is named if the disk is full.
+    """
+
+    def __init__(self, folder: Path, file: FileIO, source: Source, parts: dict[str, Part]) -> None:
+        self._folder, self._file, self._source = folder, file, source
+        self._rows = {split: np.zeros(count, dtype=_ROW) for split, count in source.counts.items()}
+        self.rows = {
+            name: self._rows[part.source_split][part.start : part.start + part.count] for name, part in parts.items()
+        }
+        """A row for `read` of each image of each part, in key order, with its ``label``."""
+        self.image_size = (0, 0)
+        """(height, width) of all images, pixels; (0, 0) while there are none."""
+
+    def fill(self, progress: Progress) -> None:
+        """Read all of the source: PNG bytes are kept, arrays are encoded in parallel.
+
+        Raises `UserError` naming the sample that is not an accepted image or has another size than the others, as
+        `Source.samples` does, and if the disk is full.
+        """
+        total, offset, first = sum(self._source.counts.values()), 0, ""
+        for done, sample in enumerate(_with_pngs(self._source.samples(), total), start=1):
+            assert sample.png is not None
+            size = png_size(sample.png, sample.origin)
+            if not first:
+                self.image_size, first = size, sample.origin
+            elif size != self.image_size:
+                raise UserError(
+                    f"{sample.origin}: {size[0]} x {size[1]} pixels, but {first} has {self.image_size[0]} x "
+                    f"{self.image_size[1]}: all images of a set have one size, so resize them"
+                )
+            origin = sample.origin.encode("utf-8", "surrogateescape")[:65_535]
+            self._rows[sample.split][sample.index] = (offset, len(sample.png), len(origin), sample.label)
+            offset += len(sample.png) + len(origin)
+            rest = memoryview(sample.png + origin)
+            with explain_os_errors(self._folder):
+                while rest:
+                    rest = rest[self._file.write(rest) :]
+            progress(done, total)
+
+    def read(self, row: np.void) -> tuple[bytes, str]:
+        """Return the PNG of the image of a row, and its origin."""
+        offset, size, origin_size, _ = row.item()
+        data = os.pread(self._file.fileno(), size + origin_size, offset)
+        return data[:size], data[size:].decode("utf-8", "surrogateescape")
+
+
+def _with_pngs(samples: Iterator[Sample], count: int) -> Iterator[Sample]:
+    """Yield the samples with their pixels encoded, in parallel if the first one has pixels."""
+    first = next(samples, None)
+    if first is None:
+        return
+    samples = chain([first], samples)
+    workers = workers_for(count) if first.png is None else 0
+    chunks = iter(lambda: list(islice(samples, _CHUNK)), [])
+    for chunk in ordered_map(_encode, chunks, workers=workers):
+        yield from chunk
+
+
+def _encode(samples: list[Sample]) -> list[Sample]:
+    return [sample if sample.pixels is None else _encode_one(sample, sample.pixels) for sample in samples]
+
+
+def _encode_one(sample: Sample, pixels: np.ndarray) -> Sample:
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise UserError(f"{sample.origin}: {pixels.dtype} {pixels.shape}; accepted is uint8 (height, width, 3)")
+    return dataclasses.replace(sample, png=encode_png(pixels), pixels=None)

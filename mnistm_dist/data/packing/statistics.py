@@ -9,13 +9,13 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby, islice
+from operator import itemgetter
 
 import numpy as np
 
 from mnistm_dist.data.image_io import check_png, decode_png
-from mnistm_dist.data.packing.splits import PIXEL_GROUPS
-from mnistm_dist.data.parallel import ordered_map, workers_for
-from mnistm_dist.data.progress import Progress
+from mnistm_dist.data.manifest import PIXEL_GROUPS
+from mnistm_dist.data.parallel import Progress, ordered_map, workers_for
 
 # sha256 of the pixels of the official training images and test images.
 OFFICIAL_PIXELS = {
@@ -30,16 +30,7 @@ OFFICIAL_LABELS = {
 _CHUNK_BYTES = 1 << 19  # bytes of pixels per decoding task: some 170 images of MNIST-M
 
 Channels = tuple[float, float, float]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Encoded:
-    """One image to decode."""
-
-    split: str
-    png: bytes
-    origin: str
-    """"file: member", for messages."""
+Encoded = tuple[str, bytes, str]  # an image to decode: its split, its PNG, and "file: member" for messages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +95,7 @@ def moments_of(histogram: np.ndarray) -> tuple[Channels, Channels]:
 
 def _chunks(images: Iterable[Encoded], count: int) -> Iterator[list[Encoded]]:
     """Yield lists of up to ``count`` images of one split."""
-    for _, group in groupby(images, key=lambda image: image.split):
+    for _, group in groupby(images, key=itemgetter(0)):
         while chunk := list(islice(group, count)):
             yield chunk
 
@@ -113,10 +104,10 @@ def _decode_chunk(task: tuple[list[Encoded], tuple[int, int]]) -> tuple[str, np.
     """Return split, pixels uint8 (n, H, W, 3) and their `channel_histogram`, of images of one size."""
     images, size = task
     pixels = np.empty((len(images), *size, 3), dtype=np.uint8)
-    for place, image in enumerate(images):
-        check_png(image.png, image.origin)
-        pixels[place] = decode_png(image.png, image.origin, size)
-    return images[0].split, pixels, channel_histogram(pixels)
+    for place, (_, png, origin) in enumerate(images):
+        check_png(png, origin)
+        pixels[place] = decode_png(png, origin, size)
+    return images[0][0], pixels, channel_histogram(pixels)
 
 
 def find_lineage(pixels: dict[str, str], labels: dict[str, np.ndarray], claimed: str | None) -> str:

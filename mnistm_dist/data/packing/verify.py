@@ -14,17 +14,17 @@ from pathlib import Path
 
 import numpy as np
 
-from mnistm_dist.data.integrity import CHANGED, EXTRA, OK, FileClaim, Finding, examine
-from mnistm_dist.data.manifest import MANIFEST_NAME
-from mnistm_dist.data.packing.splits import PIXEL_GROUPS
-from mnistm_dist.data.packing.statistics import Encoded, PixelStatistics, measure_pixels
+from mnistm_dist.data.integrity import CHANGED, EXTRA, OK, Finding, examine
+from mnistm_dist.data.manifest import MANIFEST_NAME, PIXEL_GROUPS, SetFile
+from mnistm_dist.data.packing.statistics import Encoded, measure_pixels
 from mnistm_dist.data.packing.writer import TAR_END, tar_member
-from mnistm_dist.data.parallel import ordered_map, workers_for
-from mnistm_dist.data.progress import Progress, stage
+from mnistm_dist.data.parallel import Progress, ordered_map, stage, workers_for
 from mnistm_dist.data.shards import ShardSet
-from mnistm_dist.errors import UserError, os_error_reason
+from mnistm_dist.errors import UserError
 
 _PART_SUFFIXES = (".tar", ".index.npy")
+# A shard, and its rows of the index unless that is damaged.
+_Task = tuple[Path, SetFile, np.ndarray | None]
 _READ_AT_ONCE = 1024  # images whose bytes are read together; each of their shards is opened once
 
 
@@ -38,47 +38,40 @@ def inspect(shards: ShardSet, progress: Progress | None = None) -> list[Finding]
     extra = sorted(name for name in others if name.endswith(_PART_SUFFIXES))
     findings += [Finding(name=name, status=EXTRA, detail="not in the manifest") for name in extra]
     if all(finding.status == OK for finding in findings):
-        try:
-            wrong = _compare_images(shards, stage(progress, 1, 2))
-        except UserError as error:
-            wrong = str(error)
+        wrong = _compare_images(shards, stage(progress, 1, 2))
         findings.append(Finding(name=MANIFEST_NAME, status=CHANGED if wrong else OK, detail=wrong))
     return findings
 
 
 def _inspect_files(shards: ShardSet, progress: Progress) -> list[Finding]:
-    findings, tars = [], []
+    findings: list[Finding] = []
+    tasks: list[_Task] = []
     for name, split in shards.manifest.splits.items():
-        index, (index_claim, *claims) = None, shards.files([name])
-        finding = examine(index_claim)
+        (path, claim), *tars = shards.files([name]).items()
+        finding = examine(path, claim, {})
+        rows: list[np.ndarray | None] = [None] * len(tars)
         if finding.status == OK:
             try:
-                index = shards.index(name)
+                rows = [*np.split(np.array(shards.index(name)), split.shard_starts[1:-1])]
             except UserError as error:
                 finding = Finding(name=finding.name, status=CHANGED, detail=str(error))
         findings.append(finding)
-        for claim, start, stop in zip(claims, split.shard_starts, split.shard_starts[1:], strict=False):
-            tars.append((claim, None if index is None else np.array(index[start:stop])))
+        tasks += [(*tar, tar_rows) for tar, tar_rows in zip(tars, rows, strict=True)]
     total, done = sum(split.count for split in shards.manifest.splits.values()), 0
     counts = [shard.count for split in shards.manifest.splits.values() for shard in split.shards]
-    for count, finding in zip(counts, ordered_map(_inspect_tar, tars, workers=workers_for(total)), strict=True):
+    for count, finding in zip(counts, ordered_map(_inspect_tar, tasks, workers=workers_for(total)), strict=True):
         findings.append(finding)
         done += count
         progress(done, total)
     return findings
 
 
-def _inspect_tar(task: tuple[FileClaim, np.ndarray | None]) -> Finding:
-    """Check a shard, and its members against its rows of the index, unless the index is damaged."""
-    claim, rows = task
-    finding = examine(claim)
-    if finding.status == OK and rows is not None:
-        try:
-            wrong = _first_difference(claim.path, rows)
-        except OSError as error:
-            wrong = f"cannot be read ({os_error_reason(error)})"
-        if wrong:
-            return Finding(name=finding.name, status=CHANGED, detail=wrong)
+def _inspect_tar(task: _Task) -> Finding:
+    """Check a shard, and its members against its rows of the index."""
+    path, claim, rows = task
+    finding = examine(path, claim, {})
+    if finding.status == OK and rows is not None and (wrong := _first_difference(path, rows)):
+        return Finding(name=path.name, status=CHANGED, detail=wrong)
     return finding
 
 
@@ -97,16 +90,17 @@ def _first_difference(path: Path, rows: np.ndarray) -> str:
 
 def _compare_images(shards: ShardSet, progress: Progress) -> str:
     """Return what the manifest says differently from the keys, images and labels, or an empty text."""
-    count = sum(split.count for split in shards.manifest.splits.values())
-    wrong = _wrong_keys(shards)
-    if not wrong:
-        images, size = _in_key_order(shards), shards.manifest.image_size
-        wrong = _wrong_claims(shards, measure_pixels(images, count=count, size=size, progress=progress))
+    try:
+        wrong = _wrong_keys(shards) or _wrong_claims(shards, progress)
+    except UserError as error:
+        return str(error)
     return f"does not match the shards: {', '.join(wrong)}" if wrong else ""
 
 
-def _wrong_claims(shards: ShardSet, measured: PixelStatistics) -> list[str]:
+def _wrong_claims(shards: ShardSet, progress: Progress) -> list[str]:
     manifest = shards.manifest
+    count = sum(split.count for split in manifest.splits.values())
+    measured = measure_pixels(_in_key_order(shards), count=count, size=manifest.image_size, progress=progress)
     wrong = [f"the pixels of {group}" for group, sha in manifest.pixels_sha256.items() if measured.groups[group] != sha]
     for name, split in manifest.splits.items():
         counts = np.bincount(shards.labels(name), minlength=len(manifest.classes))
@@ -134,4 +128,4 @@ def _in_key_order(shards: ShardSet) -> Iterator[Encoded]:
         for start in range(0, split.count, _READ_AT_ONCE):
             ids = order[start : start + _READ_AT_ONCE]
             for key, png in zip(shards.keys(name, ids), shards.read(name, ids), strict=True):
-                yield Encoded(split=name, png=png, origin=f"{shards.root}: {key}.png of {name}")
+                yield name, png, f"{shards.root}: {key}.png of {name}"

@@ -1,13 +1,14 @@
 """Write a packed set: a source's images as WebDataset tars, reproducibly, with a manifest that can be verified.
 
 1. Cut the splits and assign the keys, from the counts alone.
-2. Read the source once, in its own order, into a spool; every image's header is checked.
+2. Read the source once, in its own order, into a temporary file; every image's header is checked.
 3. Check and decode the images in key order, in parallel, and measure their pixels.
 4. Write the shards, each split in a permuted order, and its index.
 5. Write the manifest, sync all files, and give the folder its name.
 """
 
 import hashlib
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,18 +18,17 @@ from mnistm_dist.data.hashing import derive_key, permute
 from mnistm_dist.data.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
+    PIXEL_GROUPS,
     Manifest,
     SetFile,
     Shard,
     Split,
     index_dtype,
-    parse,
     render,
 )
-from mnistm_dist.data.packing.splits import PIXEL_GROUPS, Part, count_shards, cut_splits
-from mnistm_dist.data.packing.spool import Spool
-from mnistm_dist.data.packing.statistics import Encoded, PixelStatistics, find_lineage, measure_pixels
-from mnistm_dist.data.progress import Progress, stage
+from mnistm_dist.data.packing.splits import Part, Spool, count_shards, cut_splits
+from mnistm_dist.data.packing.statistics import PixelStatistics, find_lineage, measure_pixels
+from mnistm_dist.data.parallel import Progress, stage
 from mnistm_dist.data.sources.base import CLASSES, SPLITS, Source
 from mnistm_dist.errors import UserError
 from mnistm_dist.files import explain_os_errors, staged_folder
@@ -67,17 +67,21 @@ def pack(
     parts = cut_splits(source, val_size)
     with staged_folder(out) as folder:
         with explain_os_errors(folder):
-            file = (folder / "spool").open("w+b", buffering=0)
+            file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 (it is closed below)
         with file:
-            spool = Spool(folder / "spool", file, source)
+            spool = Spool(folder, file, source, parts)
             spool.fill(stage(progress, 0, 3))
             statistics = measure_pixels(
-                _in_key_order(spool, parts),
+                ((name, *spool.read(row)) for name, rows in spool.rows.items() for row in rows),
                 count=sum(part.count for part in parts.values()),
                 size=spool.image_size,
                 progress=stage(progress, 1, 3),
             )
-            found = find_lineage(statistics.groups, _labels_of_groups(spool, parts), source.lineage)
+            labels = {
+                group: np.concatenate([spool.rows[name]["label"] for name in PIXEL_GROUPS[group] if name in parts])
+                for group in statistics.groups
+            }
+            found = find_lineage(statistics.groups, labels, source.lineage)
             if lineage not in (None, found):
                 raise UserError(
                     f"{source.description}: its pixels and labels are not those of the {lineage} set; nothing is packed"
@@ -95,31 +99,9 @@ def pack(
             pixels_sha256=statistics.groups,
             splits=splits,
         )
-        text = render(manifest)
-        assert parse(text.encode(), MANIFEST_NAME) == manifest
         with explain_os_errors(folder):
-            (folder / "spool").unlink()
-            (folder / MANIFEST_NAME).write_text(text)
+            (folder / MANIFEST_NAME).write_text(render(manifest))
     return manifest
-
-
-def _in_key_order(spool: Spool, parts: dict[str, Part]) -> Iterator[Encoded]:
-    for part in parts.values():
-        for index in range(part.start, part.start + part.count):
-            png, origin = spool.read(part.source_split, index)
-            yield Encoded(split=part.name, png=png, origin=origin)
-
-
-def _labels(spool: Spool, part: Part) -> np.ndarray:
-    return spool.places[part.source_split]["label"][part.start : part.start + part.count]
-
-
-def _labels_of_groups(spool: Spool, parts: dict[str, Part]) -> dict[str, np.ndarray]:
-    return {
-        group: np.concatenate([_labels(spool, parts[name]) for name in names if name in parts])
-        for group, names in PIXEL_GROUPS.items()
-        if any(name in parts for name in names)
-    }
 
 
 def _write_splits(
@@ -133,36 +115,33 @@ def _write_splits(
 ) -> dict[str, Split]:
     total, done = sum(part.count for part in parts.values()), 0
     splits = {}
-    for part in parts.values():
-        key = int(derive_key(seed, _TAG_STORAGE, SPLITS.index(part.name))[0])
-        places = permute(np.arange(part.count), part.count, key)
-        keys = part.keys(places)
+    for name, part in parts.items():
+        places = permute(np.arange(part.count), part.count, derive_key(seed, _TAG_STORAGE, SPLITS.index(name)))
+        keys, rows = part.keys(places), spool.rows[name][places]
         index = np.zeros(part.count, dtype=index_dtype(len(keys[0])))
-        index["key"], index["label"] = keys, _labels(spool, part)[places]
+        index["key"], index["label"] = keys, rows["label"]
         num_shards = count_shards(part, parts["train"], train_shards)
         shards = []
         for number in range(num_shards):
             # Cut in this way, shards differ by at most one sample.
             span = slice(number * part.count // num_shards, (number + 1) * part.count // num_shards)
-            path = folder / f"{part.name}-{number:0{max(6, len(str(num_shards - 1)))}d}.tar"
-            pngs = (spool.read(part.source_split, part.start + place)[0] for place in places[span].tolist())
-            _write_tar(path, pngs, index[span])
-            count = span.stop - span.start
-            shards.append(Shard(**_describe(path).model_dump(), count=count))
-            done += count
+            path = folder / f"{name}-{number:0{max(6, len(str(num_shards - 1)))}d}.tar"
+            _write_tar(path, (spool.read(row)[0] for row in rows[span]), index[span])
+            shards.append(Shard(**_describe(path).model_dump(), count=span.stop - span.start))
+            done += span.stop - span.start
             progress(done, total)
-        path = folder / f"{part.name}.index.npy"
+        path = folder / f"{name}.index.npy"
         with path.open("wb") as file:
             # The header is numpy's: the same bytes in 1.26 and 2.4. A golden test holds them.
             np.lib.format.write_array(file, index, version=(1, 0), allow_pickle=False)
-        mean, std = statistics.moments[part.name]
-        splits[part.name] = Split(
-            name=part.name,
+        mean, std = statistics.moments[name]
+        splits[name] = Split(
+            name=name,
             count=part.count,
             class_counts=tuple(np.bincount(index["label"], minlength=len(CLASSES)).tolist()),
             mean=mean,
             std=std,
-            pixels_sha256=statistics.splits[part.name],
+            pixels_sha256=statistics.splits[name],
             index=_describe(path),
             shards=tuple(shards),
         )

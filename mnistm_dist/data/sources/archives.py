@@ -5,8 +5,6 @@ names, oversized members, encrypted members, a truncated or damaged tar, and arc
 refused with the name of the member.
 """
 
-from __future__ import annotations
-
 import bz2
 import gzip
 import lzma
@@ -15,30 +13,28 @@ import stat
 import tarfile
 import zipfile
 from abc import ABC, abstractmethod
-from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, ClassVar, cast
 
-from mnistm_dist.data.decode_errors import explain_decode_errors
+from mnistm_dist.data.image_io import explain_decode_errors
 from mnistm_dist.errors import UserError, escape_control
 
 MAX_FILE_BYTES = 64 << 20
 """Size of the largest image or label file that is read."""
-MAX_EXPANSION = 100
-"""Largest accepted ratio of unpacked to packed bytes; image sets stay below 10."""
+_MAX_EXPANSION = 100  # largest accepted ratio of unpacked to packed bytes; image sets stay below 10
 _FREE_BYTES = 64 << 20  # unpacked bytes that are accepted at any ratio
 _LITTER = re.compile(r"\._.*|\.DS_Store|Thumbs\.db|desktop\.ini")
 
 
+@dataclass(repr=False)
 class Tree(ABC):
     """Files under names with `/` between their parts; the top folder has the empty name."""
 
-    kind: str
+    path: Path
+    kind: ClassVar[str]
     """`folder`, `tar` or `zip`."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
 
     @abstractmethod
     def listing(self, folder: str) -> tuple[list[str], list[str]]:
@@ -55,16 +51,12 @@ class Tree(ABC):
         """Return ``names`` in the order that is cheapest to read."""
         return names
 
-    def read_text(self, name: str) -> str:
-        """Read one UTF-8 text file, with or without a byte order mark."""
-        with explain_decode_errors(self.origin(name), "UTF-8 text"):
-            return self.read(name).decode("utf-8-sig")
-
     def origin(self, name: str) -> str:
         """Return how messages name one file of the tree."""
         return escape_control(f"{self.path}/{name}".replace("//", "/"))
 
 
+@dataclass(repr=False)
 class Folder(Tree):
     """A folder on disk, listed on demand; links in it are followed."""
 
@@ -88,13 +80,12 @@ class Folder(Tree):
             return file.read_bytes()
 
 
+@dataclass(repr=False)
 class Archive(Tree):
     """A tar or zip, with an index of its members that is made and checked when it is opened."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self._members: dict[str, Any] = {}
-        self._folders: dict[str, tuple[set[str], list[str]]] = defaultdict(lambda: (set(), []))
+    _members: dict[str, Any] = field(default_factory=dict, init=False)
+    _folders: dict[str, tuple[set[str], list[str]]] = field(default_factory=dict, init=False)
 
     def listing(self, folder: str) -> tuple[list[str], list[str]]:
         folders, files = self._folders.get(folder.rstrip("/"), ((), ()))
@@ -119,20 +110,21 @@ class Archive(Tree):
         if name in self._members:
             raise UserError(f"{origin}: duplicate name in the archive; remove one of the two")
         self._members[name] = member
-        self._folders["/".join(parts[:-1])][1].append(parts[-1])
+        self._folders.setdefault("/".join(parts[:-1]), (set(), []))[1].append(parts[-1])
         for depth, part in enumerate(parts[:-1]):
-            self._folders["/".join(parts[:depth])][0].add(part)
+            self._folders.setdefault("/".join(parts[:depth]), (set(), []))[0].add(part)
 
 
+@dataclass(repr=False)
 class Zip(Archive):
     kind = "zip"
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        with explain_decode_errors(path, "a complete zip"):
-            self._zip = zipfile.ZipFile(path)
-            check_expansion(str(path), path.stat().st_size, sum(info.file_size for info in self._zip.infolist()))
-            for info in self._zip.infolist():
+    def __post_init__(self) -> None:
+        with explain_decode_errors(self.path, "a complete zip"):
+            self._zip = zipfile.ZipFile(self.path)
+            members = self._zip.infolist()
+            check_expansion(str(self.path), self.path.stat().st_size, sum(info.file_size for info in members))
+            for info in members:
                 link = "a link" if stat.S_ISLNK(info.external_attr >> 16) else None
                 if not info.is_dir():
                     self._add(info.filename, info.file_size, info, "encrypted" if info.flag_bits & 1 else link)
@@ -142,36 +134,33 @@ class Zip(Archive):
             return self._zip.read(self._members[name])
 
 
+@dataclass(repr=False)
 class Tar(Archive):
     """A tar, compressed or not, whose members are read by their offsets."""
 
     kind = "tar"
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        with explain_decode_errors(path, "a complete tar"):
-            self._stream = Decompressed(path)
+    def __post_init__(self) -> None:
+        with explain_decode_errors(self.path, "a complete tar"):
+            self._stream = Decompressed(self.path)
             with tarfile.open(fileobj=cast(IO[bytes], self._stream), mode="r:") as tar:
                 while (member := tar.next()) is not None:
                     tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every member
                     problem = None if member.isreg() and not member.issparse() else "a link or device"
                     if not member.isdir():
                         self._add(member.name, member.size, (member.offset_data, member.size), problem)
-                self._check_end(tar.offset)
+            # tarfile ends without an error at a damaged header and between two members: only zeros may follow.
+            self._stream.seek(tar.offset)
+            are_zero = [not block.strip(b"\0") for block in iter(lambda: self._stream.read(1 << 20), b"")]
+            if not are_zero or not all(are_zero):
+                problem = "damaged: data follow its" if are_zero else "truncated: it has no"
+                raise UserError(f"{self.path}: {problem} end mark; download it again")
 
     def read(self, name: str) -> bytes:
         offset, size = self._members[name]
         with explain_decode_errors(self.origin(name), "compressed as expected"):
             self._stream.seek(offset)
             return self._stream.read(size)
-
-    def _check_end(self, offset: int) -> None:
-        """Check that only zeros follow: tarfile ends without an error at a damaged header and between two members."""
-        self._stream.seek(offset)
-        are_zero = [not block.strip(b"\0") for block in iter(lambda: self._stream.read(1 << 20), b"")]
-        if not are_zero or not all(are_zero):
-            problem = "damaged: data follow its" if are_zero else "truncated: it has no"
-            raise UserError(f"{self.path}: {problem} end mark; download it again")
 
 
 # By the first bytes of a compressed file.
@@ -183,7 +172,7 @@ _OPENERS: Mapping[bytes, Callable[[Path], IO[bytes]]] = {
 
 
 class Decompressed:
-    """A file for reading, decompressed if it is gzip, bzip2 or xz by its first bytes; bounded by `MAX_EXPANSION`."""
+    """A file for reading, decompressed if it is gzip, bzip2 or xz by its first bytes; bounded by `max_unpacked`."""
 
     def __init__(self, path: Path) -> None:
         with path.open("rb") as file:
@@ -209,10 +198,10 @@ def check_size(origin: str, size: int) -> None:
 
 def max_unpacked(packed: int) -> int:
     """Return how many bytes ``packed`` bytes may unpack to; more is a decompression bomb."""
-    return packed * MAX_EXPANSION + _FREE_BYTES
+    return packed * _MAX_EXPANSION + _FREE_BYTES
 
 
 def check_expansion(origin: str, packed: int, unpacked: int) -> None:
     """Raise `UserError` for a decompression bomb."""
     if unpacked > max_unpacked(packed):
-        raise UserError(f"{origin}: unpacks to more than {MAX_EXPANSION} times its size; refused")
+        raise UserError(f"{origin}: unpacks to more than {_MAX_EXPANSION} times its size; refused")

@@ -1,7 +1,5 @@
 """A source of labelled images, and the one place that reads names of splits and classes, and labels."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,8 +13,8 @@ CLASSES = ("0", "1", "2", "3", "4", "5", "6", "7", "8", "9")
 """Class names; a label is an index into them."""
 SPLITS = ("train", "val", "test")
 """Split names, in the order in which splits are packed and listed in a manifest."""
-OFFICIAL_TRAIN_SIZE, OFFICIAL_VAL_SIZE = 59_001, 4_001
-"""Images of the training split that Ganin and Lempitsky published, and of its end, which is val here: 55,000 remain."""
+# Images of the training split that Ganin and Lempitsky published, and of its end, which is val here: 55,000 remain.
+_OFFICIAL_TRAIN_SIZE, _OFFICIAL_VAL_SIZE = 59_001, 4_001
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,9 +76,8 @@ class Source:
 
         It applies to a train split of the official size, in any layout, unless the source has a val split of its own.
         """
-        if "val" not in self.counts and self.counts.get("train") == OFFICIAL_TRAIN_SIZE:
-            return OFFICIAL_VAL_SIZE
-        return None
+        applies = "val" not in self.counts and self.counts.get("train") == _OFFICIAL_TRAIN_SIZE
+        return _OFFICIAL_VAL_SIZE if applies else None
 
 
 _SPLIT = re.compile(r"(?<![a-z])(?:(train|training)|(val|valid|validation|dev)|(test|testing))(?![a-z])", re.IGNORECASE)

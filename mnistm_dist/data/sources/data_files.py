@@ -1,29 +1,25 @@
-"""Layouts of data files: PyTorch, NumPy, HDF5 and MATLAB files with arrays of images, parquet with image files.
+"""Layouts of data files: PyTorch, NumPy, HDF5, MATLAB and pickle files with arrays of images, parquet with image files.
 
 The readers of arrays find those of every split; `array_source` checks them and makes a source of them. Parquet is read
 in batches of rows.
 """
 
-from __future__ import annotations
-
-import importlib
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from mnistm_dist.data.decode_errors import explain_decode_errors
-from mnistm_dist.data.image_io import MAX_SIDE
+from mnistm_dist.data.image_io import MAX_SIDE, explain_decode_errors
 from mnistm_dist.data.sources.archives import check_expansion, check_size
 from mnistm_dist.data.sources.base import SPLITS, Sample, Source, check_labels
-from mnistm_dist.data.sources.matlab import read_arrays
-from mnistm_dist.errors import UserError
+from mnistm_dist.data.sources.parsers import read_mat, read_pickle
+from mnistm_dist.data.sources.synthesis import read_digits
+from mnistm_dist.errors import UserError, import_optional
 
 _CHUNK_BYTES = 4 << 20  # approximate size of the array images that are read together
 _PARQUET_ROWS = 16  # decoded together: a few bytes of a file can stand for one large image in each of them
@@ -81,8 +77,8 @@ def open_pt(files: Mapping[str, Sequence[Path]]) -> Source:
 def _load_pt(file: Path) -> list[np.ndarray]:
     import torch
 
-    tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    return [tensor.numpy() for tensor in tensors]
+    mapped = zipfile.is_zipfile(file)
+    return [tensor.numpy() for tensor in torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)]
 
 
 def open_npz(files: Mapping[str, Sequence[Path]]) -> Source:
@@ -113,21 +109,12 @@ def _open_each(
     return array_source(layout, splits)
 
 
-def import_optional(name: str, layout: str) -> ModuleType:
-    """Import a library that one layout needs. Raises `UserError` with the command that installs it."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        package = name.partition(".")[0]
-        raise UserError(f'layout {layout} needs {package}: pip install "mnistm-dist[formats]"') from error
-
-
 def open_hdf5(file: Path) -> Source:
     """Open an HDF5 file with the groups `train` and `test` (or `val`), each with the datasets `X` and `Y`.
 
     Images are read in chunks. Raises `UserError` for anything else. Needs h5py.
     """
-    h5py = import_optional("h5py", "hdf5")
+    h5py = import_optional("h5py", "layout hdf5", "formats")
     splits: dict[str, Arrays] = {}
     with explain_decode_errors(file, "groups train and test with datasets X and Y", AttributeError):
         opened = h5py.File(file, "r")
@@ -145,11 +132,26 @@ def open_mat(file: Path) -> Source:
     Raises `UserError` for anything else.
     """
     with explain_decode_errors(file, "a MATLAB 5 file with train and label_train"):
-        found = read_arrays(file)
-        splits = {
-            split: (f"{file}: {split}", found[split], found[f"label_{split}"]) for split in SPLITS if split in found
-        }
+        arrays = read_mat(file)
+        splits = {s: (f"{file}: {s}", arrays[s], arrays[f"label_{s}"]) for s in SPLITS if s in arrays}
     return array_source("mat", splits)
+
+
+def open_pickle(file: Path, mnist: Path) -> Source:
+    """Open a pickle, compressed or not, of a dict with `train` and `test`: uint8 (n, height, width, 3) each.
+
+    It is the layout of the Keras copies. The labels are those of MNIST's training and test set in the folder ``mnist``,
+    in order. Keys may be bytes, as Python 2 wrote them. Raises `UserError` for anything else, and for a pickle that
+    needs more than uint8 arrays.
+    """
+    with explain_decode_errors(file, "a pickled dict of uint8 arrays", AttributeError):
+        arrays = {key.decode() if isinstance(key, bytes) else key: array for key, array in read_pickle(file).items()}
+    for key in arrays.keys() - {"train", "test"}:
+        raise UserError(f"{file}: key {key!r:.60}; accepted are train and test, whose labels MNIST has")
+    return array_source(
+        "pickle",
+        {s: (f"{file}: {s}", arrays[s], read_digits(mnist, s)[1]) for s in SPLITS if s in arrays},
+    )
 
 
 def open_parquet(files: Mapping[str, Sequence[Path]]) -> Source:
@@ -179,7 +181,7 @@ def open_parquet(files: Mapping[str, Sequence[Path]]) -> Source:
 
 @contextmanager
 def _parquet(file: Path) -> Iterator[Any]:
-    pa, pq = import_optional("pyarrow", "parquet"), import_optional("pyarrow.parquet", "parquet")
+    pa, pq = (import_optional(name, "layout parquet", "formats") for name in ("pyarrow", "pyarrow.parquet"))
     # Without a buffer, pyarrow holds the images of a whole row group.
     with explain_decode_errors(file, "parquet", pa.ArrowException), pq.ParquetFile(file, buffer_size=1 << 20) as opened:
         yield opened

@@ -5,8 +5,6 @@
 3. `pack` proves that a set is the official one, by the checksum of its pixels (`packing/statistics.py`).
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import io
@@ -17,18 +15,20 @@ from urllib.parse import unquote
 from mnistm_dist.data import fetch as transfer
 from mnistm_dist.data.cache import cache_entry
 from mnistm_dist.data.fetch import RemoteFile
-from mnistm_dist.data.progress import Progress
+from mnistm_dist.data.parallel import Progress
 from mnistm_dist.errors import UserError
 
-Copy = Mapping[str, RemoteFile]
-"""A public copy of the official set, as files by their names: one archive, or several files that make up a folder."""
-OFFICIAL = "official"
-"""What `download` calls the set of Ganin and Lempitsky."""
 _KIND = "downloads"  # of the cache entries
+# A public copy of the official set, as files by their names: one archive, or several files that make up a folder.
+_Copy = Mapping[str, RemoteFile]
 
 
 def download(
-    what: str, cache_dir: Path, *, progress: Progress | None = None, say: Callable[[str], None] = lambda _: None
+    what: str,
+    cache_dir: Path,
+    *,
+    progress: Progress = lambda done, total: None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Download the official set from the first public copy that works, or from an address; returns the path to open.
 
@@ -36,7 +36,7 @@ def download(
     unknown. ``say`` receives which copy is tried and why one failed. Raises `UserError` if no copy works: no
     connection, no such file, a web page in its place, another checksum, a full disk.
     """
-    if what != OFFICIAL:
+    if what != "official":
         return _fetch_copy(what, _copy_at(what), cache_dir, progress)
     failures = []
     for publisher, copy in OFFICIAL_COPIES.items():
@@ -50,7 +50,7 @@ def download(
 
 
 def fetch_mnist(cache_dir: Path) -> Path:
-    """Download MNIST into the cache by torchvision, if it is not there; returns the folder for `idx.read_digits`.
+    """Download MNIST into the cache by torchvision, if it is not there; returns the folder for `synthesis.read_digits`.
 
     torchvision knows mirrors and checksums. Raises `UserError` if it fails.
     """
@@ -68,23 +68,19 @@ def fetch_mnist(cache_dir: Path) -> Path:
     return folder
 
 
-def _copy_at(address: str) -> Copy:
-    parts = transfer.split_address(address)
-    if parts is None:
-        raise UserError(f"--download {address}: expected {OFFICIAL} or an address ({', '.join(transfer.SCHEMES)})")
-    name = Path(unquote(parts.path).replace("\0", "")).name.strip(".") or "set"
+def _copy_at(address: str) -> _Copy:
+    name = Path(unquote(transfer.split_address(address, "official").path).replace("\0", "")).name.strip(".") or "set"
     return {name: RemoteFile(address=address)}
 
 
-def _fetch_copy(publisher: str, copy: Copy, cache_dir: Path, progress: Progress | None) -> Path:
+def _fetch_copy(publisher: str, copy: _Copy, cache_dir: Path, progress: Progress) -> Path:
     sizes = [file.size or 0 for file in copy.values()]
     total, done = sum(sizes) if all(sizes) else 0, 0
 
     def report(count: int) -> None:
         nonlocal done
         done += count
-        if progress is not None:
-            progress(done, total)
+        progress(done, total)
 
     entry = hashlib.sha256(publisher.encode()).hexdigest()[:16]
     with cache_entry(cache_dir, _KIND, entry, {"source": publisher}) as folder:
@@ -93,7 +89,7 @@ def _fetch_copy(publisher: str, copy: Copy, cache_dir: Path, progress: Progress 
     return folder / next(iter(copy)) if len(copy) == 1 else folder
 
 
-OFFICIAL_COPIES: Mapping[str, Copy] = {
+OFFICIAL_COPIES: Mapping[str, _Copy] = {
     "github.com/mashaan14/MNIST-M: the official images under their names, in folders of classes": {
         "MNIST-M.zip": RemoteFile(
             address="https://media.githubusercontent.com/media/mashaan14/MNIST-M/main/MNIST-M.zip",

@@ -3,12 +3,11 @@
 Each reader finds the images of every split with their labels; `image_source` makes a source of them.
 """
 
-from __future__ import annotations
-
 import csv
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
+from mnistm_dist.data.image_io import explain_decode_errors
 from mnistm_dist.data.sources.archives import Tree
 from mnistm_dist.data.sources.base import CLASSES, SPLITS, Sample, Source, parse_label, split_of
 from mnistm_dist.errors import UserError
@@ -171,22 +170,16 @@ def _match(tree: Tree, file: str, images: Mapping[str, Sequence[str]], labelled:
 
 def _read_rows(tree: Tree, file: str) -> Iterator[tuple[int, str, str]]:
     """Yield line number, image name and label from a CSV file, or from a text file with lines `NAME LABEL`."""
-    lines = tree.read_text(file).splitlines()
-    if file.endswith(".txt"):
-        lines = [" ".join(line.split()) for line in lines]
-        rows = csv.DictReader(lines, _COLUMNS, delimiter=" ", strict=True)
-    else:
-        rows = csv.DictReader(lines, strict=True)
-    try:
-        if not set(_COLUMNS) <= set(rows.fieldnames or ()):
-            raise UserError(
-                f"{tree.origin(file)}: columns {', '.join(rows.fieldnames or ())[:60]!r}; expected {','.join(_COLUMNS)}"
-            )
+    with explain_decode_errors(tree.origin(file), "CSV or lines of NAME LABEL, in UTF-8", csv.Error):
+        lines = tree.read(file).decode("utf-8-sig").splitlines()
+        if file.endswith(".txt"):
+            rows = csv.DictReader((" ".join(line.split()) for line in lines), _COLUMNS, delimiter=" ", strict=True)
+        else:
+            rows = csv.DictReader(lines, strict=True)
+        columns = rows.fieldnames or ()
+        if not set(_COLUMNS) <= set(columns):
+            raise UserError(f"{tree.origin(file)}: columns {', '.join(columns)[:60]!r}; expected {','.join(_COLUMNS)}")
         for row in rows:
             if None in row or None in row.values():
-                raise UserError(
-                    f"{tree.origin(file)}: line {rows.line_num}: expected {len(rows.fieldnames or ())} values"
-                )
+                raise UserError(f"{tree.origin(file)}: line {rows.line_num}: expected {len(columns)} values")
             yield rows.line_num, row[_COLUMNS[0]], row[_COLUMNS[1]].strip()
-    except csv.Error as error:
-        raise UserError(f"{tree.origin(file)}: line {rows.line_num}: not CSV ({error})") from error

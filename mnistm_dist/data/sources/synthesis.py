@@ -3,44 +3,77 @@
 Y. Ganin and V. Lempitsky, "Unsupervised Domain Adaptation by Backpropagation" (ICML 2015, arXiv 1409.7495), section 4:
 `|patch - digit|` per channel, with the patch cut at a random position from a random photo. Digits are binarised first
 (ink > 0 becomes 255), as in the common regenerated copies of the set, so a digit inverts the colours of its patch.
-"""
 
-from __future__ import annotations
+1. `read_digits`: MNIST's own files, in the format IDX (Y. LeCun, http://yann.lecun.com/exdb/mnist).
+2. `read_photos`: a folder of photos.
+3. `blend`: digits over patches of photos.
+4. `open_sample` and `open_mnist_and_photos`: sources of such images.
+"""
 
 import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from mnistm_dist.data.decode_errors import UNREADABLE, explain_decode_errors
 from mnistm_dist.data.hashing import uniform
-from mnistm_dist.data.image_io import formats_here
-from mnistm_dist.data.sources.base import Sample, Source
-from mnistm_dist.data.sources.idx import Digits, read_digits
+from mnistm_dist.data.image_io import UNREADABLE, explain_decode_errors, formats_here
+from mnistm_dist.data.sources.archives import Decompressed
+from mnistm_dist.data.sources.base import Sample, Source, check_labels
 from mnistm_dist.errors import UserError
 from mnistm_dist.files import explain_os_errors
 
-PHOTO_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-"""File names that are read as photos, in lower case."""
-SAMPLE_DIR = Path(__file__).resolve().parents[1] / "sample"
-"""The ingredients of the bundled sample; their licences are in `SOURCES.md`."""
-SAMPLE_TRAIN_SIZE = 8_000
-"""The first of the 10,000 bundled digits are train, the others val."""
-MNIST_TRAIN_SIZE = 55_000
-"""The first of MNIST's 60,000 training digits are train; the others and MNIST's 10,000 test digits are val."""
+_PHOTO_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")  # in lower case
+# The ingredients of the bundled sample; their licences are in SOURCES.md.
+_SAMPLE_DIR = Path(__file__).resolve().parents[1] / "sample"
+_SAMPLE_TRAIN_SIZE = 8_000  # the first of the 10,000 bundled digits are train, the others val
+# The first of MNIST's 60,000 training digits are train; the others and MNIST's 10,000 test digits are val.
+_MNIST_TRAIN_SIZE = 55_000
 _CHUNK = 1_024
+
+
+def read_digits(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Read one split, `train` or `test`, from a folder with MNIST's IDX files.
+
+    Return images, uint8 (n, height, width), ink on 0, and labels, int64 (n,). Looks in ``folder`` and in torchvision's
+    `MNIST/raw` below it, for names with `-idx` or `.idx`, with or without `.gz`. Raises `UserError` if a file is
+    missing, is not IDX or has another size than its header says, and if images and labels do not match.
+    """
+    images = _read_idx(_find(folder, split, "images-idx3"), dimensions=3)
+    labels_file = _find(folder, split, "labels-idx1")
+    return images, check_labels(str(labels_file), _read_idx(labels_file, dimensions=1), len(images))
+
+
+def _find(folder: Path, split: str, content: str) -> Path:
+    names = [f"{'train' if split == 'train' else 't10k'}-{content}-ubyte{suffix}" for suffix in ("", ".gz")]
+    names += [name.replace("-idx", ".idx") for name in names]
+    for file in (place / name for place in (folder, folder / "MNIST" / "raw") for name in names):
+        if file.is_file():
+            return file
+    raise UserError(f"{folder}: no {names[0]}(.gz); expected a folder with MNIST's four IDX files")
+
+
+def _read_idx(file: Path, *, dimensions: int) -> np.ndarray:
+    with explain_decode_errors(file, f"an IDX file of {dimensions} dimensions"):
+        stream = Decompressed(file)
+        header = np.frombuffer(stream.read(4 * (1 + dimensions)), ">u4")
+        if header[0] != 0x800 + dimensions:
+            raise ValueError(f"it starts with {header[0]:08x}")
+        shape = tuple(header[1:].tolist())
+        data = stream.read(prod(shape) + 1)
+        if not data or len(data) != prod(shape):
+            raise ValueError(f"its data do not fit its shape {shape}")
+        return np.frombuffer(data, np.uint8).reshape(shape)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Photos:
     """Photos laid end to end, so that patches of many of them are cut by one indexing operation."""
 
-    names: tuple[str, ...]
-    """File names, in the order of the arrays."""
     pixels: np.ndarray
     """uint8 (pixels of all photos, 3), RGB, photo after photo, row after row."""
     sizes: np.ndarray
@@ -57,8 +90,8 @@ def read_photos(folder: Path, *, min_size: int) -> Photos:
     no photo is left. JPEGs may decode to slightly different pixels with another libjpeg; PNGs never do.
     """
     with explain_decode_errors(folder, "a folder of photos"):
-        files = [file for file in sorted(folder.iterdir()) if file.name.lower().endswith(PHOTO_SUFFIXES)]
-    sizes: dict[str, tuple[int, ...]] = {}
+        files = [file for file in sorted(folder.iterdir()) if file.name.lower().endswith(_PHOTO_SUFFIXES)]
+    sizes: list[tuple[int, ...]] = []
     skipped: list[str] = []
     with (
         explain_os_errors(tempfile.gettempdir(), advice="set $TMPDIR to another folder"),
@@ -71,13 +104,13 @@ def read_photos(folder: Path, *, min_size: int) -> Photos:
                 skipped.append(f"photo {file.name} left out: {' '.join(str(error).split())}")
             else:
                 store.write(photo.tobytes())
-                sizes[file.name] = photo.shape[:2]
+                sizes.append(photo.shape[:2])
         if not sizes:
-            reasons = "; ".join(skipped[:5]) or f"no file named {', '.join(PHOTO_SUFFIXES)}"
+            reasons = "; ".join(skipped[:5]) or f"no file named {', '.join(_PHOTO_SUFFIXES)}"
             raise UserError(f"{folder}: no usable photo ({reasons}); check --photos")
         store.flush()
         pixels = np.memmap(store, dtype=np.uint8, mode="r").reshape(-1, 3)
-    return Photos(names=tuple(sizes), pixels=pixels, sizes=np.array(list(sizes.values())), skipped=tuple(skipped))
+    return Photos(pixels=pixels, sizes=np.array(sizes), skipped=tuple(skipped))
 
 
 def _decode(file: Path, min_size: int) -> np.ndarray:
@@ -96,7 +129,7 @@ def blend(digits: np.ndarray, photos: Photos, *, seed: int, positions: np.ndarra
     """
     height, width = digits.shape[1:]
     draws = uniform(seed, positions, 3).astype(np.float64)
-    photo = np.floor(draws[:, 0] * len(photos.names)).astype(np.int64)
+    photo = np.floor(draws[:, 0] * len(photos.sizes)).astype(np.int64)
     photo_heights, photo_widths = photos.sizes[photo].T
     top = np.floor(draws[:, 1] * (photo_heights - height + 1)).astype(np.int64)
     left = np.floor(draws[:, 2] * (photo_widths - width + 1)).astype(np.int64)
@@ -112,12 +145,12 @@ def open_sample(*, seed: int, blends: int = 1) -> Source:
 
     Its ingredients are in the package, so it needs no files and no network. ``blends`` as in `open_mnist_and_photos`.
     """
-    digits = read_digits(SAMPLE_DIR, "train")
-    photos = read_photos(SAMPLE_DIR, min_size=digits.images.shape[1])
-    return _synthesise(digits, photos, num_train=SAMPLE_TRAIN_SIZE, blends=blends, seed=seed, layout="sample")
+    images, labels = read_digits(_SAMPLE_DIR, "train")
+    photos = read_photos(_SAMPLE_DIR, min_size=images.shape[1])
+    return _synthesise(images, labels, photos, num_train=_SAMPLE_TRAIN_SIZE, blends=blends, seed=seed, layout="sample")
 
 
-def open_mnist_and_photos(mnist: Path, photos_folder: Path, *, seed: int, blends: int = 1) -> Source:
+def open_mnist_and_photos(mnist: Path, photos: Path, *, seed: int, blends: int = 1) -> Source:
     """Open MNIST's 70,000 digits over the photos of a folder, the regenerated lineage: 55,000 train and 15,000 val.
 
     Val is MNIST's last 5,000 training digits, then its 10,000 test digits. A smaller MNIST is cut at the same fraction.
@@ -125,20 +158,19 @@ def open_mnist_and_photos(mnist: Path, photos_folder: Path, *, seed: int, blends
     val does not depend on ``blends``. Raises `UserError` as `read_digits` and `read_photos`, and if the training and
     test images have different sizes.
     """
-    train, test = read_digits(mnist, "train"), read_digits(mnist, "test")
+    (train_images, train_labels), (test_images, test_labels) = (read_digits(mnist, s) for s in ("train", "test"))
     with explain_decode_errors(mnist, "MNIST"):
-        images, labels = np.concatenate([train.images, test.images]), np.concatenate([train.labels, test.labels])
-    digits = Digits(images=images, labels=labels)
-    photos = read_photos(photos_folder, min_size=max(images.shape[1:]))
-    num_train = len(train.labels) * MNIST_TRAIN_SIZE // 60_000
-    return _synthesise(digits, photos, num_train=num_train, blends=blends, seed=seed, layout="mnist+photos")
+        images, labels = np.concatenate([train_images, test_images]), np.concatenate([train_labels, test_labels])
+    pool = read_photos(photos, min_size=max(images.shape[1:]))
+    num_train = len(train_labels) * _MNIST_TRAIN_SIZE // 60_000
+    return _synthesise(images, labels, pool, num_train=num_train, blends=blends, seed=seed, layout="mnist+photos")
 
 
-def _synthesise(digits: Digits, photos: Photos, *, num_train: int, blends: int, seed: int, layout: str) -> Source:
+def _synthesise(
+    digits: np.ndarray, labels: np.ndarray, photos: Photos, *, num_train: int, blends: int, seed: int, layout: str
+) -> Source:
     """Return a source of digits over photos: the first ``num_train`` digits are train, the others val."""
-    if blends < 1:
-        raise UserError(f"{layout}: {blends} blends per training digit; accepted are 1 or more")
-    counts = {"train": num_train * blends, "val": len(digits.labels) - num_train}
+    counts = {"train": num_train * blends, "val": len(labels) - num_train}
 
     def read() -> Iterator[Sample]:
         for split, count in counts.items():
@@ -146,16 +178,21 @@ def _synthesise(digits: Digits, photos: Photos, *, num_train: int, blends: int, 
                 numbers = np.arange(start, min(start + _CHUNK, count))
                 turn, chosen = np.divmod(numbers, num_train) if split == "train" else (0, numbers + num_train)
                 # The first blend of a digit has the digit's own position; the positions of others follow all digits.
-                positions = chosen + turn * len(digits.labels)
-                images = blend(digits.images[chosen], photos, seed=seed, positions=positions)
-                for index, (label, pixels) in enumerate(zip(digits.labels[chosen], images, strict=True), start):
-                    origin = f"{layout}: {split} image {index}"
-                    yield Sample(split=split, index=index, label=int(label), pixels=pixels, origin=origin)
+                positions = chosen + turn * len(labels)
+                images = blend(digits[chosen], photos, seed=seed, positions=positions)
+                for index, (label, pixels) in enumerate(zip(labels[chosen], images, strict=True), start):
+                    yield Sample(
+                        split=split,
+                        index=index,
+                        label=int(label),
+                        pixels=pixels,
+                        origin=f"{layout}: {split} image {index}",
+                    )
 
     return Source(
         layout=layout,
         lineage="regenerated",
-        description=f"{len(digits.labels)} digits of MNIST over {len(photos.names)} photos"
+        description=f"{len(labels)} digits of MNIST over {len(photos.sizes)} photos"
         + (f", {blends} patches for each training digit" if blends > 1 else ""),
         counts=counts,
         notes=photos.skipped,

@@ -85,7 +85,7 @@ def test_two_processes_are_bit_for_bit_one_with_two_micro_batches(run_command, s
     assert losses(tmp_path / "w1") == losses(tmp_path / "w2")
 
 
-def test_a_run_leaves_a_whole_folder(run_command, small_set, tmp_path):
+def test_a_run_leaves_a_complete_folder(run_command, small_set, tmp_path):
     out = output_of(
         run_command(
             "train",
@@ -143,7 +143,7 @@ def test_a_run_leaves_a_whole_folder(run_command, small_set, tmp_path):
         assert part in out, part
 
 
-def test_the_last_step_counts_where_there_is_only_val(run_command, small_set, tmp_path, monkeypatch):
+def test_without_a_test_split_the_last_step_is_evaluated(run_command, small_set, tmp_path, monkeypatch):
     from conftest import part_of_the_sample
 
     from mnistm_dist.data.packing.writer import pack
@@ -170,7 +170,7 @@ def test_the_last_step_counts_where_there_is_only_val(run_command, small_set, tm
     assert "test" not in summary
 
 
-def test_the_debug_recipe_takes_seconds_and_checks_itself(run_command, small_set, tmp_path):
+def test_the_debug_recipe_runs_the_sanity_checks(run_command, small_set, tmp_path):
     out = output_of(
         run_command(
             "train", "--recipe", "debug", "--shards", small_set, "--run-dir", "run", "--threads", 1, "--no-report"
@@ -288,7 +288,7 @@ def test_a_damaged_shard_is_refused_by_name_though_the_cache_is_warm(run_main, s
         ),
     ],
 )
-def test_training_consumes_what_plan_says(run_command, small_set, tmp_path, order, data, world_size):
+def test_training_consumes_the_images_that_plan_prints(run_command, small_set, tmp_path, order, data, world_size):
     """Recorded in the ranks; over the end of an epoch, which 320 images of a batch of 48 do not end with a step."""
     flags = (
         "--order",
@@ -315,13 +315,11 @@ def test_training_consumes_what_plan_says(run_command, small_set, tmp_path, orde
     assert [step for step, _ in consumed[0]] == list(range(9))
     for step in (0, 5, 6, 8):
         arguments = ("run", "--step", step, "--world-size", world_size, "--json")
-        told = json.loads(output_of(run_command("plan", *arguments)))
-        assert told["ranks"] == [shards.keys("train", steps[step][1]) for steps in consumed]
+        result = json.loads(output_of(run_command("plan", *arguments)))
+        assert result["ranks"] == [shards.keys("train", steps[step][1]) for steps in consumed]
 
 
-def test_a_loss_that_is_no_number_names_the_step_its_images_and_the_last_good_checkpoint(
-    run_command, small_set, tmp_path
-):
+def test_a_non_finite_loss_names_the_step_its_images_and_the_last_good_checkpoint(run_command, small_set, tmp_path):
     wild = ("--optimizer", "sgd", "--learning-rate", "1e20", "--lr-schedule", "constant", "--checkpoint-every", 1)
     flags = ("--batch-size", 32, "--image-size", 16, "--epochs", 1, "--max-steps", 9, "--run-dir", "run")
     line = error_of(run_command("train", "--shards", small_set, *flags, *wild, *QUICK))

@@ -126,7 +126,7 @@ def test_predictions_that_are_piped_to_a_full_disk_are_refused(environment, tmp_
 
 
 @pytest.mark.slow
-def test_a_run_whose_log_is_on_a_full_disk_goes_on_to_its_end(environment, tmp_path, small_set, uninterrupted):
+def test_a_run_whose_log_is_on_a_full_disk_finishes(environment, tmp_path, small_set, uninterrupted):
     """What a batch job prints may lie on another disk than the run folder."""
     done = to_full_disk(environment, tmp_path, "train", "--shards", small_set, "--run-dir", "run", *FLAGS)
     assert error_lines(done.stderr) == []
@@ -145,7 +145,7 @@ def test_read_only_shards_train_as_others_do(run_command, small_set, tmp_path, m
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == STEPS
 
 
-def test_a_shards_folder_that_can_only_be_read_takes_no_sample(run_command, tmp_path, mounted):
+def test_the_sample_is_not_packed_into_a_read_only_folder(run_command, tmp_path, mounted):
     (tmp_path / "empty").mkdir()
     mounted("shards", of=tmp_path / "empty")
     line = error_of(run_command("train", "--run-dir", "run", *FLAGS))

@@ -65,9 +65,9 @@ def rows(table: tuple[Row, ...]) -> list:
     return [pytest.param(row, id=str(row), marks=() if row.fast else pytest.mark.slow) for row in table]
 
 
-def launch(start, small_set, row: Row, fault: str, *more: str):
+def launch(start, small_set, row: Row, fault: str, *extra: str):
     where = {"FAULT": fault, "FAULT_PHASE": row.phase, "FAULT_RANK": str(row.rank)}
-    flags = ("--shards", small_set, "--run-dir", "run", "--cache-dir", "cache", "--resume", "auto", *FLAGS, *more)
+    flags = ("--shards", small_set, "--run-dir", "run", "--cache-dir", "cache", "--resume", "auto", *FLAGS, *extra)
     return start("train", *flags, world_size=row.world_size, before="injected:in_phase", **where)
 
 
@@ -79,18 +79,18 @@ def goes_on(run_command, small_set, tmp_path, row: Row, uninterrupted) -> None:
 
 
 @pytest.mark.parametrize("row", rows(TABLE))
-def test_a_killed_process_is_told_by_those_that_are_left_and_the_run_ends_the_same(
+def test_the_remaining_processes_report_a_killed_one_and_the_resumed_run_ends_the_same(
     start, run_command, small_set, tmp_path, uninterrupted, row
 ):
     done = launch(start, small_set, row, "SIGKILL").wait(100)
     assert done.returncode == (137 if row.world_size > 1 else -signal.SIGKILL)
-    state, said = read_state(tmp_path / "run"), error_lines(done.stderr)
+    state, message = read_state(tmp_path / "run"), error_lines(done.stderr)
     assert not is_locked(tmp_path / "run")
     if row.world_size == 1:
-        assert said == []
+        assert message == []
         assert state is None or state["state"] == "running"
     else:
-        (line,) = said
+        (line,) = message
         assert f"rank {1 - row.rank} on" in line
         assert "another process of the run was killed" in line
         assert "--resume auto" in line
@@ -100,7 +100,7 @@ def test_a_killed_process_is_told_by_those_that_are_left_and_the_run_ends_the_sa
 
 
 @pytest.mark.parametrize("row", rows(SILENT))
-def test_a_process_that_falls_silent_is_given_up_after_the_collective_timeout(
+def test_a_process_that_stops_responding_is_reported_after_the_collective_timeout(
     start, run_command, small_set, tmp_path, uninterrupted, row
 ):
     """As a node that vanishes from the network: no connection is closed."""

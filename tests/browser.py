@@ -54,8 +54,8 @@ class Browser:
 
     def screenshot(self, path: Path) -> None:
         """Write the whole page as PNG."""
-        found = self.command("Page.captureScreenshot", captureBeyondViewport=True, format="png")
-        path.write_bytes(base64.b64decode(found["data"]))
+        result = self.command("Page.captureScreenshot", captureBeyondViewport=True, format="png")
+        path.write_bytes(base64.b64decode(result["data"]))
 
 
 def call(address: str, body: dict[str, Any] | None = None, method: str = "POST") -> Any:
@@ -90,8 +90,8 @@ def browser(profile: Path) -> Iterator[Browser]:
 def wait_for_port(log: Path) -> int:
     """Return the port that chromedriver writes to its log."""
     for _ in range(200):
-        words = log.read_text(errors="replace").partition("started successfully on port ")[2]
-        if "." in words:
-            return int(words.partition(".")[0])
+        parts = log.read_text(errors="replace").partition("started successfully on port ")[2]
+        if "." in parts:
+            return int(parts.partition(".")[0])
         time.sleep(0.05)
     raise URLError("chromedriver did not start")

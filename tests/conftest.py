@@ -92,10 +92,10 @@ def start(environment, tmp_path) -> Iterator[Start]:
     """Starts ``python -m mnistm_dist.NAME ARGUMENTS`` in an empty folder, with ``world_size`` processes."""
     running: list[Started] = []
 
-    def begin(name: str, *arguments: object, world_size: int = 1, before: str | None = None, **more: str) -> Started:
+    def begin(name: str, *arguments: object, world_size: int = 1, before: str | None = None, **extra: str) -> Started:
         files = [tmp_path / f".{len(running)}.{stream}" for stream in ("stdout", "stderr")]
         command = Command(
-            name, tuple(map(str, arguments)), world_size, tmp_path, {**environment, **more}, *files, before=before
+            name, tuple(map(str, arguments)), world_size, tmp_path, {**environment, **extra}, *files, before=before
         )
         running.append(Started(command))
         return running[-1]
@@ -110,8 +110,8 @@ def start(environment, tmp_path) -> Iterator[Start]:
 def run_command(start) -> RunCommand:
     """Runs a run_command to its end."""
 
-    def run(name: str, *arguments: object, timeout: float = 300, **more: object) -> subprocess.CompletedProcess[str]:
-        return start(name, *arguments, **more).wait(timeout)
+    def run(name: str, *arguments: object, timeout: float = 300, **extra: object) -> subprocess.CompletedProcess[str]:
+        return start(name, *arguments, **extra).wait(timeout)
 
     return run
 
@@ -175,8 +175,8 @@ def launcher(world_size: int) -> list[str]:
 def output_of(done: subprocess.CompletedProcess[str]) -> str:
     """Return the output of a command that succeeded and showed no Python warning."""
     assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
-    said = done.stdout + done.stderr
-    assert "Warning" not in said, said[-5000:]
+    message = done.stdout + done.stderr
+    assert "Warning" not in message, message[-5000:]
     return done.stdout
 
 

@@ -141,7 +141,7 @@ def in_phase() -> None:
     original: Callable[..., Any] = getattr(owner, name)
     calls = 0
 
-    def hit(*arguments: Any, **more: Any) -> Any:
+    def hit(*arguments: Any, **extra: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == at:
@@ -150,7 +150,7 @@ def in_phase() -> None:
                 FAULTS[fault]()
             else:
                 os.kill(os.getpid(), getattr(signal, fault))
-        return original(*arguments, **more)
+        return original(*arguments, **extra)
 
     setattr(owner, name, hit)
 

@@ -145,15 +145,15 @@ def _become_a_rank(world_size: int) -> int:
 
 def alive(run: Path) -> list[int]:
     """Trainers of a run that live."""
-    found = []
+    result = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             command = path.read_bytes().replace(b"\0", b" ").decode()
         except OSError:
             continue
         if "mnistm_dist.train" in command and str(run) in command:
-            found.append(int(path.parent.name))
-    return found
+            result.append(int(path.parent.name))
+    return result
 
 
 def wait_until_gone(run: Path, seconds: float) -> None:

@@ -85,11 +85,11 @@ class Version:
         """Pack ``archive``, and return the key, label and sum of pixels of every image by split, in storage order."""
         out = self.work / "packed"
         self.run("-m", "mnistm_dist.pack", archive.resolve(), "--out", out)
-        found: dict[str, Any] = {"pixels_sha256": json.loads((out / "manifest.json").read_text())["pixels_sha256"]}
+        result: dict[str, Any] = {"pixels_sha256": json.loads((out / "manifest.json").read_text())["pixels_sha256"]}
         for path in sorted(out.glob("*.tar")):
-            images, split = list(read_shard(path)), found.setdefault(path.name.partition("-")[0], {})
+            images, split = list(read_shard(path)), result.setdefault(path.name.partition("-")[0], {})
             split.update(enumerate(images, start=len(split)))
-        return found
+        return result
 
 
 def read_shard(path: Path) -> Iterator[tuple[str, str, str]]:

@@ -44,8 +44,8 @@ class Copy:
     def replace(self, file: str, anchor: str, text: str) -> None:
         """Puts ``text`` in the place of the only text that the regular expression ``anchor`` matches."""
         path = self.root / "mnistm_dist" / file
-        changed, found = re.subn(anchor, text, path.read_text(), flags=re.MULTILINE)
-        assert found == 1, f"{file}: {found} places match {anchor!r}; mend the anchor, and CONTRIBUTING.md if need be"
+        changed, result = re.subn(anchor, text, path.read_text(), flags=re.MULTILINE)
+        assert result == 1, f"{file}: {result} places match {anchor!r}; mend the anchor, and CONTRIBUTING.md if need be"
         path.write_text(changed)
         self.touched.add(file)
 
@@ -247,7 +247,7 @@ def take_the_copy_and_augment() -> None:
     np.savez("images.npz", old=augmented(), all=augmented(brightness=0.2), alone=augmented(old=False, brightness=0.2))
 
 
-def augmented(*, old: bool = True, **more: float) -> np.ndarray:
+def augmented(*, old: bool = True, **extra: float) -> np.ndarray:
     """The images by the package that is imported: float32 (8, 3, 28, 28)."""
     import dataclasses
 
@@ -256,11 +256,11 @@ def augmented(*, old: bool = True, **more: float) -> np.ndarray:
     from mnistm_dist.config import AugmentConfig
     from mnistm_dist.data.transforms import Augment, Preprocess
 
-    config: Any = AugmentConfig(**(dataclasses.asdict(OLD) if old else {}), **more)
+    config: Any = AugmentConfig(**(dataclasses.asdict(OLD) if old else {}), **extra)
     return Augment(config, Preprocess((0.5,) * 3, (0.5,) * 3), seed=3)(torch.from_numpy(IMAGES), POSITIONS, 28).numpy()
 
 
-def test_a_recipe_takes_a_file_and_its_name(added, trained) -> None:
+def test_a_recipe_needs_a_file_and_its_name(added, trained) -> None:
     copy = added("recipe")
     assert ", taste, or a YAML file" in copy.says("-m", "mnistm_dist.train", "--help")
     run = trained(copy, "run", "--recipe", "taste", "--no-report", "--tracker", "none", "--threads", 1)
@@ -269,7 +269,7 @@ def test_a_recipe_takes_a_file_and_its_name(added, trained) -> None:
     assert json.loads((run / "summary.json").read_text())["recipe"] == "taste"
 
 
-def test_an_augmentation_takes_a_field_and_what_it_does_and_no_other_run_changes(added, trained, tmp_path) -> None:
+def test_an_augmentation_needs_a_field_and_its_code_and_changes_no_other_run(added, trained, tmp_path) -> None:
     """And a field is a flag, a line of ``--help``, a key of the YAML and a line of ``config.yaml`` at once."""
     copy = added("augmentation")
     shown = " ".join(copy.says("-m", "mnistm_dist.train", "--help").split())
@@ -288,7 +288,7 @@ def test_an_augmentation_takes_a_field_and_what_it_does_and_no_other_run_changes
     assert (np.abs(change).max(), len(np.unique(change[:, 0].round(3)))) == (pytest.approx(0.3, abs=0.1), 8)
 
 
-def test_an_optimizer_takes_its_name_and_what_it_is_and_goes_on_from_a_checkpoint(added, trained) -> None:
+def test_an_optimizer_needs_its_name_and_its_code_and_resumes_from_a_checkpoint(added, trained) -> None:
     copy = added("optimizer")
     assert ",nadam}" in copy.says("-m", "mnistm_dist.train", "--help")
     flags = ("--optimizer", "nadam", *TINY, "--no-report", "--checkpoint-every", 1, "--max-steps", 2)
@@ -300,7 +300,7 @@ def test_an_optimizer_takes_its_name_and_what_it_is_and_goes_on_from_a_checkpoin
     assert (run / "checkpoints/step-00000002/model.safetensors").read_bytes() == weights
 
 
-def test_a_metric_takes_a_field_with_its_formula_and_a_place_on_the_page(added, trained) -> None:
+def test_a_metric_needs_a_field_with_its_formula_and_a_place_on_the_page(added, trained) -> None:
     run = trained(added("metric"), "run", "--max-steps", 1, *TINY)
     val = json.loads((run / "summary.json").read_text())["val"]
     recalls = [row["recall"] for row in val["per_class"] if row["support"]]
@@ -308,7 +308,7 @@ def test_a_metric_takes_a_field_with_its_formula_and_a_place_on_the_page(added, 
     assert "validation balanced accuracy" in (run / "report.html").read_text()
 
 
-def test_a_layout_takes_a_reader_and_a_row_of_the_catalog(added, run_command: RunCommand, tmp_path) -> None:
+def test_a_layout_needs_a_reader_and_a_row_of_the_catalog(added, run_command: RunCommand, tmp_path) -> None:
     copy, parts = added("layout of MNIST-M"), noise()
     source = tmp_path / "source"
     source.mkdir()
@@ -334,5 +334,5 @@ def test_a_layout_takes_a_reader_and_a_row_of_the_catalog(added, run_command: Ru
         manifest = json.loads((out / "manifest.json").read_text())
         assert manifest["layout"] == name.partition(",")[0]
         assert manifest["splits"]["test"]["count"] == len(parts["test"].labels)
-        pixels.append({split: found["pixels_sha256"] for split, found in manifest["splits"].items()})
+        pixels.append({split: result["pixels_sha256"] for split, result in manifest["splits"].items()})
     assert pixels == [pixels[0]] * 4

@@ -248,7 +248,7 @@ def test_json_holds_the_rows_and_the_conditions(common, tmp_path, monkeypatch, c
         (["recipe", "--seeds", "a"], "--seeds"),
     ],
 )
-def test_a_mistake_is_named_and_exits_with_2(flags, named, tmp_path, monkeypatch, capsys):
+def test_a_user_error_names_the_flag_and_exits_with_2(flags, named, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cores: None)
     monkeypatch.setenv("WDS_SECURE", "1")

@@ -223,7 +223,7 @@ def test_a_resume_continues_as_the_run_began():
     assert resumed(stored, "--micro-batch", "32").steps.micro_batch == 32
 
 
-def test_a_resume_may_ask_for_the_steps_that_the_launch_before_asked_for():
+def test_a_resume_may_repeat_the_max_steps_of_the_launch_before():
     flags = ["--max-steps", "7", "--expect-world-size", "2"]
     stored = new_run(*flags)
     assert (resumed(stored).run.max_steps, resumed(stored, *flags).run) == (None, stored.run)

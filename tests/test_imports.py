@@ -25,14 +25,14 @@ LOGGERS_PLOTS_FLAGS = {"argparse", "tyro", "logging", "rich", "matplotlib", "wan
 
 def imports_of(path: Path) -> set[str]:
     """Every module that a file imports, anywhere in it."""
-    found = set()
+    result = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            result |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             assert node.level == 0, f"{path}: a relative import hides where it leads"
-            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
-    return found
+            result |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return result
 
 
 def rooms_of(path: Path) -> set[str]:

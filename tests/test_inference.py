@@ -28,7 +28,7 @@ def test_the_probabilities_are_those_of_the_evaluation(model, val_images, val_pr
     assert np.abs(probabilities - val_probabilities).max() < 1e-5
 
 
-def test_a_picture_may_come_as_anything(model, val_images, tmp_path):
+def test_a_picture_may_be_an_array_a_tensor_an_image_or_a_path(model, val_images, tmp_path):
     expected = model.predict(val_images[:1])
     Image.fromarray(val_images[0]).save(tmp_path / "0.png")
     read_only = val_images[0].copy()
@@ -49,7 +49,7 @@ def test_a_picture_may_come_as_anything(model, val_images, tmp_path):
     assert np.abs(together - expected).max() < 1e-6
 
 
-def test_a_result_does_not_depend_on_what_comes_with_it(model, val_images):
+def test_a_result_does_not_depend_on_the_rest_of_the_batch(model, val_images):
     other = Image.fromarray(val_images[1]).resize((70, 41))
     for batch_size in (1, 2, 250):
         mixed = model.predict([val_images[0], other, val_images[2]], batch_size=batch_size)
@@ -62,12 +62,12 @@ def test_an_enlarged_picture_gives_nearly_the_same(model, val_images):
     assert np.abs(model.predict(larger) - model.predict(val_images)).mean() < 0.02
 
 
-def test_no_picture_is_no_row(model):
+def test_no_pictures_give_no_rows(model):
     assert model.predict([]).shape == (0, 10)
 
 
 @pytest.mark.parametrize(
-    ("picture", "found"),
+    ("picture", "result"),
     [
         (np.zeros((28, 28, 3), np.float32), "float32 (28, 28, 3)"),
         (torch.zeros(28, 28, 3), "float32 (28, 28, 3)"),
@@ -79,10 +79,10 @@ def test_no_picture_is_no_row(model):
         (["nowhere.png"], "nowhere.png: cannot be read (No such file"),
     ],
 )
-def test_what_is_no_picture_is_named(model, picture, found):
+def test_anything_but_a_picture_is_refused_by_name(model, picture, result):
     with pytest.raises(UserError) as error:
         model.predict(picture)
-    assert found in str(error.value)
+    assert result in str(error.value)
 
 
 def test_the_checkpoint_is_the_runs_own_choice_unless_named(trained_run):
@@ -104,7 +104,7 @@ def test_without_a_test_split_the_last_checkpoint_is_used(trained_run, tmp_path)
     assert (model.step, model.classes) == (20, tuple("0123456789"))
 
 
-def test_a_run_that_is_none_is_named(trained_run, tmp_path):
+def test_a_folder_without_a_run_is_refused_by_name(trained_run, tmp_path):
     with pytest.raises(UserError, match="nowhere: not a run folder"):
         load_model(tmp_path / "nowhere")
     run = shutil.copytree(trained_run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))

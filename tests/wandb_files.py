@@ -23,7 +23,7 @@ def read_records(path: Path) -> list[Any]:
     """
     from wandb.proto.wandb_internal_pb2 import Record
 
-    data, place, pieces, found = path.read_bytes(), HEADER_SIZE, b"", []
+    data, place, pieces, result = path.read_bytes(), HEADER_SIZE, b"", []
     while place + 7 <= len(data):
         if BLOCK_SIZE - place % BLOCK_SIZE < 7:
             place += BLOCK_SIZE - place % BLOCK_SIZE
@@ -36,9 +36,9 @@ def read_records(path: Path) -> list[Any]:
         if kind in (FULL, LAST):
             record = Record()
             record.ParseFromString(pieces)
-            found.append(record)
+            result.append(record)
             pieces = b""
-    return found
+    return result
 
 
 def offline_records(run_dir: Path) -> list[Any]:

@@ -49,7 +49,7 @@ def test_every_image_is_there_once_in_manifest_order(run, small_set):
         assert probabilities.index(max(probabilities)) == int(row[2])
 
 
-def test_a_checkpoint_and_a_split_can_be_named(run, run_command):
+def test_a_checkpoint_and_a_split_can_be_chosen(run, run_command):
     out = output_of(run_command("evaluate", run, "--checkpoint", "last", "--split", "val"))
     assert "val" in out
     summary = json.loads((run / "summary.json").read_text())
@@ -71,7 +71,7 @@ def test_a_checkpoint_and_a_split_can_be_named(run, run_command):
         (["RUN", "--split", "train"], "--split"),
     ],
 )
-def test_a_mistake_is_one_line(run, run_command, arguments, named):
+def test_a_user_error_is_one_line(run, run_command, arguments, named):
     assert named in error_of(run_command("evaluate", *(run if a == "RUN" else a for a in arguments)))
 
 

@@ -35,31 +35,31 @@ both = pytest.mark.parametrize("name", ["onnx", "torch"])
 
 
 @both
-def test_the_file_gives_the_predictions_of_the_evaluation(exported, val_images, val_probabilities, name):
+def test_the_exported_model_gives_the_predictions_of_the_evaluation(exported, val_images, val_probabilities, name):
     run = RUN[name](exported[name])
     for batch in (1, 7, len(val_images)):
-        found = run(val_images[:batch])
-        assert (found.shape, found.dtype) == ((batch, 10), np.float32)
-        assert np.abs(found - val_probabilities[:batch]).max() < 1e-4
+        result = run(val_images[:batch])
+        assert (result.shape, result.dtype) == ((batch, 10), np.float32)
+        assert np.abs(result - val_probabilities[:batch]).max() < 1e-4
 
 
 @both
 @pytest.mark.parametrize("size", [(1, 1), (5, 200), (28, 28), (32, 32), (33, 31), (300, 450)])
 def test_images_of_any_size_give_what_the_model_gives(exported, trained_run, name, size):
     images = np.random.default_rng(0).integers(0, 256, (3, *size, 3), dtype=np.uint8)
-    found = RUN[name](exported[name])(images)
-    assert np.abs(found - load_model(trained_run, device="cpu").predict(images)).max() < 1e-4
+    result = RUN[name](exported[name])(images)
+    assert np.abs(result - load_model(trained_run, device="cpu").predict(images)).max() < 1e-4
 
 
 @both
-def test_there_is_one_file_that_tells_nothing_of_this_machine(exported, trained_run, name):
+def test_an_export_is_one_file_without_paths_of_this_machine(exported, trained_run, name):
     assert list(exported[name].parent.iterdir()) == [exported[name]]
     content = exported[name].read_bytes()
     for path in (str(trained_run), str(Path(torch.__file__).parent), str(ROOT)):
         assert path.encode() not in content
 
 
-def test_the_file_says_what_it_is(exported, trained_run):
+def test_the_exported_file_holds_classes_image_size_and_step(exported, trained_run):
     import onnx
 
     model = load_model(trained_run)
@@ -71,7 +71,7 @@ def test_the_file_says_what_it_is(exported, trained_run):
     assert json.loads(properties[ABOUT]) == about
 
 
-def test_the_torch_file_needs_torch_alone(exported, tmp_path):
+def test_the_torch_file_needs_only_torch(exported, tmp_path):
     code = (
         "import sys\n"
         "sys.modules |= dict.fromkeys(['mnistm_dist', 'torchvision', 'accelerate'])\n"
@@ -83,13 +83,13 @@ def test_the_torch_file_needs_torch_alone(exported, tmp_path):
     assert done.stdout.strip() == "(3, 10)", done.stderr
 
 
-def test_the_torch_file_is_not_tied_to_the_cpu(exported):
+def test_the_torch_file_is_not_bound_to_the_cpu(exported):
     program = torch.export.load(exported["torch"])
     assert "device(" not in str(program.graph)
     assert "assert" not in str(program.graph)
 
 
-def test_a_file_that_is_there_is_replaced_only_by_force(exported, trained_run, run_main, tmp_path):
+def test_an_existing_file_is_replaced_only_with_force(exported, trained_run, run_main, tmp_path):
     (tmp_path / "model.pt2").write_text("mine")
     flags = [trained_run, "--to", "torch", "--out", "model.pt2"]
     assert "--force" in error_of(run_main(main, *flags))
@@ -98,7 +98,7 @@ def test_a_file_that_is_there_is_replaced_only_by_force(exported, trained_run, r
     assert run_torch(tmp_path / "model.pt2")(np.zeros((1, 28, 28, 3), np.uint8)).shape == (1, 10)
 
 
-def test_a_file_that_does_not_give_what_the_model_gives_is_not_kept(trained_run, run_main, tmp_path):
+def test_an_export_that_differs_from_the_model_is_removed(trained_run, run_main, tmp_path):
     """A model that gives NaN gives nothing that can be compared."""
     run = shutil.copytree(trained_run, tmp_path / "run")
     for checkpoint in (run / "checkpoints").iterdir():
@@ -117,7 +117,7 @@ def test_a_file_that_does_not_give_what_the_model_gives_is_not_kept(trained_run,
     assert not list(out.iterdir())
 
 
-def test_the_comparison_sees_one_wrong_probability(trained_run, val_images):
+def test_the_comparison_detects_one_wrong_probability(trained_run, val_images):
     model = load_model(trained_run, device="cpu")
 
     def wrong(batch: np.ndarray) -> np.ndarray:

@@ -34,7 +34,7 @@ def run_folder(place: Path, shards: Path, **fields: object) -> Path:
 @pytest.mark.parametrize(
     ("order", "reading"), [("full", "resident"), ("windowed", "resident"), ("windowed", "streaming")]
 )
-def test_plan_names_what_every_rank_is_given(world_size, order, reading, run_main, small_set, cache_dir, tmp_path):
+def test_plan_names_the_images_of_every_rank(world_size, order, reading, run_main, small_set, cache_dir, tmp_path):
     run = run_folder(tmp_path / "run", small_set, order=order, reader=reading, shuffle_streams=8, shuffle_window=20)
     config = configuration.load(run / "config.yaml")
     shards = open_shards(str(small_set), cache_dir=cache_dir)

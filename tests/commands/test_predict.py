@@ -28,14 +28,14 @@ def val(small_set, tmp_path_factory) -> Path:
 
 
 def test_the_pngs_of_val_give_the_predictions_of_the_evaluation(trained_run, val, run_command):
-    found = list(
+    result = list(
         csv.reader(output_of(run_command("predict", trained_run, val, "--csv", "--batch-size", "40")).splitlines())
     )
     written = list(csv.reader((trained_run / "predictions_val.csv").read_text().splitlines()))
-    assert found[0] == ["file", "predicted", "probability", *written[0][3:]]
+    assert result[0] == ["file", "predicted", "probability", *written[0][3:]]
     expected = {row[0]: row for row in written[1:]}
-    assert [Path(row[0]).stem for row in found[1:]] == sorted(expected)
-    for row in found[1:]:
+    assert [Path(row[0]).stem for row in result[1:]] == sorted(expected)
+    for row in result[1:]:
         of_evaluation = expected[Path(row[0]).stem]
         assert row[1] == of_evaluation[2]
         assert np.allclose(np.float64(row[3:]), np.float64(of_evaluation[3:]), rtol=0, atol=1e-4)
@@ -45,10 +45,10 @@ def test_the_pngs_of_val_give_the_predictions_of_the_evaluation(trained_run, val
 def test_json_is_exactly_what_other_programs_expect(trained_run, val, run_main):
     files = sorted(val.iterdir())[:3]
     done = run_main(main, trained_run, *files, "--json")
-    found = json.loads(output_of(done))
+    result = json.loads(output_of(done))
     assert done.stderr == ""
-    assert [row["file"] for row in found] == [str(file) for file in files]
-    for row in found:
+    assert [row["file"] for row in result] == [str(file) for file in files]
+    for row in result:
         assert list(row) == ["file", "predicted", "probability", "probabilities"]
         assert type(row["predicted"]) is int
         assert len(row["probabilities"]) == 10
@@ -58,8 +58,8 @@ def test_json_is_exactly_what_other_programs_expect(trained_run, val, run_main):
 def test_in_a_pipe_there_is_a_plain_line_for_each_file(trained_run, val, run_main):
     files = sorted(val.iterdir())[:3]
     lines = [line.split("  ") for line in output_of(run_main(main, trained_run, *files)).splitlines()]
-    found = json.loads(output_of(run_main(main, trained_run, *files, "--json")))
-    assert lines == [[str(row["predicted"]), f"{row['probability']:.4f}", row["file"]] for row in found]
+    result = json.loads(output_of(run_main(main, trained_run, *files, "--json")))
+    assert lines == [[str(row["predicted"]), f"{row['probability']:.4f}", row["file"]] for row in result]
 
 
 def test_in_a_terminal_there_is_a_table(trained_run, val, run_main, monkeypatch):
@@ -101,12 +101,12 @@ def test_pictures_of_any_size_and_mode_go_together(trained_run, val, run_main, t
     image.convert("RGBA").resize((300, 100)).save(folder / "wide.webp")
     image.resize((1, 1)).save(folder / "dot.bmp")
     image.resize((3000, 2000)).save(folder / "large.jpg")
-    found = json.loads(output_of(run_main(main, trained_run, "any", "--json")))
+    result = json.loads(output_of(run_main(main, trained_run, "any", "--json")))
     names = ["cmyk.jpg", "dot.bmp", "grey.png", "large.jpg", "palette.gif", "wide.webp"]
-    assert [row["file"] for row in found] == [f"any/{name}" for name in names]
+    assert [row["file"] for row in result] == [f"any/{name}" for name in names]
 
 
-def test_a_files_name_is_never_obeyed_or_lost(trained_run, val, run_main, tmp_path):
+def test_control_characters_in_file_names_are_escaped_and_every_name_is_kept(trained_run, val, run_main, tmp_path):
     """Escape codes, a line break, rich's markup, and bytes that are no Unicode."""
     names = [b"\x1b[31mred.png", b"two\nlines.png", b"[bold]x.png", b"\xff.png"]
     folder = tmp_path / "odd"
@@ -116,8 +116,8 @@ def test_a_files_name_is_never_obeyed_or_lost(trained_run, val, run_main, tmp_pa
     plain = output_of(run_main(main, trained_run, "odd"))
     assert len(plain.splitlines()) == len(names)
     assert "\x1b" not in plain
-    found = json.loads(output_of(run_main(main, trained_run, "odd", "--json")))
-    assert sorted(os.fsencode(row["file"]) for row in found) == sorted(b"odd/" + name for name in names)
+    result = json.loads(output_of(run_main(main, trained_run, "odd", "--json")))
+    assert sorted(os.fsencode(row["file"]) for row in result) == sorted(b"odd/" + name for name in names)
 
 
 def test_a_reader_that_closes_the_pipe_is_no_error(trained_run, val, environment):

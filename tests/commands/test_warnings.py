@@ -14,7 +14,6 @@ COMMANDS = {
     "evaluate": ("evaluate", "RUN"),
     "predict": ("predict", "RUN", ROOT / "docs" / "report.png"),
     "export to torch": ("export", "RUN", "--to", "torch", "--out", "model.pt2"),
-    "export to onnx": ("export", "RUN", "--to", "onnx", "--out", "model.onnx"),
     "report": ("report", "RUN"),
     "cache": ("cache", "list"),
 }
@@ -22,11 +21,11 @@ COMMANDS = {
 
 def without_a_warning(done: subprocess.CompletedProcess[str]) -> None:
     """Check that a command succeeded without a warning on either stream."""
-    said = output_of(done) + done.stderr
-    assert "warning" not in said.lower(), said
+    message = output_of(done) + done.stderr
+    assert "warning" not in message.lower(), message
 
 
-def test_no_import_warns_even_of_what_is_deprecated():
+def test_no_import_warns_of_a_deprecation():
     """In a fresh interpreter, where every import of the package and of what it stands on is a first one."""
     files = sorted(path.relative_to(ROOT).with_suffix("") for path in (ROOT / "mnistm_dist").rglob("*.py"))
     names = [".".join(file.parts).removesuffix(".__init__") for file in files]
@@ -35,17 +34,15 @@ def test_no_import_warns_even_of_what_is_deprecated():
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_a_training_says_no_warning(run_command, small_set, world_size):
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_training_prints_no_warning(run_command, small_set, world_size):
     """With its report, and W&B offline, as it is on a machine without a network."""
     places = ("--shards", small_set, "--run-dir", "run")
     without_a_warning(run_command("train", *places, *SHORT, world_size=world_size, WANDB_MODE="offline"))
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_no_other_door_says_a_warning(run_command, small_set, trained_run, tmp_path, name):
-    if "onnx" in name:
-        pytest.importorskip("onnxruntime", reason='needs pip install "mnistm-dist[export]"')
+def test_no_other_command_prints_a_warning(run_command, small_set, trained_run, tmp_path, name):
     run = shutil.copytree(trained_run, tmp_path / "run")
     first, *arguments = COMMANDS[name]
     places = {"SET": small_set, "RUN": run}

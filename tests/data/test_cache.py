@@ -146,11 +146,11 @@ def test_processes_that_come_together_decode_once(small_set, tmp_path):
     processes = [server().Process(target=count_decoded, args=(small_set, tmp_path, ready, answers)) for _ in range(2)]
     for process in processes:
         process.start()
-    found = [answers.get(timeout=120) for _ in processes]
+    result = [answers.get(timeout=120) for _ in processes]
     for process in processes:
         process.join()
-    assert sum(count for count, _ in found) == 1
-    assert len({total for _, total in found}) == 1
+    assert sum(count for count, _ in result) == 1
+    assert len({total for _, total in result}) == 1
 
 
 @pytest.fixture
@@ -213,7 +213,7 @@ def test_the_cache_folder_is_chosen_from_the_environment(variables, place, monke
     assert choose_cache_dir(None) == Path(place)
 
 
-def test_the_command_lists_and_clears(run_main, small_set, tmp_path):
+def test_the_cache_command_lists_and_clears(run_main, small_set, tmp_path):
     cache_dir = tmp_path / "cache"
     pack(tiny_source(), tmp_path / "set")
     for folder in (small_set, tmp_path / "set"):

@@ -147,7 +147,7 @@ def test_a_wrong_file_or_a_failing_server_is_named(served, packed, tmp_path, mis
 
 
 @pytest.mark.parametrize("manifest", [b"<html>Welcome to the hotel</html>", b"{}", b""])
-def test_a_page_in_place_of_the_manifest_is_refused(served, tmp_path, manifest):
+def test_a_web_page_in_place_of_the_manifest_is_refused(served, tmp_path, manifest):
     served.lies = {"manifest.json": manifest}
     assert f"{served.address}/manifest.json" in refusal(served.address, tmp_path / "cache")
 

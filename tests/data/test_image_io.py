@@ -106,7 +106,7 @@ def test_an_rgb_picture_keeps_its_pixels(tmp_path_factory, height, width, seed):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_every_mode_is_converted_to_the_rgb_that_one_sees(tmp_path, name, image, expected):
+def test_every_mode_is_converted_to_the_visible_rgb(tmp_path, name, image, expected):
     if image == "lossless":
         Image.fromarray(RGB).save(tmp_path / name, lossless=True)
     else:
@@ -140,7 +140,7 @@ def test_the_first_frame_of_an_animation_is_read(tmp_path):
     assert read_picture(tmp_path / "film.gif").max() == 0
 
 
-def test_a_huge_picture_is_averaged_down_and_a_large_one_is_not():
+def test_a_huge_picture_is_reduced_and_a_large_one_is_not():
     side = LARGE_SIDE
     huge = np.zeros((3, 2 * side, 3), np.uint8)
     huge[:, ::2] = 200
@@ -192,9 +192,9 @@ def test_folders_are_walked_in_sorted_order(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     complaints: list[str] = []
-    found = find_pictures([tmp_path / "c" / "d" / "4.webp", tmp_path, "nowhere"], complaints.append)
+    result = find_pictures([tmp_path / "c" / "d" / "4.webp", tmp_path, "nowhere"], complaints.append)
     names = ["c/d/4.webp", "a.png", "b/1.png", "b/2.JPG", "c/d/4.webp"]
-    assert list(found) == [*(tmp_path / name for name in names), Path("nowhere")]
+    assert list(result) == [*(tmp_path / name for name in names), Path("nowhere")]
     assert not complaints
 
 

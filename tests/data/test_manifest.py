@@ -32,7 +32,7 @@ def test_the_identity_does_not_depend_on_where_the_images_came_from(tiny_copy: P
     assert ShardSet.open(tiny_copy).manifest.identity == before
 
 
-def test_the_identity_of_version_1_is_this() -> None:
+def test_the_identity_of_version_1_is_golden() -> None:
     """A golden value: the cache, runs and reports name sets by it."""
     file = {"name": "a.tar", "size": 1, "sha256": "0" * 64}
     split = {

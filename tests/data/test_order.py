@@ -144,15 +144,15 @@ def test_accumulation_is_derived_or_refused_with_the_nearest_values(k, world, mi
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ({"batch_size": 256, "world_size": 3, "micro_batch": 64}, "255 and 258"),
         ({"batch_size": 256, "world_size": 2, "micro_batch": 48}, "micro_batch 32 and 64 or batch_size 192 and 288"),
         ({"batch_size": 2, "world_size": 4, "micro_batch": 1}, "the nearest that fit are 4"),
     ],
 )
-def test_the_nearest_values_that_fit_are_named(arguments, said):
-    with pytest.raises(UserError, match=said):
+def test_the_nearest_values_that_fit_are_named(arguments, message):
+    with pytest.raises(UserError, match=message):
         accumulation(**arguments)
 
 
@@ -190,7 +190,7 @@ def p_value(counts: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("size", [2, 3, 5, 8, 10, 16, 30])
-def test_over_many_keys_pairs_of_values_go_to_any_pair_alike(size):
+def test_over_many_keys_pairs_of_values_are_mapped_uniformly(size):
     """A chi-square test of every pair of values: no pair keeps a relation, even in the smallest permutations."""
     keys = derive_key(3, 9, np.arange(40_000))
     images = [permute(np.full(len(keys), value), size, keys) for value in range(size)]
@@ -203,7 +203,7 @@ def test_over_many_keys_pairs_of_values_go_to_any_pair_alike(size):
 
 
 @pytest.mark.parametrize("size", [1009, 55_000, 10**8])
-def test_neighbours_are_not_neighbours_after_it(size):
+def test_neighbours_are_not_neighbours_after_the_permutation(size):
     """Differences of the images of neighbours, over a keyed set of places, fall into equal parts of the range alike."""
     places = permute(np.arange(min(size - 1, 20_000)), size - 1, 77)
     gaps = (permute(places + 1, size, 5) - permute(places, size, 5)) % size

@@ -60,7 +60,7 @@ def test_a_missing_split_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "found"),
+    ("name", "result"),
     [
         ("none", "no such folder"),
         ("empty", "no manifest.json in it"),
@@ -69,10 +69,10 @@ def test_a_missing_split_is_named(tmp_path: Path) -> None:
         ("a" * 300, "too long"),
     ],
 )
-def test_a_path_without_a_packed_set_is_refused(tmp_path: Path, name: str, found: str) -> None:
+def test_a_path_without_a_packed_set_is_refused(tmp_path: Path, name: str, result: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("text")
-    with pytest.raises(UserError, match=found):
+    with pytest.raises(UserError, match=result):
         ShardSet.open(tmp_path / name)
 
 

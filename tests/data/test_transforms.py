@@ -51,7 +51,7 @@ def test_without_augmentation_training_sees_what_evaluation_sees():
     assert torch.equal(augment(images(4), np.arange(4), 48), preprocess(images(4), 48))
 
 
-def test_moving_by_nothing_is_resizing():
+def test_a_warp_by_zero_is_a_resize():
     preprocess = Preprocess(MEAN, STD)
     still = Augment(AugmentConfig(shift=1e-9), preprocess, seed=0)
     assert torch.allclose(still(images(4), np.arange(4), 64), preprocess(images(4), 64), atol=1e-4)
@@ -100,7 +100,7 @@ def test_a_shift_moves_the_image_by_at_most_its_pixels():
 
 
 @pytest.mark.parametrize(("config", "draw", "sign"), [({"rotate": 30}, 2, 1), ({"shear": 30}, 9, -1)])
-def test_an_upright_line_leans_by_the_angle_that_was_drawn(config, draw, sign):
+def test_a_shear_tilts_a_line_by_the_angle_that_was_drawn(config, draw, sign):
     line = torch.zeros(16, 64, 64, 3, dtype=torch.uint8)
     line[:, :, 31:33] = 255
     positions = np.arange(16)
@@ -114,7 +114,7 @@ def test_an_upright_line_leans_by_the_angle_that_was_drawn(config, draw, sign):
     np.testing.assert_allclose(leaning.numpy(), sign * np.tan(angles), atol=0.02)
 
 
-def test_an_elastic_bend_moves_the_points_as_drawn_and_all_between_smoothly():
+def test_an_elastic_displacement_moves_the_points_as_drawn_and_is_smooth_between_them():
     draws = torch.from_numpy(uniform(3, np.arange(8), 2 * POINTS**2))
     moved = elastic_displacement(draws, 0.2, 0.1, 61)
     assert moved.shape == (8, 61, 61, 2)
@@ -124,7 +124,7 @@ def test_an_elastic_bend_moves_the_points_as_drawn_and_all_between_smoothly():
     assert moved.diff(dim=1).abs().max() < 0.06  # of a range of 0.4, over 15 pixels between two points
 
 
-def test_an_elastic_bend_keeps_to_its_pixels():
+def test_an_elastic_displacement_is_at_most_its_pixels():
     dot = torch.zeros(64, 32, 32, 3, dtype=torch.uint8)
     dot[:, 15:17, 15:17] = 255
     moved = Augment(AugmentConfig(elastic=2), Preprocess((0, 0, 0), (1, 1, 1)), seed=0)(dot, np.arange(64), 32)[:, 0]

@@ -53,15 +53,15 @@ def test_exactly_the_damaged_file_is_named(
     folder: Path, name: str, damage: Callable[[Path], None], status: str
 ) -> None:
     damage(folder / name)
-    assert {found: status for found, status in statuses(folder).items() if status != "ok"} == {name: status}
+    assert {result: status for result, status in statuses(folder).items() if status != "ok"} == {name: status}
 
 
 def test_all_damage_is_listed_at_once(folder: Path) -> None:
     cut_it(folder / "train-000000.tar")
     change_it(folder / "train-000001.tar")
     (folder / "train-000002.tar").rename(folder / "train-000003.tar")
-    found = {name: status for name, status in statuses(folder).items() if status != "ok"}
-    assert found == {
+    result = {name: status for name, status in statuses(folder).items() if status != "ok"}
+    assert result == {
         "train-000000.tar": "truncated",
         "train-000001.tar": "changed",
         "train-000002.tar": "missing",
@@ -168,9 +168,9 @@ FORGERIES = {
 def test_a_forgery_with_a_matching_manifest_is_found(folder: Path, forge: Callable[[Path], None], name: str) -> None:
     forge(folder)
     sign_files(folder)
-    (found,) = (finding for finding in inspect(ShardSet.open(folder)) if finding.status != "ok")
-    assert (found.name, found.status) == (name, "changed")
-    assert re.search(r"\.(png|cls) is not as the index says|does not end after its last member", found.detail)
+    (result,) = (finding for finding in inspect(ShardSet.open(folder)) if finding.status != "ok")
+    assert (result.name, result.status) == (name, "changed")
+    assert re.search(r"\.(png|cls) is not as the index says|does not end after its last member", result.detail)
 
 
 def swap_counts(value: dict[str, Any]) -> None:
@@ -191,9 +191,9 @@ LIES = {
 @pytest.mark.parametrize(("lie", "named"), LIES.values(), ids=LIES)
 def test_a_manifest_that_does_not_match_the_images_is_found(folder: Path, lie: Any, named: str) -> None:
     edit_manifest(folder, lie)
-    found = [finding for finding in inspect(ShardSet.open(folder)) if finding.status != "ok"]
-    assert [finding.name for finding in found] == ["manifest.json"]
-    assert named in found[0].detail
+    result = [finding for finding in inspect(ShardSet.open(folder)) if finding.status != "ok"]
+    assert [finding.name for finding in result] == ["manifest.json"]
+    assert named in result[0].detail
 
 
 def test_a_broken_image_is_named(tmp_path: Path) -> None:
@@ -204,9 +204,9 @@ def test_a_broken_image_is_named(tmp_path: Path) -> None:
     data[512 : 512 + size] = bad.ljust(size, b"\0")[:size]
     path.write_bytes(data)
     sign_files(tmp_path / "set")
-    found = [finding for finding in inspect(ShardSet.open(tmp_path / "set")) if finding.status != "ok"]
-    assert [finding.name for finding in found] == ["manifest.json"]
-    assert ".png of val: a PNG of 8 bits, grey" in found[0].detail
+    result = [finding for finding in inspect(ShardSet.open(tmp_path / "set")) if finding.status != "ok"]
+    assert [finding.name for finding in result] == ["manifest.json"]
+    assert ".png of val: a PNG of 8 bits, grey" in result[0].detail
 
 
 def test_progress_counts_images_to_the_end(folder: Path) -> None:

@@ -26,14 +26,14 @@ class Row:
     """What the line names."""
     step: int
     world_size: int = 1
-    usual: bool = False
+    fast: bool = False
 
     def __str__(self) -> str:
         return f"{self.phase}, {self.world_size}"
 
 
 TABLE = (
-    Row(phase="saving", named="checkpoint disk/run/checkpoints/step-00000006", step=6, usual=True),
+    Row(phase="saving", named="checkpoint disk/run/checkpoints/step-00000006", step=6, fast=True),
     Row(phase="saving", named="checkpoint disk/run/checkpoints/step-00000006", step=6, world_size=2),
     Row(phase="training", named="checkpoint disk/run/checkpoints/step-00000009", step=9),
     Row(phase="predicting", named="run folder disk/run", step=STEPS),
@@ -44,7 +44,7 @@ TABLE = (
 
 
 @pytest.mark.parametrize(
-    "row", [pytest.param(row, id=str(row), marks=() if row.usual else pytest.mark.soak) for row in TABLE]
+    "row", [pytest.param(row, id=str(row), marks=() if row.fast else pytest.mark.slow) for row in TABLE]
 )
 def test_a_disk_that_fills_up_ends_the_run_with_one_line_and_with_room_it_ends_the_same(
     run_command, small_set, tmp_path, mounted, uninterrupted, row
@@ -81,7 +81,7 @@ def test_figures_and_reports_on_a_full_disk_are_refused_and_leave_nothing(run_ma
     assert list(disk.iterdir()) == []
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["onnx", "torch"])
 def test_an_export_to_a_full_disk_is_refused_and_leaves_nothing(run_main, trained_run, mounted, target):
     from mnistm_dist.export import main as export
@@ -115,7 +115,7 @@ def test_a_result_that_is_piped_to_a_full_disk_is_refused(environment, tmp_path,
     assert "standard output: cannot be written (No space left on device)" in error_of(done)
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["--csv", "--json"])
 def test_predictions_that_are_piped_to_a_full_disk_are_refused(environment, tmp_path, trained_run, val_images, form):
     from PIL import Image
@@ -125,7 +125,8 @@ def test_predictions_that_are_piped_to_a_full_disk_are_refused(environment, tmp_
     assert "standard output: cannot be written (No space left on device)" in error_of(done)
 
 
-def test_a_run_whose_log_is_on_a_full_disk_goes_on_to_its_end(environment, tmp_path, small_set, uninterrupted):
+@pytest.mark.slow
+def test_a_run_whose_log_is_on_a_full_disk_finishes(environment, tmp_path, small_set, uninterrupted):
     """What a batch job prints may lie on another disk than the run folder."""
     done = to_full_disk(environment, tmp_path, "train", "--shards", small_set, "--run-dir", "run", *FLAGS)
     assert error_lines(done.stderr) == []
@@ -133,7 +134,8 @@ def test_a_run_whose_log_is_on_a_full_disk_goes_on_to_its_end(environment, tmp_p
     assert_ended_alike(tmp_path / "run", uninterrupted())
 
 
-@pytest.mark.parametrize("extra", [(), pytest.param(STREAMING, marks=pytest.mark.soak)], ids=["resident", "streaming"])
+@pytest.mark.slow
+@pytest.mark.parametrize("extra", [(), pytest.param(STREAMING, marks=pytest.mark.slow)], ids=["resident", "streaming"])
 def test_read_only_shards_train_as_others_do(run_command, small_set, tmp_path, mounted, uninterrupted, extra):
     shards = mounted("shards", of=small_set)
     with pytest.raises(OSError):
@@ -143,7 +145,7 @@ def test_read_only_shards_train_as_others_do(run_command, small_set, tmp_path, m
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == STEPS
 
 
-def test_a_shards_folder_that_can_only_be_read_takes_no_sample(run_command, tmp_path, mounted):
+def test_the_sample_is_not_packed_into_a_read_only_folder(run_command, tmp_path, mounted):
     (tmp_path / "empty").mkdir()
     mounted("shards", of=tmp_path / "empty")
     line = error_of(run_command("train", "--run-dir", "run", *FLAGS))

@@ -28,8 +28,8 @@ class Row:
     world_size: int
     step: int
     """What state.json tells of when another process is left to tell it."""
-    usual: bool = False
-    """Whether it belongs to the usual suite."""
+    fast: bool = False
+    """Whether it belongs to the fast tests."""
 
     def __str__(self) -> str:
         return f"{self.phase}, rank {self.rank} of {self.world_size}"
@@ -44,7 +44,7 @@ TABLE = (
     Row(phase="drawing", rank=0, world_size=1, step=0),
     Row(phase="summing up", rank=0, world_size=1, step=0),
     Row(phase="reporting", rank=0, world_size=1, step=0),
-    Row(phase="training", rank=0, world_size=2, step=8, usual=True),
+    Row(phase="training", rank=0, world_size=2, step=8, fast=True),
     Row(phase="training", rank=1, world_size=2, step=8),
     Row(phase="saving", rank=0, world_size=2, step=6),
     Row(phase="evaluating", rank=0, world_size=2, step=10),
@@ -62,12 +62,12 @@ SILENT = (
 
 
 def rows(table: tuple[Row, ...]) -> list:
-    return [pytest.param(row, id=str(row), marks=() if row.usual else pytest.mark.soak) for row in table]
+    return [pytest.param(row, id=str(row), marks=() if row.fast else pytest.mark.slow) for row in table]
 
 
-def launch(start, small_set, row: Row, fault: str, *more: str):
+def launch(start, small_set, row: Row, fault: str, *extra: str):
     where = {"FAULT": fault, "FAULT_PHASE": row.phase, "FAULT_RANK": str(row.rank)}
-    flags = ("--shards", small_set, "--run-dir", "run", "--cache-dir", "cache", "--resume", "auto", *FLAGS, *more)
+    flags = ("--shards", small_set, "--run-dir", "run", "--cache-dir", "cache", "--resume", "auto", *FLAGS, *extra)
     return start("train", *flags, world_size=row.world_size, before="injected:in_phase", **where)
 
 
@@ -79,18 +79,18 @@ def goes_on(run_command, small_set, tmp_path, row: Row, uninterrupted) -> None:
 
 
 @pytest.mark.parametrize("row", rows(TABLE))
-def test_a_killed_process_is_told_by_those_that_are_left_and_the_run_ends_the_same(
+def test_the_remaining_processes_report_a_killed_one_and_the_resumed_run_ends_the_same(
     start, run_command, small_set, tmp_path, uninterrupted, row
 ):
     done = launch(start, small_set, row, "SIGKILL").wait(100)
     assert done.returncode == (137 if row.world_size > 1 else -signal.SIGKILL)
-    state, said = read_state(tmp_path / "run"), error_lines(done.stderr)
+    state, message = read_state(tmp_path / "run"), error_lines(done.stderr)
     assert not is_locked(tmp_path / "run")
     if row.world_size == 1:
-        assert said == []
+        assert message == []
         assert state is None or state["state"] == "running"
     else:
-        (line,) = said
+        (line,) = message
         assert f"rank {1 - row.rank} on" in line
         assert "another process of the run was killed" in line
         assert "--resume auto" in line
@@ -100,7 +100,7 @@ def test_a_killed_process_is_told_by_those_that_are_left_and_the_run_ends_the_sa
 
 
 @pytest.mark.parametrize("row", rows(SILENT))
-def test_a_process_that_falls_silent_is_given_up_after_the_collective_timeout(
+def test_a_process_that_stops_responding_is_reported_after_the_collective_timeout(
     start, run_command, small_set, tmp_path, uninterrupted, row
 ):
     """As a node that vanishes from the network: no connection is closed."""
@@ -117,6 +117,7 @@ def test_a_process_that_falls_silent_is_given_up_after_the_collective_timeout(
     goes_on(run_command, small_set, tmp_path, row, uninterrupted)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(available_cores() == 1, reason="one core: pack works without workers")
 def test_a_worker_of_pack_that_is_killed_ends_it_with_one_line_and_leaves_nothing(environment, tmp_path):
     command = [sys.executable, "-m", "mnistm_dist.pack", "sample", "--out", "set"]

@@ -37,7 +37,9 @@ def test_of_two_jobs_that_start_in_one_folder_one_trains(start, small_set, tmp_p
     assert_ended_alike(tmp_path / "run", uninterrupted())
 
 
-def test_a_job_that_comes_late_to_a_folder_throws_nothing_away(start, run_command, small_set, tmp_path, uninterrupted):
+def test_a_job_that_acquires_the_folder_late_keeps_the_training_of_the_other(
+    start, run_command, small_set, tmp_path, uninterrupted
+):
     """It looked into the folder before the other began, and waited for its data while the other trained."""
     flags = ("--shards", small_set, "--run-dir", "run", "--resume", "auto", *FLAGS)
     late = start("train", *flags, before="injected:in_phase", FAULT="wait", FAULT_PHASE="opening")
@@ -48,6 +50,7 @@ def test_a_job_that_comes_late_to_a_folder_throws_nothing_away(start, run_comman
     assert_ended_alike(tmp_path / "run", uninterrupted())
 
 
+@pytest.mark.slow
 def test_a_job_that_waits_for_a_cache_takes_over_when_the_one_that_writes_it_is_killed(
     start, small_set, tmp_path, uninterrupted
 ):
@@ -66,15 +69,15 @@ def test_a_job_that_waits_for_a_cache_takes_over_when_the_one_that_writes_it_is_
     assert not list((tmp_path / "cache").rglob("*.partial"))
 
 
-def altered_run(run_command, small_set, tmp_path, *more: str):
+def altered_run(run_command, small_set, tmp_path, *extra: str):
     """A run whose shards are altered at its ninth step, and how it ended."""
     shutil.copytree(small_set, tmp_path / "altered")
-    flags = ("--shards", "altered", "--run-dir", "run", "--cache-dir", "cache", "--resume", "auto", *FLAGS, *more)
+    flags = ("--shards", "altered", "--run-dir", "run", "--cache-dir", "cache", "--resume", "auto", *FLAGS, *extra)
     fault = {"FAULT": "altered shards", "FAULT_PHASE": "training"}
     return flags, run_command("train", *flags, before="injected:in_phase", timeout=100, **fault)
 
 
-def test_shards_that_are_altered_under_a_resident_run_change_nothing_and_the_next_launch_names_one(
+def test_modified_shards_do_not_change_a_resident_run_and_the_next_launch_names_one(
     run_command, small_set, tmp_path, uninterrupted
 ):
     flags, done = altered_run(run_command, small_set, tmp_path)
@@ -84,7 +87,7 @@ def test_shards_that_are_altered_under_a_resident_run_change_nothing_and_the_nex
     assert not (tmp_path / "another").exists()
 
 
-def test_shards_that_are_altered_under_a_streaming_run_are_named_and_whole_again_it_ends_the_same(
+def test_modified_shards_end_a_streaming_run_by_name_and_once_restored_it_ends_the_same(
     run_command, small_set, tmp_path, uninterrupted
 ):
     flags, done = altered_run(run_command, small_set, tmp_path, *STREAMING)
@@ -101,6 +104,7 @@ def test_shards_that_are_altered_under_a_streaming_run_are_named_and_whole_again
     assert_ended_alike(tmp_path / "run", uninterrupted(1, *STREAMING))
 
 
+@pytest.mark.slow
 def test_a_run_whose_wandb_settings_are_refused_is_offline_and_ends_the_same(
     run_command, small_set, tmp_path, uninterrupted
 ):
@@ -112,7 +116,7 @@ def test_a_run_whose_wandb_settings_are_refused_is_offline_and_ends_the_same(
     assert_ended_alike(tmp_path / "run", uninterrupted())
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 def test_a_run_whose_wandb_server_hangs_ends_the_same_half_a_minute_later_at_most(
     run_command, small_set, tmp_path, uninterrupted
 ):
@@ -125,8 +129,8 @@ def test_a_run_whose_wandb_server_hangs_ends_the_same_half_a_minute_later_at_mos
             "HOME": str(tmp_path),
         }
         done = run_command("train", "--shards", small_set, "--run-dir", "run", *flags, "--tracker", "wandb", **keys)
-    said = output_of(done)
-    assert "W&B is offline (" in said
+    message = output_of(done)
+    assert "W&B is offline (" in message
     assert error_lines(done.stderr) == []
     shutil.rmtree(tmp_path / "run" / "wandb")
     assert_ended_alike(tmp_path / "run", uninterrupted())

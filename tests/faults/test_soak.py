@@ -151,15 +151,15 @@ def test_memory_handles_and_disk_stay_flat(environment, tmp_path, small_set):
     # A launch's first third is its start; one that was cut short has no thirds to compare.
     long = [group for group in of_launch if len(group) >= 15 and group[-1].step > group[0].step]
     assert long, f"no launch trained for 15 s: {out / 'soak.csv'}"
-    words = [
+    parts = [
         f"{samples[-1].seconds:.0f} s, {max(sample.step for sample in samples)} steps, {len(of_launch) - 1} restarts"
     ]
     for name in ("memory_mb", "handles", "disk_mb"):
         for size in (1, 2):
-            ours = [thirds(group, lambda s: getattr(s, name)) for group in long if group[0].processes == size]  # noqa: B023
-            if ours:
-                words.append(f"{name} at {size}: {ours[0][0]:.1f} -> {ours[-1][1]:.1f}")
-    text = "; ".join(words)
+            left = [thirds(group, lambda s: getattr(s, name)) for group in long if group[0].processes == size]  # noqa: B023
+            if left:
+                parts.append(f"{name} at {size}: {left[0][0]:.1f} -> {left[-1][1]:.1f}")
+    text = "; ".join(parts)
     (out / "soak.txt").write_text(text + "\n")
     print(f"{text}; {out / 'soak.csv'}")
     for group in long:

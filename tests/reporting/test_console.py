@@ -58,18 +58,18 @@ def rows(raw: str) -> list[str]:
     return MOVE.sub("\n", COLOUR.sub("", raw)).split("\n")
 
 
-def environment(**more: str) -> dict[str, str]:
+def environment(**extra: str) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES")}
-    return {**kept, "PYTHONUNBUFFERED": "", **more}
+    return {**kept, "PYTHONUNBUFFERED": "", **extra}
 
 
-def in_terminal(columns: int = 80, **more: str) -> str:
+def in_terminal(columns: int = 80, **extra: str) -> str:
     """Return what the story writes to a pseudo-terminal."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     command = [sys.executable, "-c", STORY]
     with subprocess.Popen(
-        command, stdin=slave, stdout=slave, stderr=slave, env=environment(TERM="xterm-256color", **more)
+        command, stdin=slave, stdout=slave, stderr=slave, env=environment(TERM="xterm-256color", **extra)
     ) as process:
         os.close(slave)
         pieces = []
@@ -86,8 +86,8 @@ def in_terminal(columns: int = 80, **more: str) -> str:
     return b"".join(pieces).decode()
 
 
-def in_pipe(**more: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", STORY], capture_output=True, text=True, env=environment(**more))
+def in_pipe(**extra: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", STORY], capture_output=True, text=True, env=environment(**extra))
 
 
 def test_a_pipe_gets_plain_lines_with_the_time_and_no_control_codes() -> None:
@@ -181,7 +181,7 @@ def test_the_log_of_a_killed_job_is_complete(tmp_path: Path) -> None:
     assert (tmp_path / "log").read_text().endswith("the last line\n")
 
 
-def test_a_reader_that_has_gone_does_not_end_the_run() -> None:
+def test_a_closed_pipe_does_not_end_the_run() -> None:
     script = (
         "import sys; from mnistm_dist.reporting.console import Console\nconsole = Console()\n"
         "for i in range(20000): console.line(str(i))\nprint('trained to the end', file=sys.stderr)"

@@ -126,7 +126,7 @@ def test_an_error_of_one_in_a_thousand_is_as_visible_as_the_largest() -> None:
         (36, 400, "Mistakes: the 36 most confident of 400"),
     ],
 )
-def test_the_figure_of_mistakes_says_how_many_there_are(shown: int, total: int, title: str) -> None:
+def test_the_figure_of_mistakes_shows_their_number(shown: int, total: int, title: str) -> None:
     mistake = Mistake(id=0, key="k", true="4", predicted="9", probability=0.9876, true_probability=0.01)
     figure = figures.mistakes(synthetic_images(np.full(shown, 4), 0), [mistake] * shown, total)
     assert title in texts(figure)

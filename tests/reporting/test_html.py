@@ -225,8 +225,8 @@ def test_help_needs_no_heavy_import() -> None:
 def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     if not (CHROMIUM and CHROMEDRIVER):
         pytest.skip("chromium and chromedriver are not installed")
-    with browser(tmp_path_factory.mktemp("browser") / "profile") as found:
-        yield found
+    with browser(tmp_path_factory.mktemp("browser") / "profile") as result:
+        yield result
 
 
 CONTRAST = """

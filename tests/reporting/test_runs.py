@@ -30,7 +30,7 @@ def change(path: Path, **fields: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
-def test_a_whole_run_misses_nothing(run: Path) -> None:
+def test_a_complete_run_has_nothing_missing(run: Path) -> None:
     assert read(run).missing == ()
 
 
@@ -148,7 +148,7 @@ def test_runs_of_equal_names_are_named_by_their_paths_and_a_run_is_given_once(ru
         read_runs([run, tmp_path / "." / "run"], __version__)
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such run folder"):
         read_run(tmp_path / "nowhere", __version__)
     with pytest.raises(UserError, match="not a run folder; a run folder holds config"):

@@ -167,7 +167,7 @@ def test_a_server_that_dies_during_the_run_does_not_delay_its_end(
     assert [row["step"] for row in history(offline_records(tmp_path))] == list(range(10))
 
 
-def test_the_death_of_wandbs_own_process_does_not_touch_the_run(tmp_path: Path) -> None:
+def test_the_death_of_the_wandb_process_does_not_affect_the_run(tmp_path: Path) -> None:
     script = """
 import os, signal, subprocess, sys, time
 from pathlib import Path

@@ -123,8 +123,8 @@ class Cluster:
 
     def job(self, number: int) -> dict[str, str]:
         """What Slurm knows of a job: JobState, ExitCode ("2:0": exit code, signal), Restarts ..."""
-        words = self.command("scontrol", "show", "job", "--oneliner", number).split()
-        return dict(word.split("=", 1) for word in words if "=" in word)
+        parts = self.command("scontrol", "show", "job", "--oneliner", number).split()
+        return dict(word.split("=", 1) for word in parts if "=" in word)
 
     def wait(self, number: int, *states: str, seconds: float) -> dict[str, str]:
         """The job, once it is in one of the states and nothing of it runs any more."""

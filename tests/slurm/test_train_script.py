@@ -72,15 +72,15 @@ class Job:
         wanted = {f"SLURM_CONF={self.cluster.environment['SLURM_CONF']}", f"SLURM_JOB_ID={self.number}"}
         if rank is not None:
             wanted.add(f"RANK={rank}")
-        found = []
+        result = []
         for path in Path("/proc").glob("[0-9]*/environ"):
             try:
                 variables = path.read_bytes().decode(errors="replace").split("\0")
             except OSError:
                 continue
             if wanted <= set(variables):
-                found.append(int(path.parent.name))
-        return found
+                result.append(int(path.parent.name))
+        return result
 
     def model(self) -> bytes:
         return (self.run / "checkpoints" / f"step-{STEPS:08d}" / "model.safetensors").read_bytes()
@@ -128,27 +128,32 @@ def gpu_cluster():
 
 @pytest.fixture(scope="module")
 def reference(cluster, environment, small_set, tmp_path_factory) -> Job:
-    """A run of two nodes that nobody interrupted, in a folder with a space in its name."""
-    folder = tmp_path_factory.mktemp("reference")
-    job = submit(cluster, environment, folder, "--shards", small_set, *FLAGS, run=folder / "a run")
+    """An uninterrupted run of two nodes."""
+    job = submit(cluster, environment, tmp_path_factory.mktemp("reference"), "--shards", small_set, *FLAGS)
     job.output_of()
     return job
 
 
-def test_two_nodes_train_one_model_when_nothing_but_nodes_is_overridden(reference):
-    summary = json.loads((reference.run / "summary.json").read_text())
-    assert (summary["world_size"], summary["device"], summary["steps"]) == (2, "cpu", STEPS)
+def test_two_nodes_train_one_model_with_only_nodes_overridden(cluster, environment, small_set, tmp_path):
+    """The run folder has a space in its name."""
+    flags = ("--shards", small_set, *FLAGS, "--max-steps", 4)
+    job = submit(cluster, environment, tmp_path, *flags, run=tmp_path / "a run")
+    ended = job.ended()
+    assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), job.log()
+    summary = json.loads((job.run / "summary.json").read_text())
+    assert (summary["world_size"], summary["device"], summary["steps"]) == (2, "cpu", 4)
     assert (summary["val"]["total"], summary["test"]["total"]) == (VAL, TEST)
-    facts = json.loads((reference.run / "environment.json").read_text())
-    assert (facts["slurm_job_id"], facts["slurm_nodes"]) == (str(reference.number), "node[1-2]")
-    log = reference.log()
-    assert f"job {reference.number}, launch 1: nodes node[1-2], processes per node 1, CPUs per process 2" in log
+    run_environment = json.loads((job.run / "environment.json").read_text())
+    assert (run_environment["slurm_job_id"], run_environment["slurm_nodes"]) == (str(job.number), "node[1-2]")
+    log = job.log()
+    assert f"job {job.number}, launch 1: nodes node[1-2], processes per node 1, CPUs per process 2" in log
     assert "GPUs per node 0 (training on CPU)" in log
     assert "CPU (no GPU found)" in log
-    assert reference.launches() == [("start", 2)]
+    assert job.launches() == [("start", 2)]
 
 
-def test_usr1_saves_and_requeues_and_the_same_run_ends_as_if_nothing_had_happened(
+@pytest.mark.slow
+def test_usr1_saves_and_requeues_and_the_run_ends_like_an_uninterrupted_one(
     cluster, environment, small_set, tmp_path, reference
 ):
     job = submit(cluster, environment, tmp_path, "--shards", small_set, *FLAGS)
@@ -167,7 +172,8 @@ def test_usr1_saves_and_requeues_and_the_same_run_ends_as_if_nothing_had_happene
     assert f"job {job.number}, launch 2" in log
 
 
-def test_usr1_that_comes_while_the_trainers_start_is_not_lost(cluster, environment, small_set, tmp_path):
+@pytest.mark.slow
+def test_usr1_during_the_start_of_the_trainers_is_handled(cluster, environment, small_set, tmp_path):
     job = submit(cluster, environment, tmp_path, "--shards", small_set, *FLAGS)
     while not job.processes(rank=0):
         time.sleep(0.05)
@@ -180,12 +186,13 @@ def test_usr1_that_comes_while_the_trainers_start_is_not_lost(cluster, environme
     assert job.ended()["JobState"] == "CANCELLED"
 
 
-def test_scancel_saves_and_ends_the_job_for_good(cluster, environment, small_set, tmp_path):
+@pytest.mark.slow
+def test_scancel_saves_and_ends_the_job(cluster, environment, small_set, tmp_path):
     job = submit(cluster, environment, tmp_path, "--shards", small_set, *FLAGS)
     job.wait_for_step(8)
     cluster.command("scancel", job.number)
-    found = job.ended(seconds=45)
-    assert (found["JobState"], found["Restarts"]) == ("CANCELLED", "0")
+    result = job.ended(seconds=45)
+    assert (result["JobState"], result["Restarts"]) == ("CANCELLED", "0")
     state = read_state(job.run)
     assert (state["state"], state["reason"]) == ("preempted", "SIGTERM")
     assert (job.run / "checkpoints" / f"step-{state['step']:08d}" / "state.json").exists()
@@ -193,6 +200,7 @@ def test_scancel_saves_and_ends_the_job_for_good(cluster, environment, small_set
     assert cluster.job(job.number)["JobState"] == "CANCELLED"
 
 
+@pytest.mark.slow
 def test_a_killed_task_fails_the_job_within_a_minute(cluster, environment, small_set, tmp_path):
     job = submit(cluster, environment, tmp_path, "--shards", small_set, *FLAGS)
     job.wait_for_step(24)
@@ -202,10 +210,8 @@ def test_a_killed_task_fails_the_job_within_a_minute(cluster, environment, small
     assert read_state(job.run)["state"] == "failed"
 
 
-@pytest.mark.soak
-def test_a_job_whose_head_was_killed_goes_on_when_resubmitted_to_another_node(
-    cluster, environment, small_set, tmp_path, reference
-):
+@pytest.mark.slow
+def test_a_job_whose_head_was_killed_resumes_on_another_node(cluster, environment, small_set, tmp_path, reference):
     """The killed rank 0 leaves its lock behind, and from another host nobody can look whether it lives."""
     flags = ("--shards", small_set, *FLAGS)
     job = submit(cluster, environment, tmp_path, *flags, run=tmp_path / "run")
@@ -218,13 +224,13 @@ def test_a_job_whose_head_was_killed_goes_on_when_resubmitted_to_another_node(
     again = submit(cluster, environment, tmp_path, *flags, run=job.run, options=("--nodes", 1, "--nodelist", "node2"))
     again.output_of()
     assert again.launches() == [("start", 2), ("resume", 1)]
-    ours, theirs = (
+    left, right = (
         load_file(run / "checkpoints" / f"step-{STEPS:08d}" / "model.safetensors") for run in (job.run, reference.run)
     )
-    assert all(torch.equal(ours[name], theirs[name]) for name, _ in create_model(10, 0).named_parameters())
+    assert all(torch.equal(left[name], right[name]) for name, _ in create_model(10, 0).named_parameters())
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 def test_two_tasks_on_each_node_are_a_world_of_four(cluster, environment, small_set, tmp_path):
     options = ("--nodes", 2, "--ntasks-per-node", 2)
     job = submit(cluster, environment, tmp_path, "--shards", small_set, *FLAGS, "--max-steps", 4, options=options)
@@ -234,15 +240,16 @@ def test_two_tasks_on_each_node_are_a_world_of_four(cluster, environment, small_
 
 def test_a_wrong_argument_ends_the_job_with_2_and_one_line(cluster, environment, tmp_path):
     job = submit(cluster, environment, tmp_path, "--epochs", "many")
-    found = job.ended(seconds=60)
-    assert (found["JobState"], found["ExitCode"], found["Restarts"]) == ("FAILED", "2:0", "0")
+    result = job.ended(seconds=60)
+    assert (result["JobState"], result["ExitCode"], result["Restarts"]) == ("FAILED", "2:0", "0")
     errors = [line for line in job.log().splitlines() if line.startswith("error:")]
     assert len(errors) == 1, job.log()
     assert "--epochs: found 'many'" in errors[0]
     assert not (tmp_path / "runs").exists()
 
 
-def test_tasks_that_do_not_know_of_each_other_are_refused(cluster, environment, small_set, tmp_path):
+@pytest.mark.slow
+def test_tasks_without_a_common_world_are_refused(cluster, environment, small_set, tmp_path):
     """A world of 1 on each node would train, slowly, twice, and end well."""
     command = ["srun", "--nodes", "2", "--ntasks", "2", sys.executable, "-m", "mnistm_dist.train", "--run-dir", "run"]
     done = subprocess.run(
@@ -276,6 +283,7 @@ def shown_by(cluster: Cluster, folder: Path, *flags: object, options=()) -> int:
     return number
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "local_world_size", "gpus"),
     [
@@ -301,6 +309,7 @@ def test_each_gpu_has_a_task_that_sees_all_gpus_of_its_node(gpu_cluster, tmp_pat
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "python", "named"),
     [
@@ -319,7 +328,8 @@ def test_a_job_that_cannot_start_as_asked_ends_with_2_and_one_line(
     assert named in line
 
 
-def test_a_job_that_began_at_a_named_checkpoint_goes_on_from_the_newest_once_requeued(gpu_cluster, tmp_path):
+@pytest.mark.slow
+def test_a_requeued_job_that_began_at_a_named_checkpoint_resumes_from_the_latest(gpu_cluster, tmp_path):
     """A second start from the named one would throw away what the first had learnt, again and again."""
     arguments = ("--resume", "r/checkpoints/step-00000640")
     number = shown_by(gpu_cluster, tmp_path, *arguments)

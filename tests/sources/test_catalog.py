@@ -44,29 +44,29 @@ PARTS = noise()
 
 def read(source: Source) -> dict[str, Part]:
     """Read a whole source in its order, decoded; asserts that each sample comes once."""
-    found: dict[str, dict[int, tuple[np.ndarray, int]]] = {split: {} for split in source.counts}
+    result: dict[str, dict[int, tuple[np.ndarray, int]]] = {split: {} for split in source.counts}
     for sample in source.samples():
         assert (sample.png is None) != (sample.pixels is None)
         pixels = sample.pixels if sample.png is None else np.asarray(Image.open(io.BytesIO(sample.png)))
-        assert sample.index not in found[sample.split]
-        found[sample.split][sample.index] = pixels, sample.label
+        assert sample.index not in result[sample.split]
+        result[sample.split][sample.index] = pixels, sample.label
     assert {split: list(range(count)) for split, count in source.counts.items()} == {
-        split: sorted(samples) for split, samples in found.items()
+        split: sorted(samples) for split, samples in result.items()
     }
     return {
         split: Part(
             images=np.stack([samples[index][0] for index in sorted(samples)]),
             labels=np.array([samples[index][1] for index in sorted(samples)]),
         )
-        for split, samples in found.items()
+        for split, samples in result.items()
     }
 
 
 def assert_same(source: Source, parts=PARTS, renamed: dict[str, str] | None = None) -> None:
-    found = read(source)
-    assert list(found) == [(renamed or {}).get(split, split) for split in parts]
+    result = read(source)
+    assert list(result) == [(renamed or {}).get(split, split) for split in parts]
     for split, part in parts.items():
-        same = found[(renamed or {}).get(split, split)]
+        same = result[(renamed or {}).get(split, split)]
         np.testing.assert_array_equal(same.labels, part.labels)
         np.testing.assert_array_equal(same.images, part.images)
 
@@ -83,12 +83,12 @@ def test_every_layout_is_detected_and_gives_the_same_images_and_labels_in_order(
 
 @pytest.mark.parametrize("kind", WRITE)
 @pytest.mark.parametrize("family", ["official", "image"])
-def test_a_family_of_layouts_can_be_forced_in_a_folder_a_tar_and_a_zip(tmp_path, family, kind):
+def test_a_layout_can_be_forced_for_a_folder_a_tar_and_a_zip(tmp_path, family, kind):
     path = WRITERS[f"{family}-{kind}"](tmp_path / "set", PARTS)
     assert open_source(str(path), layout=family).layout == f"{family}-{kind}"
 
 
-def test_every_known_layout_that_is_read_has_a_writer_here():
+def test_every_known_layout_is_tested():
     families = {"official", "image"}
     assert set(WRITERS) | {"sample", "mnist+photos"} | families == set(KNOWN_LAYOUTS)
 
@@ -125,14 +125,14 @@ def test_a_set_without_test_is_accepted_and_one_without_train_is_not(tmp_path):
 
 
 @pytest.mark.parametrize(("write", "name"), [(write_pt, "mnist_m_train.pt"), (write_npz, "test.npz")])
-def test_one_file_of_a_set_brings_the_others_of_its_set_alone(tmp_path, write, name):
+def test_one_file_of_a_set_adds_the_other_files_of_that_set(tmp_path, write, name):
     folder = write(tmp_path / "set", PARTS)
     shutil.copy(folder / name, folder / f"other_{name}")
     assert_same(open_source(str(folder / name)))
     assert "several sets of images" in refusal(folder)
 
 
-def test_one_parquet_file_brings_the_others(tmp_path):
+def test_one_parquet_file_adds_the_others(tmp_path):
     folder = write_parquet(tmp_path / "set", PARTS)
     assert_same(open_source(str(folder / "data" / "train-00001-of-00002.parquet")))
 
@@ -169,7 +169,7 @@ def test_a_csv_file_may_name_images_with_their_folder(tmp_path):
     assert_same(open_source(str(write_folder(tmp_path / "set", files))), renamed={"test": "val"})
 
 
-def test_images_that_no_csv_file_names_are_left_out_with_a_note(tmp_path):
+def test_images_that_no_csv_file_names_are_skipped_with_a_note(tmp_path):
     files = csv_files(PARTS)
     files["mnistm/data/private.png"] = next(data for name, data in files.items() if name.endswith(".png"))
     source = open_source(str(write_folder(tmp_path, files)))

@@ -71,9 +71,9 @@ def test_matlab_arrays_are_read_as_scipy_reads_them(tmp_path, compressed):
     }
     file = tmp_path / "set.mat"
     savemat(file, arrays | others, do_compression=compressed)
-    found, expected = read_mat(file), loadmat(file)
-    assert set(found) == set(arrays)
-    for name, array in found.items():
+    result, expected = read_mat(file), loadmat(file)
+    assert set(result) == set(arrays)
+    for name, array in result.items():
         assert array.dtype == expected[name].dtype
         np.testing.assert_array_equal(array, expected[name])
 
@@ -103,7 +103,7 @@ def test_a_torch_file_of_the_old_format_is_read(tmp_path):
     assert [sample.label for sample in open_source(str(tmp_path)).samples()] == LABELS.tolist()
 
 
-def test_compressed_and_unwritten_arrays_that_unpack_without_bound_are_refused(tmp_path):
+def test_arrays_that_unpack_without_bound_are_refused(tmp_path):
     import h5py
     from scipy.io import savemat
 

@@ -87,17 +87,17 @@ def test_the_bundled_ingredients_are_small_and_each_has_its_origin_and_licence()
 def test_the_bundled_digits_are_the_first_10_000_of_mnist():
     whole = read_digits(SHARED / "mnist", "train")
     bundled = read_digits(files("mnistm_dist") / "data" / "sample", "train")
-    for found, expected in zip(bundled, whole, strict=True):
-        np.testing.assert_array_equal(found, expected[:10_000])
+    for result, expected in zip(bundled, whole, strict=True):
+        np.testing.assert_array_equal(result, expected[:10_000])
 
 
 def test_a_blend_is_patch_minus_digit_in_absolute_value_as_a_plain_loop_does_it(photos, mnist):
     pool, digits = read_photos(photos, min_size=28), read_digits(mnist, "train")[0]
     decoded = [np.asarray(Image.open(photos / name)).astype(int) for name in ("a.png", "b.png", "c.PNG")]
     assert pool.sizes.tolist() == [[28, 28], [40, 50], [31, 90]]
-    found = blend(digits, pool, seed=9, positions=np.arange(len(digits)))
+    result = blend(digits, pool, seed=9, positions=np.arange(len(digits)))
     draws = uniform(9, np.arange(len(digits)), 3).astype(float)
-    for digit, blended, (photo, top, left) in zip(digits, found, draws, strict=True):
+    for digit, blended, (photo, top, left) in zip(digits, result, draws, strict=True):
         chosen = decoded[int(photo * 3)]
         y, x = int(top * (chosen.shape[0] - 27)), int(left * (chosen.shape[1] - 27))
         binarised = np.where(digit > 0, 255, 0)[..., None]
@@ -115,13 +115,13 @@ def test_an_image_depends_on_seed_and_position_alone_not_on_its_chunk(photos, se
 
 def test_patches_come_from_every_photo_and_reach_every_edge(photos):
     pool = read_photos(photos, min_size=28)
-    found = blend(np.zeros((3_000, 28, 28), np.uint8), pool, seed=0, positions=np.arange(3_000))
+    result = blend(np.zeros((3_000, 28, 28), np.uint8), pool, seed=0, positions=np.arange(3_000))
     for photo in (np.asarray(Image.open(photos / name)) for name in ("a.png", "b.png", "c.PNG")):
         for corner in (photo[:28, :28], photo[:28, -28:], photo[-28:, :28], photo[-28:, -28:]):
-            assert (found == corner).all(axis=(1, 2, 3)).any()
+            assert (result == corner).all(axis=(1, 2, 3)).any()
 
 
-def test_grey_photos_become_colour_and_small_or_broken_ones_are_left_out_with_a_note(tmp_path, mnist):
+def test_grey_photos_are_converted_to_rgb_and_small_or_broken_ones_are_skipped_with_a_note(tmp_path, mnist):
     rng = np.random.default_rng(3)
     Image.fromarray(rng.integers(0, 256, (60, 60), np.uint8)).save(tmp_path / "grey.png")
     Image.fromarray(rng.integers(0, 256, (60, 60, 4), np.uint8)).save(tmp_path / "alpha.png")
@@ -190,7 +190,7 @@ def test_a_folder_without_a_usable_photo_is_refused(tmp_path, mnist, names, reas
         open_source("mnist+photos", mnist=str(mnist), photos=str(tmp_path / "none"))
 
 
-def test_a_photo_of_gigapixels_is_left_out_not_decoded(tmp_path, photos, mnist):
+def test_a_gigapixel_photo_is_skipped_without_decoding(tmp_path, photos, mnist):
     (tmp_path / "a.png").write_bytes((photos / "b.png").read_bytes())
     bomb = bytearray((photos / "b.png").read_bytes())
     bomb[16:24] = (40_000).to_bytes(4, "big") * 2
@@ -209,7 +209,7 @@ def test_a_full_disk_is_explained(photos):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_small_mnist_is_cut_where_the_report_cuts_the_whole_one(photos, mnist):
+def test_a_small_mnist_is_split_like_the_full_one(photos, mnist):
     source = open_source("mnist+photos", mnist=str(mnist), photos=str(photos))
     assert source.counts == {"train": 55, "val": 5 + 12}
     samples = list(source.samples())
@@ -243,8 +243,8 @@ def test_more_blends_are_packed_and_val_is_unchanged(tmp_path, photos, mnist):
     for blends in (1, 2):
         source = open_source("mnist+photos", mnist=str(mnist), photos=str(photos), blends=blends)
         packed.append(pack(source, tmp_path / f"set{blends}", num_shards=2))
-        found = inspect(ShardSet.open(tmp_path / f"set{blends}"))
-        assert [finding for finding in found if finding.damaged] == []
+        result = inspect(ShardSet.open(tmp_path / f"set{blends}"))
+        assert [finding for finding in result if finding.damaged] == []
     once, twice = (manifest.splits for manifest in packed)
     assert twice["train"].count == 2 * once["train"].count
     assert twice["val"].pixels_sha256 == once["val"].pixels_sha256
@@ -252,7 +252,7 @@ def test_more_blends_are_packed_and_val_is_unchanged(tmp_path, photos, mnist):
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="MNIST and photos are not in ../shared/data")
-def test_the_whole_mnist_gives_55_000_and_15_000():
+def test_mnist_gives_55_000_train_and_15_000_val():
     source = open_source("mnist+photos", mnist=str(SHARED / "mnist"), photos=str(SHARED / "photos"))
     assert source.counts == {"train": 55_000, "val": 15_000}
     assert (source.lineage, source.notes, source.val_size()) == ("regenerated", (), None)

@@ -30,11 +30,11 @@ needs_mounts = pytest.mark.skipif(
 def launched(environment, tmp_path):
     """Runs a command of a person in an empty folder."""
 
-    def run(*command: object, **more: str) -> subprocess.CompletedProcess[str]:
+    def run(*command: object, **extra: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             list(map(str, command)),
             cwd=tmp_path,
-            env={**environment, **more},
+            env={**environment, **extra},
             capture_output=True,
             text=True,
             timeout=200,
@@ -61,7 +61,7 @@ def test_a_world_of_another_size_than_expected_is_refused():
         check_world_size(2, 3, {})
 
 
-def test_a_world_smaller_than_slurms_step_is_refused_and_a_larger_one_is_a_launchers_on_each_node():
+def test_a_world_smaller_than_the_slurm_step_is_refused_and_a_larger_one_is_accepted():
     check_world_size(2, None, {"SLURM_STEP_NUM_TASKS": "2"})
     check_world_size(8, None, {"SLURM_STEP_NUM_TASKS": "2"})
     with pytest.raises(UserError, match="Slurm's step has 2 tasks"):
@@ -88,8 +88,10 @@ def test_threads_are_slurms_cpus_per_task_or_a_share_of_the_cores():
 # Who launches
 
 
-@pytest.mark.parametrize("world_size", [1, 2], ids=["one", "two, whose port is in use"])
-def test_the_projects_accelerate_config_starts_as_many_as_it_is_asked_for(
+@pytest.mark.parametrize(
+    "world_size", [pytest.param(1, marks=pytest.mark.slow), 2], ids=["one", "two, whose port is in use"]
+)
+def test_the_projects_accelerate_config_starts_the_number_of_processes_asked_for(
     launched, small_set, tmp_path, taken_port, world_size
 ):
     """Accelerate warns and goes to another port by itself where all processes are on one machine."""
@@ -105,22 +107,22 @@ def test_the_projects_accelerate_config_starts_as_many_as_it_is_asked_for(
     ("flags", "named"),
     [
         (["--expect-world-size", 3], "world size: found 2"),
-        (["--batch-size", 33, "--micro-batch", 16], "33"),
         (["--no-such-flag"], "--no-such-flag"),
     ],
 )
-def test_of_two_processes_one_tells_a_mistake(run_command, small_set, tmp_path, flags, named):
+def test_of_two_processes_one_prints_a_user_error(run_command, small_set, tmp_path, flags, named):
     assert named in error_of(run_command("train", "--shards", small_set, "--run-dir", "run", *flags, world_size=2))
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("flags", [("--resume", "nowhere"), ("--recipe", "nowhere.yaml")])
-def test_what_one_node_finds_before_all_have_joined_its_first_process_tells(run_command, flags):
+def test_before_the_process_group_exists_a_user_error_is_printed_once_per_node(run_command, flags):
     second_node = {"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
     assert flags[1] in error_of(run_command("train", *flags, **second_node))
 
 
-def test_under_the_launcher_too_a_mistake_is_told_once(launched, small_set, tmp_path):
+@pytest.mark.slow
+def test_under_the_launcher_a_user_error_is_printed_once(launched, small_set, tmp_path):
     flags = ("--shards", small_set, "--run-dir", "run", "--expect-world-size", 3)
     done = launched(sys.executable, *launcher(2), "-m", "mnistm_dist.train", *flags)
     assert "world size: found 2, --expect-world-size is 3" in the_error(done)
@@ -153,7 +155,7 @@ def free_port():
         return unused.getsockname()[1]
 
 
-def test_a_port_in_use_is_told_at_once_by_the_head(run_command, small_set, taken_port):
+def test_a_port_in_use_is_reported_at_once_by_the_head(run_command, small_set, taken_port):
     error = error_of(
         run_command("train", "--shards", small_set, timeout=60, **rank(0, head="127.0.0.1", port=taken_port))
     )
@@ -162,9 +164,7 @@ def test_a_port_in_use_is_told_at_once_by_the_head(run_command, small_set, taken
 
 
 @pytest.mark.parametrize("head", ["192.0.2.1", "no-such-host.invalid"], ids=["silent", "unknown"])
-def test_a_head_that_cannot_be_reached_is_told_by_the_node_that_cannot_reach_it(
-    run_command, small_set, free_port, head
-):
+def test_a_node_that_cannot_reach_the_head_reports_it(run_command, small_set, free_port, head):
     began = time.monotonic()
     flags = ("--shards", small_set, "--collective-timeout", 3)
     error = error_of(run_command("train", *flags, timeout=60, **rank(1, head=head, port=free_port)))
@@ -172,13 +172,14 @@ def test_a_head_that_cannot_be_reached_is_told_by_the_node_that_cannot_reach_it(
     assert time.monotonic() - began < 40
 
 
-def test_a_head_that_does_not_know_its_own_name_says_so(run_command, small_set, free_port):
+@pytest.mark.slow
+def test_a_head_that_cannot_resolve_its_own_name_reports_it(run_command, small_set, free_port):
     flags = ("--shards", small_set, "--collective-timeout", 3)
     error = error_of(run_command("train", *flags, timeout=60, **rank(0, head="no-such-host.invalid", port=free_port)))
     assert f"head node no-such-host.invalid:{free_port}: rank 0 on {socket.gethostname()} cannot reach it" in error
 
 
-def test_a_head_that_nobody_joins_says_so(run_command, small_set, free_port):
+def test_a_head_that_no_process_joins_reports_it(run_command, small_set, free_port):
     flags = ("--shards", small_set, "--collective-timeout", 3)
     error = error_of(run_command("train", *flags, timeout=60, **rank(0, head="127.0.0.1", port=free_port)))
     assert "all 2 processes started" in error
@@ -191,12 +192,12 @@ def test_a_head_that_nobody_joins_says_so(run_command, small_set, free_port):
 @pytest.mark.parametrize(
     ("disk", "reason"),
     [
-        ("read_only_disk", "Read-only file system"),
-        ("full_disk", "No space left on device"),
+        pytest.param("read_only_disk", "Read-only file system", marks=pytest.mark.slow),
+        pytest.param("full_disk", "No space left on device", marks=pytest.mark.slow),
         ("small_disk", "No space left on device"),
     ],
 )
-def test_a_run_folder_that_cannot_be_written_is_told_in_one_line(run_command, small_set, tmp_path, disk, reason):
+def test_a_run_folder_that_cannot_be_written_is_an_error_of_one_line(run_command, small_set, tmp_path, disk, reason):
     (tmp_path / "disk").mkdir()
     flags = ("--shards", small_set, "--run-dir", "disk/run", *QUICK)
     error = error_of(run_command("train", *flags, world_size=2, before=f"injected:{disk}", timeout=120))
@@ -204,8 +205,8 @@ def test_a_run_folder_that_cannot_be_written_is_told_in_one_line(run_command, sm
     assert reason in error
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_the_clock_asks_for_a_checkpoint_once(run_command, small_set, tmp_path, world_size):
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_checkpoint_minutes_saves_once_per_interval(run_command, small_set, tmp_path, world_size):
     clock = ("--checkpoint-every", 0, "--checkpoint-minutes", 0.1, "--keep-checkpoints", 100, "--max-steps", 20)
     flags = ("--shards", small_set, "--run-dir", "run", *QUICK, *clock)
     output_of(run_command("train", *flags, world_size=world_size, before="injected:a_second_a_look"))
@@ -215,8 +216,10 @@ def test_the_clock_asks_for_a_checkpoint_once(run_command, small_set, tmp_path, 
     assert not any(after - before == 1 for before, after in itertools.pairwise(steps)), steps
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.soak), 1])
-def test_a_mistake_that_one_rank_finds_is_told_and_ends_all_in_bounded_time(run_command, small_set, tmp_path, rank):
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_user_error_on_one_rank_is_reported_and_ends_all_ranks_in_bounded_time(
+    run_command, small_set, tmp_path, rank
+):
     flags = ("--shards", small_set, "--run-dir", "run", *QUICK)
     injected = {"before": "injected:mistake_on_one_rank", "FAULT_RANK": str(rank)}
     done = run_command("train", *flags, world_size=2, timeout=100, **injected)
@@ -224,9 +227,8 @@ def test_a_mistake_that_one_rank_finds_is_told_and_ends_all_in_bounded_time(run_
     assert read_state(tmp_path / "run")["state"] == "failed"
 
 
-def test_nodes_without_a_shared_run_folder_train_to_the_end_and_are_refused_at_a_resume(
-    run_command, small_set, tmp_path
-):
+@pytest.mark.slow
+def test_nodes_without_a_shared_run_folder_finish_and_are_refused_at_a_resume(run_command, small_set, tmp_path):
     flags = ("--shards", small_set, "--run-dir", "run", "--resume", "auto", *QUICK)
     apart = {"world_size": 2, "before": "injected:a_folder_for_each_rank", "timeout": 120}
     output_of(run_command("train", *flags, **apart))
@@ -240,8 +242,8 @@ def test_nodes_without_a_shared_run_folder_train_to_the_end_and_are_refused_at_a
     assert error.endswith("on nodes of one kind, with the run folder on a file system that all nodes see")
     (tmp_path / "rank1" / "run").mkdir()
     (tmp_path / "rank1" / "run" / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
-    found = run / "checkpoints" / "step-00000004"
+    result = run / "checkpoints" / "step-00000004"
     (tmp_path / "rank1" / "run" / "checkpoints").mkdir()
-    shutil.copytree(found, tmp_path / "rank1" / "run" / "checkpoints" / "step-00000002")
+    shutil.copytree(result, tmp_path / "rank1" / "run" / "checkpoints" / "step-00000002")
     error = error_of(run_command("train", *flags, **apart))
     assert error.startswith("error: checkpoint run/checkpoints/step-00000004: rank 0 on ")

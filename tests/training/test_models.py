@@ -7,11 +7,11 @@ from torch import nn
 from mnistm_dist.training.models import architecture, count_parameters, create_model
 
 
-def test_it_has_692106_parameters():
+def test_the_model_has_692106_parameters():
     assert count_parameters(create_model(10, 0)) == 692_106
 
 
-def test_its_weights_depend_on_the_seed_and_leave_every_random_state(monkeypatch):
+def test_the_weights_depend_on_the_seed_and_no_random_state_changes(monkeypatch):
     monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("the GPUs were seeded"))
     before = torch.random.get_rng_state()
     first, second, again = create_model(10, 0), create_model(10, 1), create_model(10, 0)
@@ -20,7 +20,7 @@ def test_its_weights_depend_on_the_seed_and_leave_every_random_state(monkeypatch
     assert not torch.equal(first.conv1.weight, second.conv1.weight)
 
 
-def test_it_prints_the_reports_architecture():
+def test_the_architecture_is_that_of_the_source_report():
     text = " ".join(repr(create_model(10, 0)).split())
     for part in (
         "(conv1): Conv2d(3, 64, kernel_size=(7, 7), stride=(2, 2), padding=(3, 3), bias=False)",
@@ -36,22 +36,22 @@ def test_it_prints_the_reports_architecture():
     assert "layer4" not in text
 
 
-def test_its_layers_are_torchvisions_resnet18():
+def test_the_layers_are_torchvisions_resnet18():
     """With equal weights the trunk equals ResNet18's up to layer2."""
     from torchvision.models import resnet18
 
-    ours, theirs = create_model(10, 0).eval(), resnet18(weights=None).eval()
-    trunk = {name: value for name, value in ours.state_dict().items() if not name.startswith("fc")}
-    theirs.load_state_dict(trunk, strict=False)
+    left, right = create_model(10, 0).eval(), resnet18(weights=None).eval()
+    trunk = {name: value for name, value in left.state_dict().items() if not name.startswith("fc")}
+    right.load_state_dict(trunk, strict=False)
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        x = theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(images))))
-        pooled = torch.flatten(theirs.avgpool(theirs.layer2(theirs.layer1(x))), 1)
-        assert torch.equal(ours(images), ours.fc(pooled))
+        x = right.maxpool(right.relu(right.bn1(right.conv1(images))))
+        pooled = torch.flatten(right.avgpool(right.layer2(right.layer1(x))), 1)
+        assert torch.equal(left(images), left.fc(pooled))
 
 
 @pytest.mark.parametrize("size", [16, 28, 32, 64, 65])
-def test_it_takes_images_of_any_size(size):
+def test_the_model_accepts_images_of_any_size(size):
     assert create_model(7, 0)(torch.randn(2, 3, size, size)).shape == (2, 7)
 
 

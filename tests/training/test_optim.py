@@ -26,15 +26,15 @@ def test_adam_decays_every_parameter_and_the_others_none_of_one_dimension():
 def test_orthogonal_steps_keep_the_directions_and_level_the_sizes(shape):
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 1e-3
     u, _, vt = torch.linalg.svd(matrices, full_matrices=False)
-    found = orthogonalize(matrices)
-    in_their_own_bases = u.mT @ found @ vt.mT
+    result = orthogonalize(matrices)
+    in_their_own_bases = u.mT @ result @ vt.mT
     sizes = in_their_own_bases.diagonal(dim1=1, dim2=2)
     assert sizes.min() > 0.5
     assert sizes.max() < 1.3
     assert torch.allclose(in_their_own_bases, torch.diag_embed(sizes), atol=1e-4)
 
 
-def test_a_gradient_of_zero_steps_nowhere():
+def test_a_zero_gradient_does_not_change_the_weights():
     assert torch.equal(orthogonalize(torch.zeros(1, 8, 9)), torch.zeros(1, 8, 9))
 
 

@@ -28,7 +28,7 @@ def test_a_signal_is_noted_by_name(stop, number):
     assert stop.reason == number.name
 
 
-def test_the_first_signal_is_the_reason_and_none_counts_once_the_process_leaves(stop):
+def test_the_first_signal_is_the_reason_and_later_ones_are_ignored_at_the_end(stop):
     os.kill(os.getpid(), signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGUSR1)
     stop.close(process_ends=True)
@@ -38,7 +38,7 @@ def test_the_first_signal_is_the_reason_and_none_counts_once_the_process_leaves(
     assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
 
 
-def test_a_second_interrupt_leaves_at_once_but_not_the_same_one_passed_on_by_a_launcher(stop, monkeypatch):
+def test_a_second_interrupt_exits_at_once_unless_a_launcher_forwarded_the_first(stop, monkeypatch):
     os.kill(os.getpid(), signal.SIGINT)
     os.kill(os.getpid(), signal.SIGINT)
     monkeypatch.setattr(signals, "SECOND_INTERRUPT_AFTER", 0.0)

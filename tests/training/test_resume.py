@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import error_of, launcher, output_of
+from conftest import error_of, launcher, output_of, part_of_the_sample
 from processes import Started, alive, wait_until_gone
 from safetensors.torch import load_file
 
+from mnistm_dist.data.packing.writer import pack
 from mnistm_dist.training.models import create_model
 from mnistm_dist.training.run_dir import read_log, read_state
 
@@ -66,14 +67,6 @@ def wait_for_step(process: subprocess.Popen[str] | Started, run: Path, step: int
     pytest.fail(process.command.stderr.read_text() if isinstance(process, Started) else process.stdout.read())
 
 
-def killed(process: subprocess.Popen[str], run: Path) -> None:
-    """SIGKILL to all of a run: a launcher's trainers lead groups of their own, so they are found by their command."""
-    for pid in alive(run):
-        os.kill(pid, signal.SIGKILL)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-
-
 @pytest.fixture(scope="module")
 def reference(small_set, cache_dir, tmp_path_factory) -> Path:
     """The run that was never killed, at one process; at two its parameters are the same (test_train.py)."""
@@ -85,13 +78,13 @@ def reference(small_set, cache_dir, tmp_path_factory) -> Path:
     return run
 
 
-def kill_and_resume(environment, tmp_path, small_set, world_size: int, kills: int, seed: int) -> Path:
+def kill_and_resume(start, tmp_path, small_set, world_size: int, kills: int, seed: int) -> Path:
     """A run whose process group is killed ``kills`` times, at random moments or during a save, and then let finish."""
     generator, run = random.Random(seed), tmp_path / f"killed-{world_size}-{seed}"
     flags = ("--shards", small_set, "--run-dir", run, "--resume", "auto", *FLAGS)
     done = 0
     for kill in range(kills):
-        process = started(environment, tmp_path, world_size, *flags)
+        process = start("train", *flags, world_size=world_size)
         wait_for_step(process, run, done + 2)
         if kill % 2:
             # In the middle of a save: its folder is there under its temporary name.
@@ -100,20 +93,16 @@ def kill_and_resume(environment, tmp_path, small_set, world_size: int, kills: in
                 pass
         else:
             time.sleep(generator.random() * 0.3)
-        killed(process, run)
+        process.kill()
         steps = [int(path.name[5:]) for path in (run / "checkpoints").glob("step-*")]
         done = max(steps, default=0)
         assert read_state(run)["state"] == "running"
-    process = started(environment, tmp_path, world_size, *flags)
-    out, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, out[-3000:]
+    output_of(start("train", *flags, world_size=world_size).wait(200))
     return run
 
 
-def test_a_run_killed_three_times_ends_byte_for_byte_as_if_nothing_had_happened(
-    environment, tmp_path, small_set, reference
-):
-    run = kill_and_resume(environment, tmp_path, small_set, 1, kills=3, seed=0)
+def test_a_run_killed_three_times_ends_byte_for_byte_like_an_uninterrupted_one(start, tmp_path, small_set, reference):
+    run = kill_and_resume(start, tmp_path, small_set, 1, kills=3, seed=0)
     assert final_model(run) == final_model(reference)
     assert learning(run) == learning(reference)
     assert (run / "predictions_test.csv").read_bytes() == (reference / "predictions_test.csv").read_bytes()
@@ -122,16 +111,16 @@ def test_a_run_killed_three_times_ends_byte_for_byte_as_if_nothing_had_happened(
 @pytest.mark.soak
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_twenty_kills_change_nothing(environment, tmp_path, small_set, world_size):
-    whole = kill_and_resume(environment, tmp_path, small_set, world_size, kills=0, seed=0)
+def test_twenty_kills_do_not_change_the_result(start, tmp_path, small_set, world_size):
+    whole = kill_and_resume(start, tmp_path, small_set, world_size, kills=0, seed=0)
     for seed in range(1, 6):
-        run = kill_and_resume(environment, tmp_path, small_set, world_size, kills=4, seed=seed)
+        run = kill_and_resume(start, tmp_path, small_set, world_size, kills=4, seed=seed)
         assert final_model(run) == final_model(whole), seed
         assert learning(run) == learning(whole), seed
 
 
-@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
-def test_a_run_goes_on_at_another_number_of_processes(start, run_command, tmp_path, small_set, reference, first, then):
+@pytest.mark.parametrize(("first", "then"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
+def test_a_run_resumes_on_another_number_of_processes(start, run_command, tmp_path, small_set, reference, first, then):
     run = tmp_path / "run"
     flags = ("--shards", small_set, "--run-dir", run, "--resume", "auto", *FLAGS)
     process = start("train", *flags, world_size=first)
@@ -144,16 +133,16 @@ def test_a_run_goes_on_at_another_number_of_processes(start, run_command, tmp_pa
     ]
     trained = [row[:4] for row in learning(run) if row[4] is None]
     assert trained == [row[:4] for row in learning(reference) if row[4] is None]
-    ours = load_file(run / "checkpoints" / f"step-{STEPS:08d}" / "model.safetensors")
-    theirs = load_file(reference / "checkpoints" / f"step-{STEPS:08d}" / "model.safetensors")
-    assert all(torch.equal(ours[name], theirs[name]) for name, _ in create_model(10, 0).named_parameters())
+    left = load_file(run / "checkpoints" / f"step-{STEPS:08d}" / "model.safetensors")
+    right = load_file(reference / "checkpoints" / f"step-{STEPS:08d}" / "model.safetensors")
+    assert all(torch.equal(left[name], right[name]) for name, _ in create_model(10, 0).named_parameters())
 
 
-def interrupted(environment, tmp_path, small_set, world_size: int, number: signal.Signals, **more: str) -> Path:
+def interrupted(environment, tmp_path, small_set, world_size: int, number: signal.Signals, **extra: str) -> Path:
     """A run whose launcher gets a signal, waited for until nothing of it is left."""
     run = tmp_path / "run"
     flags = ("--shards", small_set, "--run-dir", run, *FLAGS)
-    process = started({**environment, **more}, tmp_path, world_size, *flags)
+    process = started({**environment, **extra}, tmp_path, world_size, *flags)
     wait_for_step(process, run, 8)
     asked = time.monotonic()
     process.send_signal(number)
@@ -166,9 +155,9 @@ def interrupted(environment, tmp_path, small_set, world_size: int, number: signa
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.soak), signal.SIGINT]
+    "number", [signal.SIGTERM, *(pytest.param(s, marks=pytest.mark.slow) for s in (signal.SIGUSR1, signal.SIGINT))]
 )
-def test_a_signal_saves_and_leaves_with_75_and_the_run_goes_on(
+def test_a_signal_saves_and_exits_with_75_and_the_run_resumes(
     environment, run_command, tmp_path, small_set, reference, number
 ):
     run = interrupted(environment, tmp_path, small_set, 1, number)
@@ -177,18 +166,19 @@ def test_a_signal_saves_and_leaves_with_75_and_the_run_goes_on(
     assert learning(run) == learning(reference)
 
 
-@pytest.mark.parametrize("more", [["--max-steps", "2"], ["--expect-world-size", "3"]], ids=["finished", "refused"])
-def test_a_training_that_is_called_from_python_gives_the_signals_back(small_set, run_main, more):
+@pytest.mark.parametrize("extra", [["--max-steps", "2"], ["--expect-world-size", "3"]], ids=["finished", "refused"])
+def test_a_training_called_from_python_restores_the_signal_handlers(small_set, run_main, extra):
     from mnistm_dist.train import main
 
     listened = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     before = [signal.getsignal(number) for number in listened]
-    done = run_main(main, "--shards", small_set, "--run-dir", "run", *FLAGS, *more)
-    assert done.returncode == (2 if "--expect-world-size" in more else 0), done.stderr
+    done = run_main(main, "--shards", small_set, "--run-dir", "run", *FLAGS, *extra)
+    assert done.returncode == (2 if "--expect-world-size" in extra else 0), done.stderr
     assert [signal.getsignal(number) for number in listened] == before
 
 
-def test_sigterm_to_the_launcher_of_two_saves_and_leaves_nothing_behind(environment, tmp_path, small_set):
+@pytest.mark.slow
+def test_sigterm_to_the_launcher_of_two_saves_and_no_process_is_left(environment, tmp_path, small_set):
     run = interrupted(environment, tmp_path, small_set, 2, signal.SIGTERM)
     saved = max((run / "checkpoints").glob("step-*"))
     assert read_state(run)["step"] == int(saved.name[5:])
@@ -202,7 +192,8 @@ def test_sigterm_to_the_launcher_ten_times(environment, tmp_path, small_set):
         interrupted(environment, tmp_path / str(attempt), small_set, 2, signal.SIGTERM)
 
 
-def test_a_launcher_of_one_that_dies_takes_its_trainer_with_it_after_a_save(environment, tmp_path, small_set):
+@pytest.mark.slow
+def test_the_trainer_of_a_killed_launcher_saves_and_exits(environment, tmp_path, small_set):
     run = tmp_path / "run"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "-m", "mnistm_dist.train"]
     process = subprocess.Popen(
@@ -219,7 +210,8 @@ def test_a_launcher_of_one_that_dies_takes_its_trainer_with_it_after_a_save(envi
     assert read_state(run)["state"] == "preempted"
 
 
-def test_a_rank_that_is_killed_ends_the_run_on_all(environment, tmp_path, small_set):
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_run_on_all_ranks(environment, tmp_path, small_set):
     run = tmp_path / "run"
     process = started(environment, tmp_path, 2, "--shards", small_set, "--run-dir", run, *FLAGS)
     wait_for_step(process, run, 8)
@@ -231,18 +223,26 @@ def test_a_rank_that_is_killed_ends_the_run_on_all(environment, tmp_path, small_
     assert read_state(run)["state"] in ("failed", "preempted")
 
 
-def test_a_finished_run_says_so(run_command, reference):
+def test_a_resume_of_a_finished_run_reports_that_it_is_finished(run_command, reference):
     done = run_command("train", "--resume", reference)
     assert "is finished" in output_of(done) + done.stderr
     assert "--max-steps" not in done.stderr
 
 
-def test_a_run_that_its_max_steps_ended_says_how_it_goes_on(run_command, small_set, tmp_path):
+def test_a_run_that_max_steps_ended_reports_how_to_continue(run_command, small_set, tmp_path):
     output_of(run_command("train", "--shards", small_set, "--run-dir", "run", "--max-steps", 3, *FLAGS))
     done = run_command("train", "--resume", "run")
     assert "to train beyond its --max-steps: --resume run/checkpoints/step-00000003" in output_of(done) + done.stderr
     output_of(run_command("train", "--resume", "run/checkpoints/step-00000003", "--max-steps", 5))
     assert read_state(tmp_path / "run") == {"state": "finished", "step": 5, "reason": None}
+
+
+@pytest.fixture
+def preempted(tmp_path, reference) -> Path:
+    """A copy of the reference run that can be resumed at its last step."""
+    shutil.copytree(reference, tmp_path / "run")
+    (tmp_path / "run" / "state.json").write_text('{"state": "preempted", "step": 40, "reason": "SIGTERM"}')
+    return tmp_path / "run"
 
 
 @pytest.mark.parametrize(
@@ -253,15 +253,14 @@ def test_a_run_that_its_max_steps_ended_says_how_it_goes_on(run_command, small_s
         (["--recipe", "baseline"], "optimizer was muon, now adam"),
     ],
 )
-def test_a_resume_of_another_run_is_refused_with_the_difference(run_command, tmp_path, reference, flags, named):
-    import shutil
+def test_a_resume_of_another_run_is_refused_with_the_difference(run_main, preempted, flags, named):
+    from mnistm_dist.train import main
 
-    shutil.copytree(reference, tmp_path / "run")
-    (tmp_path / "run" / "state.json").write_text('{"state": "preempted", "step": 40, "reason": "SIGTERM"}')
-    assert named in error_of(run_command("train", "--resume", "run", *flags))
+    assert named in error_of(run_main(main, "--resume", preempted, *flags))
 
 
-def test_a_best_checkpoint_that_is_gone_does_not_keep_a_run_from_its_end(run_command, tmp_path, reference):
+@pytest.mark.slow
+def test_a_missing_best_checkpoint_does_not_stop_the_run(run_command, tmp_path, reference):
     """It was pruned for a better one, and that one was damaged."""
     run = tmp_path / "run"
     shutil.copytree(reference, run)
@@ -273,26 +272,20 @@ def test_a_best_checkpoint_that_is_gone_does_not_keep_a_run_from_its_end(run_com
     assert json.loads((run / "summary.json").read_text())["checkpoint"]["step"] > state["step"]
 
 
-def test_a_resume_on_other_shards_is_refused(run_command, tmp_path, reference):
-    import shutil
-
-    from conftest import part_of_the_sample
-
-    from mnistm_dist.data.packing.writer import pack
+def test_a_resume_on_other_shards_is_refused(run_main, preempted, tmp_path):
+    from mnistm_dist.train import main
 
     pack(part_of_the_sample({"train": 320, "val": 31}), tmp_path / "other")
-    shutil.copytree(reference, tmp_path / "run")
-    (tmp_path / "run" / "state.json").write_text('{"state": "preempted", "step": 40, "reason": "SIGTERM"}')
     assert "not the set that the run was started with" in error_of(
-        run_command("train", "--resume", "run", "--shards", "other")
+        run_main(main, "--resume", preempted, "--shards", "other")
     )
 
 
-def test_the_second_run_in_a_folder_is_refused_while_the_first_lives(environment, run_command, tmp_path, small_set):
+def test_a_second_run_in_a_folder_is_refused_while_the_first_is_alive(start, run_command, tmp_path, small_set):
     run = tmp_path / "run"
-    process = started(environment, tmp_path, 1, "--shards", small_set, "--run-dir", run, *FLAGS, "--epochs", 40)
+    process = start("train", "--shards", small_set, "--run-dir", run, *FLAGS, "--epochs", 40)
     wait_for_step(process, run, 4)
     assert "held by a live run" in error_of(
         run_command("train", "--shards", small_set, "--run-dir", run, "--resume", "auto", *FLAGS, "--epochs", 40)
     )
-    killed(process, run)
+    process.kill()

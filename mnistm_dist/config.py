@@ -51,7 +51,7 @@ class DataConfig:
     shards: OrNone[str] = None
     """Packed set: a folder, or an https:// or s3:// URL. none: the bundled sample, in shards/sample."""
     order: Literal["auto", "full", "windowed"] = "auto"
-    """full: any image can follow any other; windowed: for sets larger than memory. auto: chosen by the set's size."""
+    """full: any image can follow any other; windowed: for large sets. auto: windowed above 8 GiB decoded."""
     shuffle_streams: Auto | PositiveInt = "auto"
     """Streams of the windowed order: divides batch_size, a multiple of the world size. auto: the largest up to 16."""
     shuffle_window: PositiveInt = 1024

@@ -3,8 +3,8 @@
 ``RUN/checkpoints/step-00000640/`` is the state after 640 steps::
 
     model.safetensors           the weights to evaluate and to use (the averaged weights if the recipe has them)
-    training_state.safetensors  the optimizer's tensors by parameter name; the trained weights if the model's are
-    averaged state.json                  step, scalars, and size and sha256 of the two files
+    training_state.safetensors  the optimizer's tensors by parameter name; with averaging, the trained weights too
+    state.json                  step, scalars, and size and sha256 of the two files
 
 A checkpoint is complete if state.json exists and both files have their hashes. No random state is saved: the order and
 every augmentation are functions of (seed, step).

@@ -65,7 +65,7 @@ def open_reader(
     assert config.reader != "auto", "reader is not resolved"
     streams = config.reader == "streaming"
     auto = threads if streams else available_cores()
-    workers = auto if config.workers == "auto" else max(1, config.workers)
+    workers = auto if config.workers == "auto" else config.workers
     open_with = open_streaming if streams else open_resident
     return open_with(shards, split, cache_dir=cache_dir, device=device, workers=workers, progress=progress)
 

@@ -89,7 +89,7 @@ def open_resident(
         reader = open_split(shards, split, record=record, progress=stage(progress, 0, 2, count))
         report = stage(progress, 1, 2, count)
         if not _is_intact(path, reader.count * prod(reader.image_shape), record):
-            _save_stamp(path, _decode_to(path, reader, workers, report), record)
+            _save_stamp(path, _decode_to(path, reader, max(1, workers), report), record)
         report(reader.count, reader.count)
         # Mapped under the lock, so that it cannot be cleared before.
         with cache_errors(path), path.open("rb") as file:

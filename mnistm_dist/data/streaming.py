@@ -25,6 +25,7 @@ from mnistm_dist.data.order import Order, OrderPositions, WindowedOrder
 from mnistm_dist.data.parallel import Progress, read_ahead
 from mnistm_dist.data.shard_reader import SplitReader, open_split, set_entry
 from mnistm_dist.data.shards import Block, ShardSet
+from mnistm_dist.errors import UserError
 
 _TASK_IMAGES = 128  # images that one task decodes
 _READING_THREADS = 2
@@ -64,9 +65,10 @@ class Streaming:
         """Yield images and labels of one step after another.
 
         ``blocks``: positions and their ids in ``order``, both int64 (steps, images of a step). Each step is one rank's
-        share, that is, whole streams, of a `WindowedOrder`. Raises `UserError` for damaged shards.
+        share, that is, whole streams. Raises `UserError` if the order is not windowed, and for damaged shards.
         """
-        assert isinstance(order, WindowedOrder), "the order is not windowed"
+        if not isinstance(order, WindowedOrder):
+            raise UserError("reader streaming requires order windowed: use --order windowed, or --reader resident")
         reading_pool, decoding_pool = (
             ThreadPoolExecutor(_READING_THREADS, "read"),
             ThreadPoolExecutor(self.workers, "stream"),
@@ -163,4 +165,4 @@ def open_streaming(
         reader = open_split(
             shards, split, record=folder / "checked.json", pin_memory=device.type == "cuda", progress=progress
         )
-    return Streaming(reader=reader, device=device, workers=workers)
+    return Streaming(reader=reader, device=device, workers=max(1, workers))

@@ -1,8 +1,8 @@
 """The processes of a run: how they join, exchange data, agree and shut down.
 
 Accelerate is set up here, once. It prepares the model and the optimizer and nothing else: a prepared loader would be
-sharded twice (accelerate#3547), and a prepared scheduler would step once per process (accelerate#2773). All explicit collective
-operations of the package are in this file; functions that call one say "All ranks take part".
+sharded twice (accelerate#3547), and a prepared scheduler would step once per process (accelerate#2773). All explicit
+collective operations of the package are in this file; functions that call one say "All ranks take part".
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Small packed sets of real MNIST-M, and the package's commands run as a person runs them."""
+"""Small packed sets of real MNIST-M, and fixtures that run the package's commands."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ from mnistm_dist.data.sources.catalog import open_source
 from mnistm_dist.errors import run_cli
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-"""Threads of trainings that share the cores with other tests wait asleep, not spinning."""
+"""Waiting OpenMP threads sleep instead of spinning: tests run side by side."""
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN, VAL, TEST = 320, 97, 53
@@ -25,7 +25,7 @@ TRAIN, VAL, TEST = 320, 97, 53
 
 
 LONGEST = ("test_train_script", "test_resume", "test_train", "test_killed", "test_distributed", "test_disk")
-"""Files that take longest: begun first, since a worker that begins one last works alone."""
+"""The longest files run first, so that no worker is left alone with one at the end."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def part_of_the_sample(counts: dict[str, int]) -> Source:
-    """The first images of the bundled sample, dealt out to splits in their order."""
+    """The first images of the bundled sample, assigned to the splits in order."""
 
     def read() -> Iterator[Sample]:
         dealt = [(split, index) for split, count in counts.items() for index in range(count)]
@@ -71,13 +71,13 @@ def tiny_copy(tiny_set, tmp_path) -> Path:
 
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory) -> Path:
-    """A cache that the tests of a session share."""
+    """A cache folder for all tests of the session."""
     return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(scope="session")
 def environment(cache_dir) -> dict[str, str]:
-    """A person's environment, without what a launcher, Slurm or W&B would add to it."""
+    """The environment, without the variables of a launcher, Slurm or W&B."""
     dropped = ("SLURM_", "WANDB_", "ACCELERATE_", "RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "PET_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
     return {**kept, "MNISTM_DIST_CACHE": str(cache_dir), "PYTHONPATH": str(ROOT), "WANDB_MODE": "disabled"}
@@ -89,7 +89,7 @@ Start = Callable[..., Started]
 
 @pytest.fixture
 def start(environment, tmp_path) -> Iterator[Start]:
-    """Starts ``python -m mnistm_dist.NAME ARGUMENTS`` in an empty folder, with ``world_size`` processes."""
+    """Start ``python -m mnistm_dist.NAME ARGUMENTS`` in an empty folder, with ``world_size`` processes."""
     running: list[Started] = []
 
     def begin(name: str, *arguments: object, world_size: int = 1, before: str | None = None, **extra: str) -> Started:
@@ -108,7 +108,7 @@ def start(environment, tmp_path) -> Iterator[Start]:
 
 @pytest.fixture
 def run_command(start) -> RunCommand:
-    """Runs a run_command to its end."""
+    """Run a command to its end."""
 
     def run(name: str, *arguments: object, timeout: float = 300, **extra: object) -> subprocess.CompletedProcess[str]:
         return start(name, *arguments, **extra).wait(timeout)
@@ -118,7 +118,7 @@ def run_command(start) -> RunCommand:
 
 @pytest.fixture(scope="session")
 def trained_run(small_set, cache_dir, tmp_path_factory) -> Path:
-    """Two epochs at another size than that of the stored images, with averaged weights; val and test are predicted."""
+    """A run of two epochs at 32 px, with averaged weights and predictions for val and test."""
     from mnistm_dist.train import main
 
     run_dir = tmp_path_factory.mktemp("runs") / "trained"
@@ -139,7 +139,7 @@ def val_images(small_set) -> np.ndarray:
 
 @pytest.fixture(scope="session")
 def val_probabilities(trained_run) -> np.ndarray:
-    """What the run's own evaluation wrote for them, float64 (N, C)."""
+    """The probabilities that the run wrote for them, float64 (N, C)."""
     rows = (trained_run / "predictions_val.csv").read_text().splitlines()[1:]
     return np.array([[float(p) for p in row.split(",")[3:]] for row in rows])
 
@@ -165,7 +165,7 @@ def run_main(tmp_path, monkeypatch, capsys) -> RunMain:
 
 
 def launcher(world_size: int) -> list[str]:
-    """How `accelerate launch` starts several processes, on a machine without GPUs too; nothing for one."""
+    """Return the arguments of `accelerate launch` for several processes, also without GPUs; none for one."""
     if world_size == 1:
         return []
     several = ["--multi_gpu", "--num_processes", str(world_size), "--num_machines", "1", "--main_process_port", "0"]
@@ -181,7 +181,7 @@ def output_of(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def error_of(done: subprocess.CompletedProcess[str]) -> str:
-    """The one line in which a run_command refused what a person got wrong."""
+    """Return the one line of a user error."""
     assert done.returncode == 2, f"exit {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
     lines = done.stderr.splitlines()
     assert len(lines) == 1, done.stderr

@@ -1,4 +1,4 @@
-"""Faults that a test puts under a run, in its own process: `processes.py` calls one of these before the run_command."""
+"""Faults that a test injects into a process of a run: `processes.py` calls one of these before the command."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ CLONE_NEWNS, MS_RDONLY, MS_REC, MS_PRIVATE = 0x20000, 1, 0x4000, 0x40000
 
 
 def read_only_disk() -> None:
-    """The folder ``disk`` is a file system that cannot be written."""
+    """Make the folder ``disk`` a read-only file system."""
     _mount("disk", "size=64m", MS_RDONLY)
 
 
 def full_disk() -> None:
-    """The folder ``disk`` has room for not even a small file."""
+    """Make the folder ``disk`` a full file system."""
     _mount("disk", "size=4k")
     Path("disk/filling").write_bytes(bytes(4096))
 
 
 def small_disk() -> None:
-    """The folder ``disk`` has room for a run's small files, and for no checkpoint."""
+    """Make the folder ``disk`` a file system with room for small files but for no checkpoint."""
     _mount("disk", "size=1m")
 
 
 def _mount(folder: str, options: str, flags: int = 0) -> None:
-    """Mounts a tmpfs in a mount namespace of this process, with which it ends."""
+    """Mount a tmpfs in a mount namespace of this process; it ends with the process."""
     libc = ctypes.CDLL(None, use_errno=True)
     for failed in (
         libc.unshare(CLONE_NEWNS),
@@ -57,7 +57,7 @@ def _mount(folder: str, options: str, flags: int = 0) -> None:
 
 
 def a_folder_for_each_rank() -> None:
-    """Each rank works in a folder of its own, as on nodes that share none."""
+    """Give each rank its own working folder, as on nodes without a shared file system."""
     own = Path(f"rank{os.environ['RANK']}")
     own.mkdir(exist_ok=True)
     os.chdir(own)
@@ -67,16 +67,16 @@ def a_folder_for_each_rank() -> None:
 
 
 def a_second_a_look() -> None:
-    """The clock of the training loop goes on by a second whenever it is looked at, and else stands still."""
+    """Let the clock of the training loop advance by a second at each reading, and not otherwise."""
     seconds = itertools.count()
     preemption.time = SimpleNamespace(monotonic=lambda: float(next(seconds)))  # type: ignore[attr-defined]
 
 
-# Mistakes
+# User errors
 
 
 def mistake_on_one_rank() -> None:
-    """Rank FAULT_RANK finds a mistake where the others find none, in the middle of the training."""
+    """Raise a user error on rank FAULT_RANK only, during the training."""
     original = loop.Trainer.log_training
 
     def log_training(self: loop.Trainer, *arguments: Any) -> None:
@@ -87,10 +87,10 @@ def mistake_on_one_rank() -> None:
     loop.Trainer.log_training = log_training  # type: ignore[method-assign]
 
 
-# What happens to one rank when it comes to a phase
+# Faults of one rank in one phase
 
 FAULT, RANK, PHASE = "FAULT", "FAULT_RANK", "FAULT_PHASE"
-"""Environment variables: what happens (a name in `FAULTS`, or a signal's), to which rank, in which of the `PHASES`."""
+"""Environment variables: the fault (a name in `FAULTS` or of a signal), the rank, and the phase (in `PHASES`)."""
 
 PHASES: dict[str, tuple[Any, str, int]] = {
     "opening": (resident, "set_entry", 1),
@@ -103,19 +103,19 @@ PHASES: dict[str, tuple[Any, str, int]] = {
     "summing up": (scoring, "write_summary", 1),
     "reporting": (html, "write_report", 1),
 }
-"""Of each phase a function in the middle of it, and at which of its calls the fault comes: the 9th step, say, or the
-first file of the second checkpoint."""
+"""For each phase a function of it, and at which of its calls the fault occurs: the 9th step, the first file of the
+second checkpoint, ..."""
 
 
 def fill_disk() -> None:
-    """Something else takes all that is left of the disk ``disk``."""
+    """Fill the disk ``disk``."""
     with Path("disk/filling").open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(bytes(1 << 12))
 
 
 def alter_shards() -> None:
-    """A byte in the middle of every train shard in ``altered`` becomes another."""
+    """Change a byte in the middle of every train shard in ``altered``."""
     for path in Path("altered").glob("train-*.tar"):
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
@@ -123,7 +123,7 @@ def alter_shards() -> None:
 
 
 def wait_for_go() -> None:
-    """The process waits until there is a file ``go``, at most a minute; ``waits`` says that it does."""
+    """Create the file ``waits``, then wait for a file ``go``, at most a minute."""
     Path("waits").touch()
     deadline = time.monotonic() + 60
     while not Path("go").exists() and time.monotonic() < deadline:
@@ -134,7 +134,7 @@ FAULTS: dict[str, Callable[[], None]] = {"full disk": fill_disk, "altered shards
 
 
 def in_phase() -> None:
-    """Something happens to this process when it comes to a phase, if it is the rank that is meant."""
+    """Inject the fault into this process when it reaches the phase, if its rank is FAULT_RANK."""
     if os.environ.get("RANK", "0") != os.environ.get(RANK, "0"):
         return
     owner, name, at = PHASES[os.environ[PHASE]]
@@ -155,7 +155,7 @@ def in_phase() -> None:
     setattr(owner, name, hit)
 
 
-# What a test records
+# Records
 
 
 def record_batches() -> None:

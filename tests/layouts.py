@@ -1,4 +1,4 @@
-"""Writes a small set in every layout that people have on disk: for the tests of all that reads them."""
+"""Write a small set in every known layout, for the tests of the sources."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def noise(numbers: Mapping[str, int] = NUMBERS, side: int = 28) -> Parts:
 
 
 def official_files(parts: Parts) -> Files:
-    """The official layout as names and bytes."""
+    """Return the files of the official layout, by name."""
     files: Files = {}
     for split, part in parts.items():
         lines = [f"{index:08d}.png {label}\n" for index, label in enumerate(part.labels)]
@@ -58,7 +58,7 @@ def official_files(parts: Parts) -> Files:
 
 
 def image_folder_files(parts: Parts) -> Files:
-    """A folder for each class; the names are the numbers that the images had before."""
+    """Return the files of a folder per class; the file names are the original numbers."""
     return {
         f"MNIST-M/{split}ing/{label}/{index}.png": encode_png(image)
         for split, part in parts.items()
@@ -82,7 +82,7 @@ def csv_files(parts: Parts) -> Files:
 
 
 def write_folder(folder: Path, files: Files) -> Path:
-    """Files in a folder; returns it."""
+    """Write files into a folder and return it."""
     for name, data in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
@@ -90,7 +90,7 @@ def write_folder(folder: Path, files: Files) -> Path:
 
 
 def write_tar(path: Path, files: Files | list[tuple[str, bytes]], mode: str = "w:gz") -> Path:
-    """Files in a tar, in their order; a list may hold a name twice."""
+    """Write files into a tar, in their order; a list may hold a name twice."""
     with tarfile.open(path, mode) as tar:
         for name, data in files.items() if isinstance(files, dict) else files:
             member = tarfile.TarInfo(name)
@@ -100,7 +100,7 @@ def write_tar(path: Path, files: Files | list[tuple[str, bytes]], mode: str = "w
 
 
 def write_zip(path: Path, files: Files) -> Path:
-    """Files in a zip."""
+    """Write files into a zip."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in files.items():
             archive.writestr(name, data)
@@ -191,7 +191,7 @@ def write_pickle(folder: Path, parts: Parts) -> Path:
 
 
 def write_python2_pickle(folder: Path, parts: Parts) -> Path:
-    """The Keras copy: what Python 2 and numpy of its time wrote, opcode by opcode, gzip'ed."""
+    """Write the Keras copy: a gzip'ed pickle as Python 2 and its NumPy wrote it, opcode by opcode."""
     folder.mkdir(parents=True)
     program = b"\x80\x02}("
     for split, part in parts.items():
@@ -220,7 +220,7 @@ WRITERS: Mapping[str, Callable[[Path, Parts], Path]] = {
     "mat": write_mat,
     "pickle": write_pickle,
 }
-"""What writes each layout under a new folder (or a file named like it), and returns the path to open."""
+"""The writer of each layout: it gets a new path and returns the path to open."""
 
 
 def refusal(source: Path, **options: str) -> str:

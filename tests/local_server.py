@@ -1,4 +1,4 @@
-"""A server on this machine that can misbehave as servers do."""
+"""An HTTP server on this machine that can misbehave."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class LocalServer:
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                with contextlib.suppress(ConnectionError):  # the client may have heard enough
+                with contextlib.suppress(ConnectionError):  # the client may have closed the connection
                     server.answer(self)
 
             def log_message(self, format: str, *args: object) -> None:
@@ -72,7 +72,7 @@ class LocalServer:
         if name in self.cut_once:
             request.wfile.write(body[: self.cut_once.pop(name)])
             request.wfile.flush()
-            time.sleep(0.2)  # the client has read what was sent: what lies unread when a connection breaks is lost
+            time.sleep(0.2)  # let the client read what was sent: unread data is dropped when a connection breaks
         else:
             request.wfile.write(body)
         request.close_connection = True

@@ -1,4 +1,4 @@
-"""Small sources of real PNGs, and ways to damage the sets packed of them: for the tests of all that reads a set."""
+"""Small sources of real PNGs, and functions that damage the sets packed of them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def pixels_of(split: str, index: int, size: tuple[int, int] = (32, 32)) -> np.nd
 
 
 def label_of(split: str, index: int) -> int:
-    """Its label."""
+    """The label of that image."""
     return (7 * index + len(split)) % 10
 
 

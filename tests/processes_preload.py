@@ -1,4 +1,4 @@
-"""What the server of processes.py imports once, before it forks: the package, and what its commands import later."""
+"""Imported once by the server of processes.py, before it forks: the package, and what its commands import later."""
 
 import importlib
 import pkgutil

@@ -1,6 +1,6 @@
-"""CONTRIBUTING.md's table "How to add", done: each addition in a copy of the package, in the files of its row alone.
+"""Each addition of CONTRIBUTING.md's table "How to add", made in a copy of the package, in the files of its row only.
 
-The additions are examples, and no part of the product. Where an anchor is gone, the table may be wrong too: reread it.
+The additions are examples. If an anchor is not found, check whether the table is still right.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from mnistm_dist.data.packing.writer import pack
 TABLE = re.compile(r"^\| an? ([\w -]+?) +\| (.+?) \|", re.MULTILINE)
 TINY = ("--batch-size", 8, "--image-size", 16, "--epochs", 2, "--threads", 1, "--tracker", "none")
 OLD = AugmentConfig(shift=3, rotate=15, scale=0.1, shear=10, elastic=2, invert=0.5, permute_channels=0.5, cutout=6)
-"""Everything that images can be changed by without the addition."""
+"""All augmentations without the addition."""
 IMAGES, POSITIONS = np.random.default_rng(0).integers(0, 256, (8, 28, 28, 3), dtype=np.uint8), np.arange(8)
 
 
 @dataclass
 class Copy:
-    """A copy of the package, and which of its files were changed or made."""
+    """A copy of the package, and the files that were changed or created."""
 
     root: Path
     touched: set[str]
 
     def replace(self, file: str, anchor: str, text: str) -> None:
-        """Puts ``text`` in the place of the only text that the regular expression ``anchor`` matches."""
+        """Replace the one match of the regular expression ``anchor`` with ``text``."""
         path = self.root / "mnistm_dist" / file
         changed, result = re.subn(anchor, text, path.read_text(), flags=re.MULTILINE)
         assert result == 1, f"{file}: {result} places match {anchor!r}; mend the anchor, and CONTRIBUTING.md if need be"
@@ -50,14 +50,14 @@ class Copy:
         self.touched.add(file)
 
     def make(self, file: str, text: str) -> None:
-        """A new file."""
+        """Create a file."""
         path = self.root / "mnistm_dist" / file
         assert not path.exists(), f"{file} is there already; name the example otherwise"
         path.write_text(text)
         self.touched.add(file)
 
-    def says(self, *arguments: object, code: int = 0) -> str:
-        """What ``python ARGUMENTS`` prints there, in a process of its own: the quick answers, without torch."""
+    def output(self, *arguments: object, code: int = 0) -> str:
+        """Return the output of ``python ARGUMENTS`` with the copy, in a new process: for commands without torch."""
         environment = {**os.environ, "PYTHONPATH": str(self.root), "COLUMNS": "1000"}
         command = [sys.executable, *map(str, arguments)]
         done = subprocess.run(command, cwd=self.root, env=environment, capture_output=True, text=True)
@@ -186,7 +186,7 @@ ADDITIONS: dict[str, Callable[[Copy], None]] = {
     "metric": metric,
     "layout of MNIST-M": layout,
 }
-"""What the table says can be added, and an example of it."""
+"""The rows of the table, and an example of each."""
 
 
 def test_each_row_of_the_table_has_an_example() -> None:
@@ -195,7 +195,7 @@ def test_each_row_of_the_table_has_an_example() -> None:
 
 @pytest.fixture
 def added(tmp_path: Path) -> Callable[[str], Copy]:
-    """Makes an addition in a copy of the package; what it touches is what its row names, two files at most."""
+    """Make an addition in a copy of the package, and check that it touches only the files of its row, at most two."""
 
     def make(what: str) -> Copy:
         copy = Copy(tmp_path / "copy", set())
@@ -213,9 +213,9 @@ def added(tmp_path: Path) -> Callable[[str], Copy]:
 
 @pytest.fixture
 def trained(run_command: RunCommand, tmp_path: Path, few: Path) -> Callable[..., Path]:
-    """Trains with a copy of the package, and returns the run folder."""
+    """Train with a copy of the package and return the run folder."""
 
-    def train(copy: Copy, name: str, *flags: object, before: str = "test_adding:take_the_copy") -> Path:
+    def train(copy: Copy, name: str, *flags: object, before: str = "test_adding:use_the_copy") -> Path:
         flags = ("--shards", few, "--run-dir", tmp_path / name, *flags)
         output_of(run_command("train", *flags, before=before, PYTHONPATH=str(copy.root)))
         return tmp_path / name
@@ -231,8 +231,8 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def take_the_copy() -> None:
-    """In the process of a run_command, before it: the package is the one of PYTHONPATH."""
+def use_the_copy() -> None:
+    """Called before the command: import the package from PYTHONPATH."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "mnistm_dist"]:
         del sys.modules[name]
     sys.path.insert(0, os.environ["PYTHONPATH"])
@@ -241,14 +241,14 @@ def take_the_copy() -> None:
     assert mnistm_dist.__file__ == str(Path(os.environ["PYTHONPATH"], "mnistm_dist", "__init__.py"))
 
 
-def take_the_copy_and_augment() -> None:
-    """`take_the_copy`, and ``images.npz`` of what it makes of images: as before, brightened, and brightened alone."""
-    take_the_copy()
+def use_the_copy_and_augment() -> None:
+    """`use_the_copy`, and write ``images.npz``: augmented as before, with brightness too, and with brightness only."""
+    use_the_copy()
     np.savez("images.npz", old=augmented(), all=augmented(brightness=0.2), alone=augmented(old=False, brightness=0.2))
 
 
 def augmented(*, old: bool = True, **extra: float) -> np.ndarray:
-    """The images by the package that is imported: float32 (8, 3, 28, 28)."""
+    """Return the images augmented by the imported package: float32 (8, 3, 28, 28)."""
     import dataclasses
 
     import torch
@@ -262,7 +262,7 @@ def augmented(*, old: bool = True, **extra: float) -> np.ndarray:
 
 def test_a_recipe_needs_a_file_and_its_name(added, trained) -> None:
     copy = added("recipe")
-    assert ", taste, or a YAML file" in copy.says("-m", "mnistm_dist.train", "--help")
+    assert ", taste, or a YAML file" in copy.output("-m", "mnistm_dist.train", "--help")
     run = trained(copy, "run", "--recipe", "taste", "--no-report", "--tracker", "none", "--threads", 1)
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert (config["recipe"], config["steps"]["batch_size"], config["run"]["max_steps"]) == ("taste", 8, 1)
@@ -270,15 +270,15 @@ def test_a_recipe_needs_a_file_and_its_name(added, trained) -> None:
 
 
 def test_an_augmentation_needs_a_field_and_its_code_and_changes_no_other_run(added, trained, tmp_path) -> None:
-    """And a field is a flag, a line of ``--help``, a key of the YAML and a line of ``config.yaml`` at once."""
+    """A field is a flag, a line of ``--help``, a key of the YAML and a line of ``config.yaml``."""
     copy = added("augmentation")
-    shown = " ".join(copy.says("-m", "mnistm_dist.train", "--help").split())
+    shown = " ".join(copy.output("-m", "mnistm_dist.train", "--help").split())
     assert "--brightness FLOAT Largest change of brightness, of 1. (default: 0.0)" in shown
-    refused = copy.says("-m", "mnistm_dist.train", "--brightness", "2", code=2)
+    refused = copy.output("-m", "mnistm_dist.train", "--brightness", "2", code=2)
     assert refused == "error: --brightness: found '2'; should be less than or equal to 1\n"
     (tmp_path / "own.yaml").write_text("augment: {brightness: 0.125}\n")
     flags = ("--recipe", "own.yaml", "--max-steps", 1, *TINY, "--no-report")
-    run = trained(copy, "run", *flags, before="test_adding:take_the_copy_and_augment")
+    run = trained(copy, "run", *flags, before="test_adding:use_the_copy_and_augment")
     assert yaml.safe_load((run / "config.yaml").read_text())["augment"]["brightness"] == 0.125
     images = np.load(tmp_path / "images.npz")
     assert np.array_equal(images["old"], augmented())
@@ -290,7 +290,7 @@ def test_an_augmentation_needs_a_field_and_its_code_and_changes_no_other_run(add
 
 def test_an_optimizer_needs_its_name_and_its_code_and_resumes_from_a_checkpoint(added, trained) -> None:
     copy = added("optimizer")
-    assert ",nadam}" in copy.says("-m", "mnistm_dist.train", "--help")
+    assert ",nadam}" in copy.output("-m", "mnistm_dist.train", "--help")
     flags = ("--optimizer", "nadam", *TINY, "--no-report", "--checkpoint-every", 1, "--max-steps", 2)
     run = trained(copy, "run", *flags)
     assert yaml.safe_load((run / "config.yaml").read_text())["optim"]["optimizer"] == "nadam"
@@ -328,9 +328,7 @@ def test_a_layout_needs_a_reader_and_a_row_of_the_catalog(added, run_command: Ru
     pixels = []
     for name, path in sources.items():
         out = tmp_path / f"set of {name}"
-        output_of(
-            run_command("pack", path, "--out", out, before="test_adding:take_the_copy", PYTHONPATH=str(copy.root))
-        )
+        output_of(run_command("pack", path, "--out", out, before="test_adding:use_the_copy", PYTHONPATH=str(copy.root)))
         manifest = json.loads((out / "manifest.json").read_text())
         assert manifest["layout"] == name.partition(",")[0]
         assert manifest["splits"]["test"]["count"] == len(parts["test"].labels)

@@ -1,4 +1,4 @@
-"""The benchmarks measure what they claim, at tiny sizes. Nothing here is about how fast anything is."""
+"""The benchmarks measure what they claim, at tiny sizes. No test measures speed."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from benchmarks.measure import Contender
 from benchmarks.options import Loader, Options, Ranks, Recipe, Rounds, Startup, Step
 from mnistm_dist.errors import UserError, run_cli
 
-# Of torchvision 0.29, in whose decoder WebDataset is measured.
+# torchvision 0.29 deprecates the decoder with which WebDataset is measured.
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding:DeprecationWarning")
 
 ROW = {"name", "output", "images_per_second", "ratio", "against", "spread"}

@@ -8,11 +8,11 @@ from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
 UNBOUND = {"types-pyyaml"}
-"""Stubs for the type checker, of which any version does."""
+"""Stubs for the type checker; any version will do."""
 
 
 def requirements() -> list[Requirement]:
-    """Everything that pyproject.toml asks for, in every extra, but this package itself."""
+    """Return all requirements of pyproject.toml, of every extra, except this package."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     lines = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
     return [asked for asked in map(Requirement, lines) if asked.name != project["name"]]

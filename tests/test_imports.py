@@ -24,19 +24,19 @@ LOGGERS_PLOTS_FLAGS = {"argparse", "tyro", "logging", "rich", "matplotlib", "wan
 
 
 def imports_of(path: Path) -> set[str]:
-    """Every module that a file imports, anywhere in it."""
+    """Return all modules that a file imports."""
     result = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             result |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            assert node.level == 0, f"{path}: a relative import hides where it leads"
+            assert node.level == 0, f"{path}: a relative import hides the module"
             result |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
     return result
 
 
-def rooms_of(path: Path) -> set[str]:
-    """The rooms of this package that a file imports."""
+def parts_of(path: Path) -> set[str]:
+    """Return the parts of this package that a file imports."""
     names = [name.split(".") for name in imports_of(path) if name.startswith("mnistm_dist.")]
     return {parts[1] for parts in names}
 
@@ -45,9 +45,9 @@ def rooms_of(path: Path) -> set[str]:
 def test_imports_run_one_way(path):
     room = path.relative_to(PACKAGE).parts[0]
     if room in ALLOWED:
-        assert rooms_of(path) <= ALLOWED[room]
+        assert parts_of(path) <= ALLOWED[room]
     elif room.removesuffix(".py") in FLOOR:
-        assert rooms_of(path) <= FLOOR
+        assert parts_of(path) <= FLOOR
 
 
 QUIET = [path for path in FILES if path.relative_to(PACKAGE).parts[0] in ("data", "training")]
@@ -75,7 +75,7 @@ def test_every_command_is_listed():
 
 
 def run_python(*arguments: str) -> tuple[subprocess.CompletedProcess[str], float]:
-    """Run Python in a process of its own. Return it, and the CPU seconds that it took."""
+    """Run Python in a new process; return the process and its CPU seconds."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     environment = {**os.environ, "COLUMNS": "80"}
     done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)

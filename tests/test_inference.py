@@ -1,4 +1,4 @@
-"""A trained model in Python: the numbers of the evaluation, whatever the pictures come as."""
+"""A trained model in Python: the numbers of the evaluation, for pictures of any type."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""What holds for every file: the linter, the formatter and the type checker are content."""
+"""The linter, the formatter and the type checker pass."""
 
 import importlib.util
 import subprocess

@@ -1,4 +1,4 @@
-"""Read W&B's own files, and serve a false W&B: wandb has neither a reader nor a server."""
+"""Read W&B's files, and serve a fake W&B: wandb has neither a reader nor a server."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
 
 def read_records(path: Path) -> list[Any]:
-    """Return the records of a ``run-ID.wandb`` file: protobuf messages in a LevelDB log after 7 bytes of W&B's own.
+    """Return the records of a ``run-ID.wandb`` file: protobuf messages in a LevelDB log after 7 bytes of W&B.
 
     LevelDB's format: github.com/google/leveldb, doc/log_format.md. Blocks of 32 KiB; a record has a checksum (4 bytes),
     a length (2) and a type (1); a record longer than a block is split.
@@ -69,7 +69,7 @@ def server(behaviour: str) -> Iterator[str]:
     """Start a server that pretends to be W&B, and yield its address.
 
     Args:
-        behaviour: ``refuses`` connections, ``stalls`` and never answers, ``cuts`` its answers off, says
+        behaviour: ``refuses`` connections, ``stalls`` and never answers, ``cuts`` its answers off, answers
             ``unauthorized``, or ``dies-later``: creates a run as W&B does, and then never answers again.
     """
     listener = socket.socket()

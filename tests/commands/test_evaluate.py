@@ -13,7 +13,7 @@ FILES = ("predictions_val.csv", "predictions_test.csv")
 
 @pytest.fixture(scope="module")
 def run(small_set, cache_dir, tmp_path_factory) -> Path:
-    """A trained run, with what it predicted at one process."""
+    """A run trained and evaluated by one process."""
     import os
 
     from mnistm_dist.train import main
@@ -54,7 +54,7 @@ def test_a_checkpoint_and_a_split_can_be_chosen(run, run_command):
     assert "val" in out
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["checkpoint"]["step"], summary["checkpoint"]["chosen"]) == (20, "last")
-    # What was known of test was the chosen checkpoint's.
+    # The result on test was that of another checkpoint.
     assert ("val" in summary, "test" in summary) == (True, False)
     output_of(run_command("evaluate", run, "--checkpoint", "last", "--split", "test"))
     assert json.loads((run / "summary.json").read_text()).keys() >= {"val", "test"}

@@ -22,7 +22,7 @@ pytest.importorskip("onnxruntime", reason='needs pip install "mnistm-dist[export
 
 @pytest.fixture(scope="module")
 def exported(trained_run, tmp_path_factory) -> dict[str, Path]:
-    """The run's model in both formats, each in a folder of its own that the run_command makes."""
+    """The run's model in both formats, each in a folder that the command creates."""
     folder = tmp_path_factory.mktemp("exported")
     files = {"onnx": folder / "onnx" / "model.onnx", "torch": folder / "torch" / "model.pt2"}
     for name, file in files.items():
@@ -99,7 +99,7 @@ def test_an_existing_file_is_replaced_only_with_force(exported, trained_run, run
 
 
 def test_an_export_that_differs_from_the_model_is_removed(trained_run, run_main, tmp_path):
-    """A model that gives NaN gives nothing that can be compared."""
+    """The weights are NaN, so no probability can be compared."""
     run = shutil.copytree(trained_run, tmp_path / "run")
     for checkpoint in (run / "checkpoints").iterdir():
         weights = load_file(checkpoint / "model.safetensors")

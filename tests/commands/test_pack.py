@@ -1,4 +1,4 @@
-"""The command pack, and the whole official set."""
+"""The command ``pack``, and the official set."""
 
 from __future__ import annotations
 
@@ -90,25 +90,25 @@ if __name__ == "__main__":
 
 
 def cpu_seconds() -> float:
-    """Of the processes that this one has waited for: a clock on the wall would measure who else is here."""
+    """CPU time of the child processes; wall time would depend on other load."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 @dataclass(frozen=True, kw_only=True)
 class Packed:
-    """The official set, packed by the run_command."""
+    """The official set, packed by the command."""
 
     shards: ShardSet
     seconds: float
-    """Of a core."""
+    """CPU time."""
     peak_kilobytes: int
-    """The most memory that its process held at once."""
+    """Peak memory of its main process."""
 
 
 @pytest.fixture(scope="module")
 def official(tmp_path_factory: pytest.TempPathFactory) -> Packed:
-    """The official set, packed by the run_command, what that took and how long."""
+    """The official set, packed by the command, with the time and memory that it took."""
     if not ARCHIVE.exists():
         pytest.skip("the official archive is not here (../shared/data/mnist_m.tar.gz)")
     folder = tmp_path_factory.mktemp("official")

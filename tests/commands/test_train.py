@@ -1,4 +1,4 @@
-"""The main job: a plain loop's numbers, the same bits at one and at two processes, a whole run folder."""
+"""``train``: the numbers of a plain loop, the same bits at 1 and 2 processes, a complete run folder."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from mnistm_dist.training.models import create_model
 from mnistm_dist.training.run_dir import read_log
 
 QUICK = ("--tracker", "none", "--threads", "1", "--no-report")
-"""Without W&B, in one thread as each of two ranks on two cores, without the figures."""
+"""Without W&B and figures; one thread per process, so that 1 and 2 processes can be compared."""
 
 
 def losses(run) -> list[float]:
@@ -289,7 +289,7 @@ def test_a_damaged_shard_is_refused_by_name_though_the_cache_is_warm(run_main, s
     ],
 )
 def test_training_consumes_the_images_that_plan_prints(run_command, small_set, tmp_path, order, data, world_size):
-    """Recorded in the ranks; over the end of an epoch, which 320 images of a batch of 48 do not end with a step."""
+    """The ranks record what they consume, across the end of an epoch: 320 is no multiple of the batch size 48."""
     flags = (
         "--order",
         order,

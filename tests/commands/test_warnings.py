@@ -1,4 +1,4 @@
-"""A run in which nothing is wrong says no word of warning: neither ours nor a library's."""
+"""If nothing is wrong, no command prints a warning, of this package or of a library."""
 
 import shutil
 import subprocess
@@ -26,7 +26,7 @@ def without_a_warning(done: subprocess.CompletedProcess[str]) -> None:
 
 
 def test_no_import_warns_of_a_deprecation():
-    """In a fresh interpreter, where every import of the package and of what it stands on is a first one."""
+    """In a new interpreter, where every module is imported for the first time."""
     files = sorted(path.relative_to(ROOT).with_suffix("") for path in (ROOT / "mnistm_dist").rglob("*.py"))
     names = [".".join(file.parts).removesuffix(".__init__") for file in files]
     code = f"import importlib, wandb\nfor name in {names!r}: importlib.import_module(name)"
@@ -36,7 +36,7 @@ def test_no_import_warns_of_a_deprecation():
 
 @pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_training_prints_no_warning(run_command, small_set, world_size):
-    """With its report, and W&B offline, as it is on a machine without a network."""
+    """With a report and W&B offline."""
     places = ("--shards", small_set, "--run-dir", "run")
     without_a_warning(run_command("train", *places, *SHORT, world_size=world_size, WANDB_MODE="offline"))
 

@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from packed_sets import flip_byte, tiny_source
 from processes import server
 
 from mnistm_dist import cache
+from mnistm_dist.data import cache as cache_module
 from mnistm_dist.data import resident as resident_module
 from mnistm_dist.data.cache import cache_entry, choose_cache_dir, entries
 from mnistm_dist.data.packing.writer import pack
@@ -126,7 +128,7 @@ def test_a_killed_decode_leaves_nothing_that_looks_complete_and_the_next_one_suc
 
 
 def count_decoded(folder: Path, cache_dir: Path, ready, answers) -> None:
-    """Opens when all are ready, and says which images it decoded itself and what it sees."""
+    """Open the set when all are ready; answer how often this process decoded, and the sum of the images."""
     resident_module._CHUNK_BYTES = 20 * 28 * 28 * 3
     decoded = []
     decode_to = resident_module._decode_to
@@ -168,8 +170,8 @@ def small_disk(tmp_path) -> Iterator[Path]:
 @pytest.mark.parametrize("foreseen", [True, False], ids=["foreseen", "while writing"])
 def test_a_full_disk_is_named_with_what_is_needed(foreseen, small_set, small_disk, monkeypatch):
     if not foreseen:
-        # As if another program had filled the disk after the look at its free space.
-        monkeypatch.setattr(resident_module, "require_free_space", lambda path, need: None)
+        # As if another program had filled the disk after its free space was checked.
+        monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 40))
     with pytest.raises(UserError) as caught:
         decode(small_set, small_disk / "cache")
     message = str(caught.value)

@@ -1,4 +1,4 @@
-"""Packed sets from a server: a real one, which serves, interrupts, refuses and sends wrong files."""
+"""Packed sets from a real HTTP server, which serves, interrupts, refuses and sends wrong files."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_a_wrong_file_or_a_failing_server_is_named(served, packed, tmp_path, mis
     message = refusal(served.address, tmp_path / "cache")
     assert message.startswith(f"{served.address}/train-000001.tar: ")
     assert named in message
-    # Nothing that looks whole: neither the file nor a manifest that a person could take for a set.
+    # Neither the file nor a manifest remains, so nothing looks like a complete set.
     (folder,) = (tmp_path / "cache" / "fetched").iterdir()
     assert not (folder / "train-000001.tar").exists()
     assert not (folder / "manifest.json").exists()

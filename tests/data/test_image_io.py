@@ -1,4 +1,4 @@
-"""Image files: PNGs are decoded strictly for packed sets; pictures of any kind become the RGB pixels that one sees."""
+"""Image files: PNGs are decoded strictly for packed sets; any picture becomes the RGB pixels that a viewer shows."""
 
 import contextlib
 import os
@@ -115,7 +115,7 @@ def test_every_mode_is_converted_to_the_visible_rgb(tmp_path, name, image, expec
 
 
 def test_transparent_parts_become_white(tmp_path):
-    """Under it many programs leave black, in which a black digit would be lost."""
+    """Transparent pixels are often black, and a black digit would not be visible on them."""
     alpha = np.where(GREY > 99, 255, 0).astype(np.uint8)
     Image.fromarray(np.dstack([RGB, alpha])).save(tmp_path / "alpha.png")
     expected = np.where(alpha[..., None] > 0, RGB, 255)
@@ -181,7 +181,7 @@ def test_a_path_that_is_not_a_file_is_named(tmp_path):
 
 @pytest.mark.parametrize("value", [-0.5, 1.5, float("nan")])
 def test_floats_out_of_range_are_refused(tmp_path, value):
-    """Whether 1.5 is bright or nearly black, a file does not say."""
+    """A file does not define whether 1.5 is bright or nearly black."""
     Image.fromarray(np.full((2, 2), value, np.float32)).save(tmp_path / "float.tif")
     with pytest.raises(UserError, match=r"float\.tif.*accepted are 0 to 1"):
         read_picture(tmp_path / "float.tif")

@@ -1,4 +1,4 @@
-"""The check of files: all damage is found, and nothing is hashed twice."""
+"""The check of files finds all damage and hashes nothing twice."""
 
 from __future__ import annotations
 

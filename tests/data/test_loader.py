@@ -57,7 +57,7 @@ class Truth:
         return Truth(np.stack([decode_png(png, "a sample") for png in pngs]), shards.labels(split))
 
     def has(self, batch: Batch, order: Order) -> bool:
-        """Whether a batch has the images at its positions."""
+        """Return whether a batch holds the images of its positions."""
         ids = order.ids(batch.positions)
         return (
             np.array_equal(batch.ids, ids)
@@ -310,8 +310,7 @@ def test_a_broken_or_unexpected_png_is_named_with_file_and_member(png, small_set
     good = reader.read(np.arange(3))
     data = np.concatenate([good.data, np.frombuffer(png, dtype=np.uint8)])
     offsets, sizes = np.append(good.offsets[:2], len(good.data)), np.append(good.sizes[:2], len(png))
-    plain = np.append(good.plain[:2], png[:8] == b"\x89PNG\r\n\x1a\n" and len(png) == 60)
-    block = Block(ids=good.ids, data=data, offsets=offsets, sizes=sizes, plain=plain)
+    block = Block(ids=good.ids, data=data, offsets=offsets, sizes=sizes)
     out = torch.empty(3, 28, 28, 3, dtype=torch.uint8)
     with pytest.raises(UserError) as caught:
         reader.decode(block, [0, 1, 2], out)

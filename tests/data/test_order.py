@@ -184,7 +184,7 @@ def test_permute_takes_a_size_and_a_key_for_each_value(rows):
 
 
 def p_value(counts: np.ndarray) -> float:
-    """Of Pearson's chi-square test that all cells are equally likely."""
+    """Return the p-value of Pearson's chi-square test that all cells are equally likely."""
     expected = counts.sum() / counts.size
     return float(chi2.sf(((counts - expected) ** 2 / expected).sum(), counts.size - 1))
 

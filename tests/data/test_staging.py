@@ -1,4 +1,4 @@
-"""A packed set is complete or not there, whatever is killed, fills up or interferes."""
+"""A packed set is complete or absent, after kills, full disks and concurrent packs."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""A disk that is full, or can only be read: one line each time, nothing that looks whole and is not, and once there is
-room the run ends as if nothing had happened."""
+"""Full and read-only disks: one line each time, no incomplete file that looks complete, and with free space the run
+ends like an uninterrupted one."""
 
 import json
 import subprocess
@@ -23,7 +23,7 @@ class Row:
 
     phase: str
     named: str
-    """What the line names."""
+    """What the error names."""
     step: int
     world_size: int = 1
     fast: bool = False
@@ -97,7 +97,7 @@ FULL = "/dev/full"
 
 
 def to_full_disk(environment, cwd, run_command: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """A run_command whose output goes to a disk that is full."""
+    """Run a command whose output goes to a full disk."""
     with open(FULL, "w") as full:  # noqa: PTH123  # a device, not a path to work with
         return subprocess.run(
             [sys.executable, "-m", f"mnistm_dist.{run_command}", *map(str, arguments)],
@@ -127,7 +127,7 @@ def test_predictions_that_are_piped_to_a_full_disk_are_refused(environment, tmp_
 
 @pytest.mark.slow
 def test_a_run_whose_log_is_on_a_full_disk_finishes(environment, tmp_path, small_set, uninterrupted):
-    """What a batch job prints may lie on another disk than the run folder."""
+    """The output of a batch job may be on another disk than the run folder."""
     done = to_full_disk(environment, tmp_path, "train", "--shards", small_set, "--run-dir", "run", *FLAGS)
     assert error_lines(done.stderr) == []
     assert done.returncode == 0

@@ -1,5 +1,5 @@
-"""A process that is killed, or falls silent, at any phase: the others end in bounded time, say so, and the next launch
-ends as if nothing had happened."""
+"""A process that is killed or stops responding, in any phase: the others report it and end in bounded time, and the
+next launch ends like an uninterrupted run."""
 
 import os
 import signal
@@ -21,13 +21,13 @@ pytest_plugins = ["uninterrupted"]
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One process, killed."""
+    """One process to kill."""
 
     phase: str
     rank: int
     world_size: int
     step: int
-    """What state.json tells of when another process is left to tell it."""
+    """The step in state.json, if another process is left to write it."""
     fast: bool = False
     """Whether it belongs to the fast tests."""
 
@@ -103,7 +103,7 @@ def test_the_remaining_processes_report_a_killed_one_and_the_resumed_run_ends_th
 def test_a_process_that_stops_responding_is_reported_after_the_collective_timeout(
     start, run_command, small_set, tmp_path, uninterrupted, row
 ):
-    """As a node that vanishes from the network: no connection is closed."""
+    """No connection is closed, as when a node leaves the network."""
     process = launch(start, small_set, row, "SIGSTOP", "--collective-timeout", "15")
     stderr, deadline = process.command.stderr, time.monotonic() + 90
     while not (stderr.exists() and stderr.read_text().endswith("\n")) and time.monotonic() < deadline:

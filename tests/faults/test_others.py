@@ -1,5 +1,4 @@
-"""Others in the same place at the same time: two jobs in one folder or one cache, a hand on the shards, a server that
-hangs."""
+"""Other jobs and services: two jobs in one folder or one cache, shards that are modified, a server that hangs."""
 
 import os
 import shutil
@@ -29,7 +28,7 @@ def test_of_two_jobs_that_start_in_one_folder_one_trains(start, small_set, tmp_p
     ended = sorted((job.wait(120) for job in jobs), key=lambda done: done.returncode)
     assert ended[0].returncode == 0, ended[0].stderr
     if ended[1].returncode == 0:
-        # It came when the other had finished.
+        # It started after the other had finished.
         assert "is finished" in ended[1].stderr
     else:
         line = error_of(ended[1])
@@ -40,7 +39,7 @@ def test_of_two_jobs_that_start_in_one_folder_one_trains(start, small_set, tmp_p
 def test_a_job_that_acquires_the_folder_late_keeps_the_training_of_the_other(
     start, run_command, small_set, tmp_path, uninterrupted
 ):
-    """It looked into the folder before the other began, and waited for its data while the other trained."""
+    """It read the folder before the other job began, and waited for its data while the other trained."""
     flags = ("--shards", small_set, "--run-dir", "run", "--resume", "auto", *FLAGS)
     late = start("train", *flags, before="injected:in_phase", FAULT="wait", FAULT_PHASE="opening")
     wait_for(tmp_path / "waits")
@@ -70,7 +69,7 @@ def test_a_job_that_waits_for_a_cache_takes_over_when_the_one_that_writes_it_is_
 
 
 def altered_run(run_command, small_set, tmp_path, *extra: str):
-    """A run whose shards are altered at its ninth step, and how it ended."""
+    """Run a training whose shards are modified at its ninth step; return its flags and its end."""
     shutil.copytree(small_set, tmp_path / "altered")
     flags = ("--shards", "altered", "--run-dir", "run", "--cache-dir", "cache", "--resume", "auto", *FLAGS, *extra)
     fault = {"FAULT": "altered shards", "FAULT_PHASE": "training"}

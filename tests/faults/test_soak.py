@@ -1,4 +1,4 @@
-"""A long run of tiny steps, saved, evaluated, stopped, killed and gone on with: memory, handles and disk stay flat.
+"""A long run of tiny steps with saves, evaluations, signals, kills and resumes: memory, handles and disk stay flat.
 
     pytest -m soak tests/faults/test_soak.py                                  five minutes
     MNISTM_DIST_SOAK_SECONDS=3600 pytest -m soak tests/faults/test_soak.py    an hour
@@ -31,20 +31,20 @@ from mnistm_dist.training.run_dir import read_log, read_state
 
 SECONDS = float(os.environ.get("MNISTM_DIST_SOAK_SECONDS", "300"))
 LAUNCH_SECONDS = max(45.0, min(300.0, SECONDS / 6))
-"""A launch is long enough to see whether it grows."""
+"""Long enough to measure growth within a launch."""
 FLAGS = (
     *("--recipe", "fast", "--batch-size", "32", "--micro-batch", "16", "--image-size", "28", "--epochs", "1000000"),
     *("--checkpoint-every", "5", "--evaluate-every", "2", "--log-every", "100", "--threads", "1", "--tracker", "none"),
     *("--resume", "auto", "--no-report"),
 )
 MEMORY_SHARE, MEMORY_MB = 0.03, 16.0
-"""What the memory of a launch may grow by, from its second third to its last."""
+"""Allowed growth of the memory of a launch, from its second third to its last."""
 HANDLES, DISK_MB = 4.0, 4.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """What all processes of the run hold at a time."""
+    """Resources of all processes of the run at one time."""
 
     seconds: float
     launch: int
@@ -73,7 +73,7 @@ def sampled(run: Path, began: float, launch: int) -> Sample:
         except (OSError, StopIteration):
             continue
     sizes = {}
-    # Not rglob, which a folder that is renamed or removed while it looks makes fail.
+    # rglob fails if a folder is renamed or removed meanwhile.
     for folder, _, names in os.walk(run):
         for name in names:
             with suppress(OSError):
@@ -93,7 +93,7 @@ def sampled(run: Path, began: float, launch: int) -> Sample:
 
 
 def launches(environment: dict[str, str], cwd: Path, run: Path, shards: Path, began: float) -> Iterator[Sample]:
-    """Launch after launch at two processes and one in turn, ended by a signal and by SIGKILL in turn."""
+    """Launches of two processes and of one in turn, ended by a signal and by SIGKILL in turn."""
     for launch, world_size in zip(itertools.count(), itertools.cycle((2, 1)), strict=False):
         command = [sys.executable, *launcher(world_size), "-m", "mnistm_dist.train", "--shards", str(shards)]
         with (cwd / f"launch-{launch}.log").open("w") as log:

@@ -1,5 +1,4 @@
-"""The run that nothing happened to, which every run that a fault cut short must end like; disks of any size; what a
-run_command said."""
+"""The uninterrupted run, which every interrupted and resumed run must equal; small and read-only disks."""
 
 from __future__ import annotations
 
@@ -24,7 +23,7 @@ Uninterrupted = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def uninterrupted(small_set, environment, tmp_path_factory) -> Uninterrupted:
-    """``uninterrupted(world_size, *flags)``: the folder of a run that ended well, trained once a session."""
+    """``uninterrupted(world_size, *flags)``: the folder of a finished run, trained once a session."""
     runs: dict[tuple[object, ...], Path] = {}
 
     def run(world_size: int = 1, *flags: str) -> Path:
@@ -41,7 +40,7 @@ def uninterrupted(small_set, environment, tmp_path_factory) -> Uninterrupted:
 
 
 def assert_ended_alike(run: Path, whole: Path) -> None:
-    """The run is finished, with the weights and predictions of the one that nothing happened to, byte for byte."""
+    """Check that a run is finished, with the weights and predictions of the uninterrupted one, byte for byte."""
     assert read_state(run) == {"state": "finished", "step": STEPS, "reason": None}
     for name in (f"checkpoints/step-{STEPS:08d}/model.safetensors", "predictions_val.csv", "predictions_test.csv"):
         assert (run / name).read_bytes() == (whole / name).read_bytes(), name
@@ -49,7 +48,7 @@ def assert_ended_alike(run: Path, whole: Path) -> None:
 
 
 def error_lines(stderr: str) -> list[str]:
-    """What was said on stderr, of which every line must be an error's one line: no traceback, no warning."""
+    """Return the lines of stderr, each of which must be an error: no traceback, no warning."""
     lines = stderr.splitlines()
     assert all(line.startswith("error: ") for line in lines), stderr
     return lines

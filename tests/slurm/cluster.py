@@ -58,7 +58,7 @@ NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=
 
 
 def missing() -> str | None:
-    """Why there can be no cluster here, or None."""
+    """Return the reason why no cluster can be started, or None."""
     absent = [name for name in PROGRAMS if shutil.which(name) is None]
     if absent:
         return f"{', '.join(absent)} not installed (Debian: slurmctld slurmd slurm-client munge)"
@@ -92,7 +92,7 @@ class Cluster:
             self._wait_until(socket_path.exists, "munged")
             self._start(stack, "slurmctld", "slurmctld", "-D", "-c")
             for name in NODES:
-                # bash stays the namespace's first process, since that one must bury orphans.
+                # bash stays the namespace's first process, which must reap orphans.
                 enter = 'hostname "$1"; mount --bind "$2" /etc/hosts; slurmd -D -c -N "$1"; exit'
                 namespaces = ("unshare", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
                 self._start(stack, name, *namespaces, "bash", "-c", enter, "node", name, str(self.root / "hosts"))
@@ -105,11 +105,11 @@ class Cluster:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What Slurm's commands need to find this cluster."""
+        """Variables with which Slurm's commands find this cluster."""
         return {"SLURM_CONF": str(self.root / "slurm.conf")}
 
     def command(self, *command: object, cwd: Path | None = None, environment: dict[str, str] | None = None) -> str:
-        """Runs one of Slurm's commands, and gives its output."""
+        """Run a command of Slurm and return its output."""
         done = subprocess.run(
             list(map(str, command)),
             cwd=cwd,
@@ -122,12 +122,12 @@ class Cluster:
         return done.stdout
 
     def job(self, number: int) -> dict[str, str]:
-        """What Slurm knows of a job: JobState, ExitCode ("2:0": exit code, signal), Restarts ..."""
+        """Return Slurm's record of a job: JobState, ExitCode ("2:0": exit code, signal), Restarts ..."""
         parts = self.command("scontrol", "show", "job", "--oneliner", number).split()
         return dict(word.split("=", 1) for word in parts if "=" in word)
 
     def wait(self, number: int, *states: str, seconds: float) -> dict[str, str]:
-        """The job, once it is in one of the states and nothing of it runs any more."""
+        """Wait until the job is in one of the states and none of its processes runs; return it."""
         deadline = time.monotonic() + seconds
         while (job := self.job(number))["JobState"] not in states:
             assert time.monotonic() < deadline, f"job {number} is {job['JobState']} after {seconds:.0f} s, not {states}"
@@ -167,7 +167,7 @@ class Cluster:
         (self.root / "slurm.conf").write_text(text)
 
     def _start(self, stack: ExitStack, name: str, *command: str) -> None:
-        """A daemon that is killed with this process, and at the end of the stack."""
+        """Start a daemon that is killed with this process, and at the end of the stack."""
         with (self.root / "log" / f"{name}.out").open("wb") as log:
             process = subprocess.Popen(
                 ["setpriv", "--pdeathsig", "KILL", *command],
@@ -197,7 +197,7 @@ class Cluster:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of this machine that nobody listens on, all different."""
+    """Return different free ports of this machine."""
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for one in sockets:

@@ -28,7 +28,7 @@ FLAGS = (
     *("--checkpoint-every", 20, "--log-every", 4, "--threads", 1, "--no-report"),
 )
 PATIENCE = 200.0
-"""Seconds for a job that is to end well, on two cores that may be busy."""
+"""Seconds for a job to complete, on two cores that may be busy."""
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 
 
@@ -45,7 +45,7 @@ class Job:
         return self.log_path.read_text() if self.log_path.exists() else ""
 
     def ended(self, seconds: float = PATIENCE) -> dict[str, str]:
-        """What Slurm knows of the job once it has ended and nothing of it is left."""
+        """Wait for the end of the job and of all its processes; return Slurm's record of it."""
         job = self.cluster.wait(self.number, *ENDED, seconds=seconds)
         deadline = time.monotonic() + 10
         while self.processes() and time.monotonic() < deadline:
@@ -59,7 +59,7 @@ class Job:
         assert read_state(self.run) == {"state": "finished", "step": STEPS, "reason": None}
 
     def wait_for_step(self, step: int) -> None:
-        """Returns once the run's log tells of a step."""
+        """Wait until the run's log has the step."""
         deadline = time.monotonic() + PATIENCE
         while not any(row["step"] >= step for row in read_log(self.run / "log.jsonl")):
             assert time.monotonic() < deadline, (
@@ -68,7 +68,7 @@ class Job:
             time.sleep(0.05)
 
     def processes(self, rank: int | None = None) -> list[int]:
-        """Everything that lives and has this job's variables, or the one trainer of a rank, on both nodes."""
+        """Return the processes with this job's variables on both nodes, or the one trainer of a rank."""
         wanted = {f"SLURM_CONF={self.cluster.environment['SLURM_CONF']}", f"SLURM_JOB_ID={self.number}"}
         if rank is not None:
             wanted.add(f"RANK={rank}")
@@ -114,14 +114,14 @@ def submit(
 
 @pytest.fixture(scope="module")
 def cluster():
-    """Two nodes like the smallest there are: 2 CPUs, 8 GB, no GPU."""
+    """Two nodes with 2 CPUs, 8 GB and no GPU each."""
     with Cluster() as cluster:
         yield cluster
 
 
 @pytest.fixture(scope="module")
 def gpu_cluster():
-    """Two nodes of 8 CPUs and 4 GPUs in Slurm's books."""
+    """Two nodes with 8 CPUs and 4 GPUs each, as configured in Slurm."""
     with Cluster(cpus=8, gpus=4) as cluster:
         yield cluster
 
@@ -212,7 +212,7 @@ def test_a_killed_task_fails_the_job_within_a_minute(cluster, environment, small
 
 @pytest.mark.slow
 def test_a_job_whose_head_was_killed_resumes_on_another_node(cluster, environment, small_set, tmp_path, reference):
-    """The killed rank 0 leaves its lock behind, and from another host nobody can look whether it lives."""
+    """The lock of the killed rank 0 remains, and another host cannot check whether its owner is alive."""
     flags = ("--shards", small_set, *FLAGS)
     job = submit(cluster, environment, tmp_path, *flags, run=tmp_path / "run")
     job.wait_for_step(24)
@@ -250,7 +250,7 @@ def test_a_wrong_argument_ends_the_job_with_2_and_one_line(cluster, environment,
 
 @pytest.mark.slow
 def test_tasks_without_a_common_world_are_refused(cluster, environment, small_set, tmp_path):
-    """A world of 1 on each node would train, slowly, twice, and end well."""
+    """Without the check, each node would train the model alone and succeed."""
     command = ["srun", "--nodes", "2", "--ntasks", "2", sys.executable, "-m", "mnistm_dist.train", "--run-dir", "run"]
     done = subprocess.run(
         [*command, "--shards", str(small_set)],
@@ -273,7 +273,7 @@ echo "rank $RANK of $WORLD_SIZE, $LOCAL_RANK of $LOCAL_WORLD_SIZE on $(hostname)
 
 
 def shown_by(cluster: Cluster, folder: Path, *flags: object, options=()) -> int:
-    """The number of a job whose log shows what each task was given, in place of a training."""
+    """Submit a job that prints the variables of each task instead of training; return its number."""
     show = folder / "show"
     show.write_text(SHOW)
     show.chmod(0o755)
@@ -297,7 +297,7 @@ def shown_by(cluster: Cluster, folder: Path, *flags: object, options=()) -> int:
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
 def test_each_gpu_has_a_task_that_sees_all_gpus_of_its_node(gpu_cluster, tmp_path, options, local_world_size, gpus):
-    """The layout alone: a script stands in for Python and shows what each task was given."""
+    """A script in place of Python prints the variables of each task."""
     number = shown_by(gpu_cluster, tmp_path, "--run-dir", "a run", options=options)
     world_size, cpus = 2 * local_world_size, 8 // local_world_size
     arguments = f"--expect-world-size {world_size} --resume auto --run-dir runs/slurm-{number} --run-dir a run"
@@ -330,7 +330,7 @@ def test_a_job_that_cannot_start_as_asked_ends_with_2_and_one_line(
 
 @pytest.mark.slow
 def test_a_requeued_job_that_began_at_a_named_checkpoint_resumes_from_the_latest(gpu_cluster, tmp_path):
-    """A second start from the named one would throw away what the first had learnt, again and again."""
+    """Another start from the named checkpoint would discard the training of each launch."""
     arguments = ("--resume", "r/checkpoints/step-00000640")
     number = shown_by(gpu_cluster, tmp_path, *arguments)
     gpu_cluster.command("scontrol", "requeue", number)

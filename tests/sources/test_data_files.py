@@ -1,4 +1,4 @@
-"""Layouts of arrays: what is damaged or no images and labels is refused, in bounded memory."""
+"""Layouts of arrays: anything damaged, or without images and labels, is refused in bounded memory."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def server(tmp_path, monkeypatch) -> Iterator[LocalServer]:
 
 
 def known(server: LocalServer, name: str = NAME, **wrong: object) -> RemoteFile:
-    """What is known of a file that is served."""
+    """Return the description of a file that is served."""
     data = (server.folder / name).read_bytes()
     facts = {"size": len(data), "checksum": ("sha256", hashlib.sha256(data).hexdigest())}
     return RemoteFile(address=f"{server.address}/{name}", **{**facts, **wrong})
@@ -77,7 +77,7 @@ def test_a_download_reports_its_bytes_and_is_not_fetched_twice(server, tmp_path,
         assert len(server.requests) == requests
     assert open_source(str(path)).counts == {"train": 40, "test": 12}
     (entry,) = entries(tmp_path / "cache")
-    assert (entry.kind, entry.path) == ("downloads", path.parent)
+    assert (entry.path.parent.name, entry.path) == ("downloads", path.parent)
 
 
 @pytest.mark.parametrize("ranges", [True, False])
@@ -205,7 +205,7 @@ def test_pack_refuses_a_download_whose_pixels_are_not_official(server, tmp_path,
     assert "its pixels and labels are not those of the official set" in error
     assert len(error.splitlines()) == 1
     assert not (tmp_path / "out").exists()
-    # It has nothing but its pixels to tell that it is bad: the line says how the file is had anew.
+    # Only its pixels show the damage; the message says how to download the file again.
     (entry,) = entries(tmp_path / "cache")
     assert f"remove it with python -m mnistm_dist.cache clear {entry.path.name}" in error
     assert run_cli(cache_main, ["clear", entry.path.name]) == 0
@@ -233,7 +233,7 @@ def test_the_official_archive_is_complete_after_a_lost_connection(server, tmp_pa
 
 @pytest.fixture
 def mnist_mirror(server, monkeypatch) -> LocalServer:
-    """A mirror of MNIST here; torchvision is told its checksums, since our files are MNIST compressed anew."""
+    """A local mirror of MNIST; torchvision gets its checksums, since the files are compressed again."""
     from torchvision.datasets import MNIST
 
     if not SHARED.exists():

@@ -1,4 +1,4 @@
-"""Layouts of image files: what does not fit is refused with the name of the file, and of the line."""
+"""Layouts of image files: unexpected content is refused with the name of the file and the line."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from PIL import Image
 from mnistm_dist.data.hashing import uniform
 from mnistm_dist.data.packing.verify import inspect
 from mnistm_dist.data.packing.writer import pack
-from mnistm_dist.data.shards import ShardSet
+from mnistm_dist.data.shards import OK, ShardSet
 from mnistm_dist.data.sources.catalog import Source, open_source
 from mnistm_dist.data.sources.synthesis import blend, read_digits, read_photos
 from mnistm_dist.errors import UserError
@@ -244,7 +244,7 @@ def test_more_blends_are_packed_and_val_is_unchanged(tmp_path, photos, mnist):
         source = open_source("mnist+photos", mnist=str(mnist), photos=str(photos), blends=blends)
         packed.append(pack(source, tmp_path / f"set{blends}", num_shards=2))
         result = inspect(ShardSet.open(tmp_path / f"set{blends}"))
-        assert [finding for finding in result if finding.damaged] == []
+        assert [finding for finding in result if finding.status != OK] == []
     once, twice = (manifest.splits for manifest in packed)
     assert twice["train"].count == 2 * once["train"].count
     assert twice["val"].pixels_sha256 == once["val"].pixels_sha256

@@ -1,4 +1,4 @@
-"""Checkpoints: exact, whole or not at all, pruned last."""
+"""Checkpoints: exact, complete or absent, pruned last."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What can go wrong when processes are launched: each time one clear line, in bounded time, and no run folder."""
+"""Failures of a launch: each time one line, in bounded time, and no run folder."""
 
 import itertools
 import json
@@ -28,7 +28,7 @@ needs_mounts = pytest.mark.skipif(
 
 @pytest.fixture
 def launched(environment, tmp_path):
-    """Runs a command of a person in an empty folder."""
+    """Run a command line in an empty folder."""
 
     def run(*command: object, **extra: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -44,14 +44,14 @@ def launched(environment, tmp_path):
 
 
 def the_error(done: subprocess.CompletedProcess[str]) -> str:
-    """The one line in which the trainers told a mistake, among the launcher's own."""
+    """Return the one error line of the trainers, among the launcher's own lines."""
     assert done.returncode != 0, done.stdout
     lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(lines) == 1, done.stderr
     return lines[0]
 
 
-# Who is there
+# World size
 
 
 def test_a_world_of_another_size_than_expected_is_refused():
@@ -85,7 +85,7 @@ def test_threads_are_slurms_cpus_per_task_or_a_share_of_the_cores():
     assert default_threads(2, {**step, "WORLD_SIZE": "4"}) == 3
 
 
-# Who launches
+# Launchers
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_threads_are_slurms_cpus_per_task_or_a_share_of_the_cores():
 def test_the_projects_accelerate_config_starts_the_number_of_processes_asked_for(
     launched, small_set, tmp_path, taken_port, world_size
 ):
-    """Accelerate warns and goes to another port by itself where all processes are on one machine."""
+    """Accelerate warns and chooses another port if all processes are on one machine."""
     asked = ("--num_processes", 2, "--main_process_port", taken_port) if world_size == 2 else ()
     configured = ("-m", "accelerate.commands.launch", "--config_file", ROOT / "accelerate_config.yaml", *asked)
     trainer = ("-m", "mnistm_dist.train", "--shards", small_set, "--run-dir", "run", *QUICK)
@@ -129,11 +129,11 @@ def test_under_the_launcher_a_user_error_is_printed_once(launched, small_set, tm
     assert not (tmp_path / "run").exists()
 
 
-# Who is found
+# Rendezvous
 
 
 def rank(number: int, *, head: str, port: int) -> dict[str, str]:
-    """The variables of one process of two, each on a node of its own."""
+    """The variables of one of two processes on two nodes."""
     return {
         **{"RANK": str(number), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"},
         **{"MASTER_ADDR": head, "MASTER_PORT": str(port)},
@@ -185,7 +185,7 @@ def test_a_head_that_no_process_joins_reports_it(run_command, small_set, free_po
     assert "all 2 processes started" in error
 
 
-# Where it writes
+# The run folder
 
 
 @needs_mounts

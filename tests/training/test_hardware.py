@@ -1,4 +1,4 @@
-"""What a process may use of what it finds."""
+"""Precision, threads and devices of a process."""
 
 import pytest
 
@@ -11,7 +11,7 @@ CPU, V100, A100 = ("fp32",), ("fp32", "fp16"), ("fp32", "fp16", "bf16")
 @pytest.mark.parametrize(
     ("launcher", "native", "chosen"),
     [
-        # Without a launcher, with one that nobody told a precision, by slurm/train.sh: the same.
+        # The same without a launcher, with a launcher without a precision, and by slurm/train.sh.
         (None, A100, "bf16"),
         ("no", A100, "bf16"),
         ("bf16", A100, "bf16"),

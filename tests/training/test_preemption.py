@@ -1,4 +1,4 @@
-"""A handler only notes the action; the second Ctrl-C leaves."""
+"""A signal handler only records the request; the second Ctrl-C exits."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from mnistm_dist.training.preemption import StopRequest, parse_signals
 
 @pytest.fixture
 def stop():
-    """Handlers that are put back."""
+    """Install the handlers, and restore the previous ones afterwards."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     request = StopRequest()
     request.install((signal.SIGTERM, signal.SIGUSR1))
@@ -34,7 +34,7 @@ def test_the_first_signal_is_the_reason_and_later_ones_are_ignored_at_the_end(st
     stop.close(process_ends=True)
     os.kill(os.getpid(), signal.SIGUSR1)
     assert stop.reason == "SIGTERM"
-    # Not its default action either, which would kill the process while the interpreter ends.
+    # Nor does its default action apply, which would kill the process while the interpreter ends.
     assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
 
 

@@ -1,4 +1,4 @@
-"""A run killed at any instant goes on where it was, and ends as if nothing had happened."""
+"""A run killed at any instant resumes, and ends like an uninterrupted one."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def final_model(run: Path) -> bytes:
 
 
 def learning(run: Path) -> list[tuple]:
-    """What the log says of the learning: no times, no speeds."""
+    """Return the losses and metrics of the log, without times and speeds."""
     names = ("step", "epoch", "train/loss", "train/learning_rate", "val/loss", "val/accuracy")
     return [
         tuple(row.get(n) for n in names)
@@ -42,7 +42,7 @@ def learning(run: Path) -> list[tuple]:
 
 
 def started(environment: dict[str, str], cwd: Path, world_size: int, *flags: object) -> subprocess.Popen[str]:
-    """A run in a process group of its own."""
+    """Start a run by a real launcher, in its own process group."""
     command = [sys.executable, *launcher(world_size), "-m", "mnistm_dist.train", *map(str, flags)]
     return subprocess.Popen(
         command,
@@ -56,7 +56,7 @@ def started(environment: dict[str, str], cwd: Path, world_size: int, *flags: obj
 
 
 def wait_for_step(process: subprocess.Popen[str] | Started, run: Path, step: int) -> None:
-    """Returns once the log tells of a step, or the process has ended."""
+    """Wait until the log has the step. Fail if the process ends before."""
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
         if any(row["step"] >= step for row in read_log(run / "log.jsonl")):
@@ -69,7 +69,7 @@ def wait_for_step(process: subprocess.Popen[str] | Started, run: Path, step: int
 
 @pytest.fixture(scope="module")
 def reference(small_set, cache_dir, tmp_path_factory) -> Path:
-    """The run that was never killed, at one process; at two its parameters are the same (test_train.py)."""
+    """The uninterrupted run of one process; at two its parameters are the same (test_train.py)."""
     from mnistm_dist.train import main
 
     os.environ["MNISTM_DIST_CACHE"] = str(cache_dir)
@@ -79,7 +79,7 @@ def reference(small_set, cache_dir, tmp_path_factory) -> Path:
 
 
 def kill_and_resume(start, tmp_path, small_set, world_size: int, kills: int, seed: int) -> Path:
-    """A run whose process group is killed ``kills`` times, at random moments or during a save, and then let finish."""
+    """Kill a run's process group ``kills`` times, at random moments or during a save; then let it finish."""
     generator, run = random.Random(seed), tmp_path / f"killed-{world_size}-{seed}"
     flags = ("--shards", small_set, "--run-dir", run, "--resume", "auto", *FLAGS)
     done = 0
@@ -87,7 +87,7 @@ def kill_and_resume(start, tmp_path, small_set, world_size: int, kills: int, see
         process = start("train", *flags, world_size=world_size)
         wait_for_step(process, run, done + 2)
         if kill % 2:
-            # In the middle of a save: its folder is there under its temporary name.
+            # During a save: its folder has its temporary name.
             deadline = time.monotonic() + 10
             while not list((run / "checkpoints").glob(".step-*")) and time.monotonic() < deadline:
                 pass
@@ -139,7 +139,7 @@ def test_a_run_resumes_on_another_number_of_processes(start, run_command, tmp_pa
 
 
 def interrupted(environment, tmp_path, small_set, world_size: int, number: signal.Signals, **extra: str) -> Path:
-    """A run whose launcher gets a signal, waited for until nothing of it is left."""
+    """Send a signal to the launcher of a run, and wait until no process of it is left."""
     run = tmp_path / "run"
     flags = ("--shards", small_set, "--run-dir", run, *FLAGS)
     process = started({**environment, **extra}, tmp_path, world_size, *flags)
@@ -261,7 +261,7 @@ def test_a_resume_of_another_run_is_refused_with_the_difference(run_main, preemp
 
 @pytest.mark.slow
 def test_a_missing_best_checkpoint_does_not_stop_the_run(run_command, tmp_path, reference):
-    """It was pruned for a better one, and that one was damaged."""
+    """It was pruned for a better one, which was damaged later."""
     run = tmp_path / "run"
     shutil.copytree(reference, run)
     path = sorted(run.glob("checkpoints/step-*"))[-2]

@@ -77,6 +77,14 @@ def _patience(lease: SoftFileLease, path: Path) -> float:
         recently_touched = time.time() - path.stat().st_mtime < LEASE_SECONDS
     except FileNotFoundError:
         return SAME_HOST_SECONDS
-    on_this_host = owner is not None and socket.gethostname() in owner.hostname
     # Clocks of two hosts are not compared.
+    on_this_host = owner is not None and socket.gethostname() in owner.hostname and not _is_zombie(owner.pid)
     return SAME_HOST_SECONDS if on_this_host and recently_touched else LEASE_SECONDS + 2
+
+
+def _is_zombie(pid: int) -> bool:
+    """Whether a process was killed and not yet reaped, which filelock takes for alive."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].startswith("Z")
+    except OSError:
+        return False

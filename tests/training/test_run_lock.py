@@ -1,5 +1,6 @@
 """One process holds a run folder at a time; a dead owner's lock is taken over."""
 
+import os
 import subprocess
 import sys
 import time
@@ -68,6 +69,13 @@ def test_a_dead_owner_of_this_host_is_replaced_at_once(tmp_path, owner, short_le
     started = time.monotonic()
     RunLock(tmp_path).release()
     assert time.monotonic() - started < 1
+
+
+def test_a_killed_owner_that_is_not_reaped_is_replaced(tmp_path, owner, short_lease):
+    """As in a container whose first process reaps late or never."""
+    owner.kill()
+    os.waitid(os.P_PID, owner.pid, os.WEXITED | os.WNOWAIT)
+    RunLock(tmp_path).release()
 
 
 def test_an_owner_on_another_host_counts_as_dead_when_its_lock_is_no_longer_touched(tmp_path, owner, short_lease):

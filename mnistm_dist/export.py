@@ -26,12 +26,12 @@ from mnistm_dist.cli import command
 from mnistm_dist.errors import UserError, import_optional, run_cli
 from mnistm_dist.files import atomic_path, explain_os_errors
 
+# Packages beyond this one's own that a format needs.
 PACKAGES: dict[str, tuple[str, ...]] = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "torch": ()}
-"""Packages beyond this one's own that a format needs."""
+# Largest accepted difference of a probability.
 TOLERANCE = 1e-4
-"""Largest accepted difference of a probability."""
+# Images on which the file is compared with the model.
 IMAGES = 50
-"""Images on which the file is compared with the model."""
 
 
 @command

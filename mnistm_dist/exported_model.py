@@ -22,12 +22,12 @@ from torch.nn import functional
 from mnistm_dist.data.sources.catalog import open_source
 from mnistm_dist.inference import TrainedModel
 
+# uint8 (N, H, W, 3) to float32 (N, C).
 Runner = Callable[[np.ndarray], np.ndarray]
-"""uint8 (N, H, W, 3) to float32 (N, C)."""
+# Where `about` is stored: in ONNX a metadata property, in a .pt2 an extra file.
 ABOUT = "mnistm_dist"
-"""Where `about` is stored: in ONNX a metadata property, in a .pt2 an extra file."""
+# (width, height) of the images on which a file is compared with its model, pixels: smaller, larger, not square.
 SIZES = ((28, 28), (33, 20), (64, 64), (90, 150))
-"""(width, height) of the images on which a file is compared with its model, pixels: smaller, larger, not square."""
 
 
 class Portable(nn.Module):

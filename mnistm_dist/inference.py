@@ -34,8 +34,8 @@ from mnistm_dist.training.run_dir import CONFIG_NAME, require_run
 
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
+# uint8 (H, W, 3), RGB; a PIL image of any mode; or the path of a file.
 AnyImage = np.ndarray | Tensor | Image.Image | str | Path
-"""uint8 (H, W, 3), RGB; a PIL image of any mode; or the path of a file."""
 
 
 @dataclass(frozen=True, kw_only=True)

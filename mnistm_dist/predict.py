@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from mnistm_dist.inference import TrainedModel
     from mnistm_dist.reporting.console import Bar
 
+# Exit code if some files could not be read and others could.
 EXIT_SKIPPED = 1
-"""Exit code if some files could not be read and others could."""
+# Decimals of a written probability, as in ``predictions_SPLIT.csv``.
 DECIMALS = 6
-"""Decimals of a written probability, as in ``predictions_SPLIT.csv``."""
 
 
 @command

@@ -15,8 +15,8 @@ from pydantic import NonNegativeInt
 CALIBRATION_BINS = 15  # of equal width, as in Guo et al. 2017
 # Lower bound of a probability in the log loss: half of the sixth decimal, the last one that is written.
 SMALLEST_PROBABILITY = 5e-7
+# 97.5 % point of the standard normal distribution, for two-sided 95 % intervals.
 NORMAL_QUANTILE_975 = 1.959963984540054
-"""97.5 % point of the standard normal distribution, for two-sided 95 % intervals."""
 WORST_CONFUSIONS = 10  # cells off the diagonal that ``summary.json`` lists, the largest first
 
 

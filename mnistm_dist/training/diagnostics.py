@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile, schedule
 
+# Accepted distance of the initial loss from ln(classes): BatchNorm in the head spreads the untrained logits.
 INITIAL_LOSS_TOLERANCE = 0.7
-"""Accepted distance of the initial loss from ln(classes): BatchNorm in the head spreads the untrained logits."""
+# Steps of Adam on one batch, and the loss that they must reach.
 OVERFIT_STEPS, OVERFIT_LOSS = 60, 0.05
-"""Steps of Adam on one batch, and the loss that they must reach."""
+# Steps of a launch before the traced ones: without the profiler (first allocations, compilation), and with it.
 SKIPPED_STEPS, WARM_UP_STEPS = 4, 1
-"""Steps of a launch before the traced ones: without the profiler (first allocations, compilation), and with it."""
 OPERATORS_SHOWN = 40
 
 

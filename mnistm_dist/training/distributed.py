@@ -38,13 +38,13 @@ from mnistm_dist.training.hardware import (
 
 T = TypeVar("T")
 
+# Limit of each wait until the data is open: one node may decode for hours while the others wait.
 SETUP_TIMEOUT = timedelta(hours=12)
-"""Limit of each wait until the data is open: one node may decode for hours while the others wait."""
+# How long the other ranks wait for rank 0 to listen: on a slow disk, processes start minutes apart.
 RENDEZVOUS_SECONDS = 300.0
-"""How long the other ranks wait for rank 0 to listen: on a slow disk, processes start minutes apart."""
+# How long a rank that exits with an error waits for the others, which may not know of it. Rank 0 may need 20 seconds to
+# close its tracker first.
 SHUTDOWN_TIMEOUT = timedelta(seconds=25)
-"""How long a rank that exits with an error waits for the others, which may not know of it. Rank 0 may need 20 seconds
-to close its tracker first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,12 +272,12 @@ def joined(machine: MachineConfig, *, expect_world_size: int | None, collective_
     world.shutdown()
 
 
+# Error texts of gloo and NCCL when a peer is dead, or silent for longer than a collective operation may take.
 _PEER_FAILURE = re.compile(
     r"Connection closed by peer|Connection reset by peer|Broken pipe|Application timeout caused pair closure|"
     r"Timed out waiting \d+ms|[Ww]atchdog caught collective operation timeout|remote process exited|"
     r"communicator was aborted"
 )
-"""Error texts of gloo and NCCL when a peer is dead, or silent for longer than a collective operation may take."""
 
 
 @contextmanager

@@ -21,10 +21,10 @@ from mnistm_dist.data.transforms import Preprocess
 from mnistm_dist.files import write_atomic
 from mnistm_dist.training.distributed import World
 
+# Images in a canonical batch. It is fixed, since the shape of a batch decides the last bits of its result.
 BATCH_SIZE = 250
-"""Images in a canonical batch. It is fixed, since the shape of a batch decides the last bits of its result."""
+# Decimals of a written probability.
 DECIMALS = 6
-"""Decimals of a written probability."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,10 +10,10 @@ from types import FrameType
 from mnistm_dist.errors import UserError
 from mnistm_dist.training.distributed import StopConsensus, World
 
+# What a rank asks for at a step boundary; the largest value of any rank wins. EXIT saves first.
 CONTINUE, SAVE, EXIT = 0, 1, 2
-"""What a rank asks for at a step boundary; the largest value of any rank wins. EXIT saves first."""
+# Seconds after which another Ctrl-C counts as the second one: a launcher forwards the first, so it arrives twice.
 SECOND_INTERRUPT_AFTER = 1.0
-"""Seconds after which another Ctrl-C counts as the second one: a launcher forwards the first, so it arrives twice."""
 
 Handler = Callable[[int, FrameType | None], object] | int
 

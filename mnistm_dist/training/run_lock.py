@@ -18,10 +18,10 @@ from mnistm_dist.files import explain_os_errors
 
 LOCK_NAME = ".lock"
 HEARTBEAT_SECONDS = 5.0
+# How long a lock file must stay untouched before an owner on another host counts as dead.
 LEASE_SECONDS = 20.0
-"""How long a lock file must stay untouched before an owner on another host counts as dead."""
+# How long to wait for a lock that was touched on this host: a dead owner's is taken over within it.
 SAME_HOST_SECONDS = 0.3
-"""How long to wait for a lock that was touched on this host: a dead owner's is taken over within it."""
 
 
 class RunLock:

@@ -35,11 +35,11 @@ from mnistm_dist.training.models import architecture
 from mnistm_dist.training.run_dir import CONFIG_NAME, RunDir
 from mnistm_dist.training.train_state import TrainState
 
+# Where the bundled sample is packed to, and looked for, if no shards are named.
 SAMPLE = Path("shards/sample")
-"""Where the bundled sample is packed to, and looked for, if no shards are named."""
 EVALUATED_SPLITS = ("val", "test")
+# Interval at which a process looks whether another one has packed the sample.
 SAMPLE_POLL_SECONDS = 1.0
-"""Interval at which a process looks whether another one has packed the sample."""
 
 
 class ProgressBars(Protocol):

@@ -21,8 +21,8 @@ from typing import IO, Any, ClassVar, cast
 from mnistm_dist.data.image_io import explain_decode_errors
 from mnistm_dist.errors import UserError, escape_control
 
+# Size of the largest image or label file that is read.
 MAX_FILE_BYTES = 64 << 20
-"""Size of the largest image or label file that is read."""
 _MAX_EXPANSION = 100  # largest accepted ratio of unpacked to packed bytes; image sets stay below 10
 _FREE_BYTES = 64 << 20  # unpacked bytes that are accepted at any ratio
 _LITTER = re.compile(r"\._.*|\.DS_Store|Thumbs\.db|desktop\.ini")

@@ -9,10 +9,10 @@ import numpy as np
 
 from mnistm_dist.errors import UserError
 
+# Class names; a label is an index into them.
 CLASSES = ("0", "1", "2", "3", "4", "5", "6", "7", "8", "9")
-"""Class names; a label is an index into them."""
+# Split names, in the order in which splits are packed and listed in a manifest.
 SPLITS = ("train", "val", "test")
-"""Split names, in the order in which splits are packed and listed in a manifest."""
 # Images of the training split that Ganin and Lempitsky published, and of its end, which is val here: 55,000 remain.
 _OFFICIAL_TRAIN_SIZE, _OFFICIAL_VAL_SIZE = 59_001, 4_001
 

@@ -31,6 +31,7 @@ from mnistm_dist.data.sources.image_files import (
 from mnistm_dist.data.sources.synthesis import open_mnist_and_photos, open_sample
 from mnistm_dist.errors import UserError
 
+# Every layout, with its structure in one line.
 KNOWN_LAYOUTS: Mapping[str, str] = {
     "sample": "the digits and photos bundled with this package",
     "mnist+photos": "made of MNIST (--mnist DIR|auto) and colour photos (--photos DIR)",
@@ -50,7 +51,6 @@ KNOWN_LAYOUTS: Mapping[str, str] = {
     "mat": "one file of MATLAB 5: train, test, label_train, label_test",
     "pickle": "one .pkl or .pkl.gz, a dict of the images train and test; labels from --mnist DIR|auto",
 }
-"""Every layout, with its structure in one line."""
 
 # The layouts that are made from ingredients, not read from a path, and their readers.
 _SYNTHESISED: Mapping[str, Callable[..., Source]] = {"sample": open_sample, "mnist+photos": open_mnist_and_photos}

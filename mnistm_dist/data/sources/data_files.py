@@ -27,11 +27,9 @@ _IMAGE_TYPE = re.compile(r"(large_)?binary|struct<(.*, )?bytes: (large_)?binary.
 _LABEL_TYPE = re.compile(r"u?int\d+")
 
 
+# One split: `FILE: NAME` for messages, images and labels. Images have a shape and a dtype and slice to uint8 (n,
+# height, width, 3), in memory or not; labels as in `check_labels`.
 Arrays = tuple[str, Any, Any]
-"""One split: `FILE: NAME` for messages, images and labels.
-
-Images have a shape and a dtype and slice to uint8 (n, height, width, 3), in memory or not; labels as in `check_labels`.
-"""
 
 
 def array_source(layout: str, splits: Mapping[str, Arrays]) -> Source:

@@ -89,6 +89,7 @@ def _fetch_copy(publisher: str, copy: _Copy, cache_dir: Path, progress: Progress
     return folder / next(iter(copy)) if len(copy) == 1 else folder
 
 
+# Public copies, by where they are published, in the order in which they are tried: known checksums first.
 OFFICIAL_COPIES: Mapping[str, _Copy] = {
     "github.com/mashaan14/MNIST-M: the official images under their names, in folders of classes": {
         "MNIST-M.zip": RemoteFile(
@@ -116,4 +117,3 @@ OFFICIAL_COPIES: Mapping[str, _Copy] = {
         )
     },
 }
-"""Public copies, by where they are published, in the order in which they are tried: known checksums first."""

@@ -12,8 +12,8 @@ from mnistm_dist.data.sources.archives import Tree
 from mnistm_dist.data.sources.base import CLASSES, SPLITS, Sample, Source, parse_label, split_of
 from mnistm_dist.errors import UserError
 
+# (name in the tree, label) of each image of a split, in order.
 Labelled = list[tuple[str, int]]
-"""(name in the tree, label) of each image of a split, in order."""
 
 _OFFICIAL = {split: f"mnist_m_{split}" for split in ("train", "test")}
 _COLUMNS = ("image_name", "label")

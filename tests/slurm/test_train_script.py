@@ -219,7 +219,7 @@ def test_a_job_whose_head_was_killed_resumes_on_another_node(cluster, environmen
     (victim,) = job.processes(rank=0)
     os.kill(victim, signal.SIGKILL)
     assert job.ended(seconds=60)["JobState"] == "FAILED"
-    assert json.loads((job.run / ".lock").read_text())["host"] == "node1"
+    assert "\nhost=node1" in (job.run / ".lock").read_text()
 
     again = submit(cluster, environment, tmp_path, *flags, run=job.run, options=("--nodes", 1, "--nodelist", "node2"))
     again.output_of()

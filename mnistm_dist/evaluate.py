@@ -46,14 +46,14 @@ def main(
     from mnistm_dist.training import distributed
     from mnistm_dist.training.hardware import native_precisions
     from mnistm_dist.training.preemption import exit_with_launcher
-    from mnistm_dist.training.run_dir import require_run
+    from mnistm_dist.training.run_dir import CONFIG_NAME, require_run
     from mnistm_dist.training.run_lock import RunLock
     from mnistm_dist.training.setup import EVALUATED_SPLITS, open_evaluation
 
     run_dir = Path(run)
     with errors_once_per_node():
         require_run(run_dir)
-        config = configuration.load(run_dir / "config.yaml")
+        config = configuration.load(run_dir / CONFIG_NAME)
         if shards:
             config = configuration.replace(config, shards=shards)
     machine = replace(config.machine, threads="auto")

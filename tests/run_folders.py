@@ -12,7 +12,9 @@ import numpy as np
 
 from mnistm_dist import __version__
 from mnistm_dist import config as configuration
+from mnistm_dist.errors import UserError
 from mnistm_dist.reporting.metrics import Metrics, measure
+from mnistm_dist.training.run_lock import LOCK_NAME, RunLock
 
 CLASSES = tuple(str(digit) for digit in range(10))
 Matrix = list[list[int]]
@@ -209,3 +211,14 @@ def write_run(
     (folder / "checkpoints" / f"step-{steps:08d}").mkdir(parents=True)
     (folder / "state.json").write_text(json.dumps({"state": "finished", "step": steps, "reason": ""}))
     return folder
+
+
+def is_locked(run_dir: Path) -> bool:
+    """Return whether a live run holds the folder. For an owner on another host this takes `LEASE_SECONDS`."""
+    if not (run_dir / LOCK_NAME).exists():
+        return False
+    try:
+        RunLock(run_dir).release()
+    except UserError:
+        return True
+    return False

@@ -59,17 +59,6 @@ class RunLock:
         self._lease.release()
 
 
-def is_locked(run_dir: Path) -> bool:
-    """Return whether a live run holds the folder. For an owner on another host this takes `LEASE_SECONDS`."""
-    if not (run_dir / LOCK_NAME).exists():
-        return False
-    try:
-        RunLock(run_dir).release()
-    except UserError:
-        return True
-    return False
-
-
 def _patience(lease: SoftFileLease, path: Path) -> float:
     """How long to wait, seconds: until a dead owner would be detected."""
     owner = lease.owner

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import pytest
 from conftest import error_of, output_of
+from run_folders import is_locked
 from uninterrupted import FLAGS, STEPS, STREAMING, assert_ended_alike, error_lines
 
 from mnistm_dist.training.checkpoint import open_checkpoint
 from mnistm_dist.training.run_dir import read_state
-from mnistm_dist.training.run_lock import is_locked
 
 pytest_plugins = ["uninterrupted"]
 

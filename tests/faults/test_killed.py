@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from run_folders import is_locked
 from uninterrupted import FLAGS, STEPS, assert_ended_alike, error_lines
 
 from mnistm_dist.data.parallel import available_cores
 from mnistm_dist.training.run_dir import read_state
-from mnistm_dist.training.run_lock import is_locked
 
 pytest_plugins = ["uninterrupted"]
 

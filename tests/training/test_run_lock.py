@@ -6,10 +6,11 @@ import sys
 import time
 
 import pytest
+from run_folders import is_locked
 
 from mnistm_dist.errors import UserError
 from mnistm_dist.training import run_lock
-from mnistm_dist.training.run_lock import RunLock, is_locked
+from mnistm_dist.training.run_lock import RunLock
 
 HOLD = """
 import sys, time

@@ -25,12 +25,10 @@ from mnistm_dist.training.checkpoint import Checkpoint
 from mnistm_dist.training.environment import device_name
 from mnistm_dist.training.evaluation import SplitOutputs, predict_split, write_predictions
 from mnistm_dist.training.models import count_parameters, create_model, to_device
-from mnistm_dist.training.run_dir import RunDir, writing
+from mnistm_dist.training.run_dir import SUMMARY_NAME, RunDir, writing
 from mnistm_dist.training.schedule import Schedule
 from mnistm_dist.training.setup import RunSetup
 from mnistm_dist.training.train_state import TrainState
-
-SUMMARY_NAME = "summary.json"
 
 
 def choose_checkpoint(run_dir: Path, which: str, *, has_test: bool) -> tuple[Checkpoint, dict[str, Any]]:

@@ -8,7 +8,7 @@
 import functools
 import itertools
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,11 +195,16 @@ def acquire_run_dir(run: RunSetup, checkpoint: Checkpoint | None) -> RunDir:
     return run_dir
 
 
-def write_start(run: RunSetup, run_dir: RunDir, state: TrainState, *, resumed: bool) -> None:
-    """Write the files that a run folder has from the start. Rank 0 writes."""
+def write_start(
+    run: RunSetup, run_dir: RunDir, state: TrainState, print_line: Callable[[str], None], *, resumed: bool
+) -> None:
+    """Write the files that a run folder has from the start; set aside the checkpoints of later steps. Rank 0 writes."""
+    if run_dir.active and (later := checkpoints.checkpoint_dirs(run.path, after=state.steps_done)):
+        folder = run_dir.set_aside(later)
+        names = ", ".join(path.name for path in later)
+        print_line(f"starting after step {state.steps_done}: {names} and the results were moved to {folder}")
     run_dir.open_log(state.steps_done)
     if run_dir.active:
-        checkpoints.remove_after(run.path, state.steps_done)
         run_dir.write(CONFIG_NAME, configuration.dump(run.config))
         run_dir.write("environment.json", describe_environment(run.world))
         run_dir.write("architecture.json", architecture(state.model, max(run.config.steps.image_size)))

@@ -15,7 +15,6 @@ COMMANDS = {
     "predict": "classify image files",
     "export": "write a trained model as one file",
     "report": "write the report of a run, or compare runs",
-    "cache": "list or clear the cache",
 }
 
 

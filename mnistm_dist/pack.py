@@ -11,6 +11,7 @@ shards/README.md describes its files.
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from dataclasses import dataclass
@@ -125,10 +126,9 @@ def main(
     except UserError as error:
         if download is None:
             raise
-        remedy = f"python -m mnistm_dist.cache clear {Path(str(source)).relative_to(cache).parts[1]}"
-        if cache_dir is not None:
-            remedy += f" --cache-dir {cache}"
-        raise UserError(f"{error}; if the download is damaged, remove it with {remedy}") from error
+        raise UserError(
+            f"{error}; if the download is damaged, remove it with rm -r {shlex.quote(str(source))}"
+        ) from error
     console.header(f"packed: {target.out}", _summary(manifest, time.monotonic() - started))
     return 0
 

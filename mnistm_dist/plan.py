@@ -23,9 +23,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt
 from tyro.conf import arg
 
-from mnistm_dist import config as configuration
 from mnistm_dist.cli import command, write_result
-from mnistm_dist.config import Config, OrNone, checked
+from mnistm_dist.config import DEFAULT_RECIPE, Config, OrNone, build, checked, load, read_recipe, replace
 from mnistm_dist.errors import UserError, run_cli
 
 if TYPE_CHECKING:
@@ -82,7 +81,7 @@ def main(
     shards = open_shards(str(config.data.shards), cache_dir=choose_cache_dir(config.data.cache_dir))
     batch_size = config.steps.batch_size
     order, reader, streams = choose_reading(config.data, shards.manifest, batch_size=batch_size, world_size=world_size)
-    config = configuration.replace(config, order=order, reader=reader, shuffle_streams=streams)
+    config = replace(config, order=order, reader=reader, shuffle_streams=streams)
     schedule = Schedule.of(config, shards.split("train").count)
     if run is not None and step >= schedule.total_steps:
         raise UserError(f"--step {step}: {run} has {schedule.total_steps:,} steps; use 0 to {schedule.total_steps - 1}")
@@ -113,11 +112,10 @@ def choose_config(run: str | None, new_run: NewRun) -> Config:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise UserError(f"{flags}: {run} has its own; leave this out, or name --shards instead of a run")
     if run is not None:
-        return configuration.load(Path(run) / "config.yaml")
+        return load(Path(run) / "config.yaml")
     if "shards" not in given:
         raise UserError("plan: name a run folder, or a packed set with --shards")
-    recipe = configuration.DEFAULT_RECIPE
-    return configuration.build(recipe, configuration.read_recipe(recipe) | given)
+    return build(DEFAULT_RECIPE, read_recipe(DEFAULT_RECIPE) | given)
 
 
 def save_images(

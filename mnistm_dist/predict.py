@@ -3,7 +3,7 @@
     python -m mnistm_dist.predict runs/NAME digit.png photos/
     python -m mnistm_dist.predict runs/NAME photos/ --csv > predictions.csv
 
-Prints class, probability and file: a table in a terminal, lines in a pipe.
+Prints class, probability and file, a line each.
 --csv: file,predicted,probability,p0,...; --json: [{"file": ..., "predicted": 3,
 "probability": 0.99, "probabilities": [...]}, ...]. Folders are read with their
 subfolders, in sorted order. Files that cannot be read are named on stderr and
@@ -80,8 +80,6 @@ def main(
         write_result("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
     elif csv_output:
         write_result(format_csv(rows, model.classes))
-    elif sys.stdout.isatty():
-        show_table(rows, model.classes)
     else:
         lines = (f"{model.classes[row['predicted']]}  {row['probability']:.4f}  {row['file']}" for row in rows)
         write_result("".join(f"{escape_control(line)}\n" for line in lines))
@@ -130,23 +128,6 @@ def format_csv(rows: list[dict[str, Any]], classes: tuple[str, ...]) -> str:
         numbers = (f"{p:.{DECIMALS}f}" for p in (row["probability"], *row["probabilities"]))
         writer.writerow([row["file"], row["predicted"], *numbers])
     return text.getvalue()
-
-
-def show_table(rows: list[dict[str, Any]], classes: tuple[str, ...]) -> None:
-    """Print a table in the terminal."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("file", overflow="fold")
-    table.add_column("class", justify="right")
-    table.add_column("probability", justify="right")
-    for row in rows:
-        name = Text(classes[row["predicted"]], "bold")
-        table.add_row(Text(escape_control(row["file"])), name, f"{row['probability']:.4f}")
-    Console().print(table)
 
 
 if __name__ == "__main__":

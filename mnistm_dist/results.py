@@ -21,7 +21,6 @@ from mnistm_dist.reporting.predictions import Predictions, mistakes, read_predic
 from mnistm_dist.reporting.run_logger import log_results
 from mnistm_dist.reporting.tracking import Tracker
 from mnistm_dist.training import checkpoint as checkpoints
-from mnistm_dist.training.checkpoint import Checkpoint
 from mnistm_dist.training.environment import device_name
 from mnistm_dist.training.evaluation import SplitOutputs, predict_split, write_predictions
 from mnistm_dist.training.models import count_parameters, create_model, to_device
@@ -31,7 +30,7 @@ from mnistm_dist.training.setup import RunSetup
 from mnistm_dist.training.train_state import TrainState
 
 
-def choose_checkpoint(run_dir: Path, which: str, *, has_test: bool) -> tuple[Checkpoint, dict[str, Any]]:
+def choose_checkpoint(run_dir: Path, which: str, *, has_test: bool) -> tuple[checkpoints.Checkpoint, dict[str, Any]]:
     """Return a checkpoint and the entry ``checkpoint`` of ``summary.json``.
 
     ``which`` is best, last, a path, or chosen: the best on val if there is a test split to give an unbiased result,
@@ -63,7 +62,7 @@ def choose_checkpoint(run_dir: Path, which: str, *, has_test: bool) -> tuple[Che
     return checkpoint, entry
 
 
-def evaluate_checkpoint(run: RunSetup, checkpoint: Checkpoint, console: Console) -> dict[str, Predictions]:
+def evaluate_checkpoint(run: RunSetup, checkpoint: checkpoints.Checkpoint, console: Console) -> dict[str, Predictions]:
     """Evaluate a checkpoint on every split of ``run.readers`` but train; write predictions and figures.
 
     Return the predictions of each split on rank 0, nothing elsewhere. All ranks take part.

@@ -219,7 +219,7 @@ def fetch_set(address: str, cache_dir: Path, progress: Progress | None = None) -
         )
     base = address.rstrip("/")
     name = hashlib.sha256(base.encode()).hexdigest()[:16]
-    with cache_entry(cache_dir, "fetched", name, {"source": base}) as folder:
+    with cache_entry(cache_dir, "fetched", name) as folder:
         url, stored = f"{base}/{MANIFEST_NAME}", folder / MANIFEST_NAME
         try:
             data = _retry(url, lambda: b"".join(_read(url, _MAX_MANIFEST)))

@@ -6,7 +6,6 @@ it is next opened.
 
 import contextlib
 import os
-import struct
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -93,8 +92,6 @@ class SplitReader:
         data, mode = torch.from_numpy(block.data), ImageReadMode.UNCHANGED.value
         # torchvision.io.decode_png without its argument checks: a fifth faster on images of this size.
         decode = torch.ops.image.decode_png
-        offsets = block.offsets[places]
-        plain = _has_header(block.data, offsets, (height, width))
 
         def image(sample: int, offset: int, size: int, plain: bool) -> Tensor:
             png = data[offset : offset + size]
@@ -103,9 +100,9 @@ class SplitReader:
                     return pixels.permute(1, 2, 0)
             return torch.tensor(decode_png(png.numpy().tobytes(), self.origin(sample), (height, width)))
 
-        columns = (block.ids[places], offsets, block.sizes[places], plain)
-        rows = zip(*(column.tolist() for column in columns), strict=True)
-        for first in range(0, len(offsets), group):
+        columns = (block.ids, block.offsets, block.sizes, block.plain)
+        rows = zip(*(column[places].tolist() for column in columns), strict=True)
+        for first in range(0, len(out), group):
             torch.stack(list(starmap(image, islice(rows, group))), out=out[first : first + group])
 
     def origin(self, sample: int) -> str:
@@ -115,21 +112,9 @@ class SplitReader:
         return f"{self.shards.root / shard.name}: {self.shards.keys(self.split, [sample])[0]}.png"
 
 
-def _has_header(data: np.ndarray, offsets: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
-    """Return whether a PNG of 8-bit RGB, not interlaced, of that (height, width) starts at each offset."""
-    height, width = image_size
-    # Signature and IHDR, PNG specification (third edition), 5.2 and 11.2.1.
-    header = b"\x89PNG\r\n\x1a\n" + struct.pack(">I4sIIBBBBB", 13, b"IHDR", width, height, 8, 2, 0, 0, 0)
-    # The last PNGs of a damaged set may end before their header does.
-    places = np.minimum(offsets[:, None] + np.arange(len(header)), len(data) - 1)
-    return (data[places] == np.frombuffer(header, dtype=np.uint8)).all(axis=1)
-
-
 def set_entry(cache_dir: Path, shards: ShardSet) -> AbstractContextManager[Path]:
     """Hold the lock of a packed set's cache entry and yield its folder: see `cache_entry`."""
-    manifest, source = shards.manifest, str(shards.root.absolute())
-    about = {"identity": manifest.identity, "description": manifest.description, "source": source}
-    return cache_entry(cache_dir, "sets", manifest.identity[:16], about)
+    return cache_entry(cache_dir, "sets", shards.manifest.identity[:16])
 
 
 def open_split(

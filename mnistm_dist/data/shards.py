@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import stat
+import struct
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -52,6 +53,8 @@ class Block:
     """Where each PNG starts in ``data``, int64 (n,)."""
     sizes: np.ndarray
     """Bytes of each PNG, int64 (n,)."""
+    plain: np.ndarray
+    """Whether each has the header of an 8-bit RGB PNG of the set's image size, not interlaced: bool (n,)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +159,8 @@ class ShardSet:
                         if file.readinto(data[start : start + length].data) != length:
                             raise OSError("truncated while it was read")
         in_data = offsets + np.repeat(starts - offsets[firsts], np.diff(edges))
-        return Block(ids=ids, data=data, offsets=in_data, sizes=sizes)
+        plain = _has_header(data, in_data, self.manifest.image_size)
+        return Block(ids=ids, data=data, offsets=in_data, sizes=sizes, plain=plain)
 
     def files(self, splits: Iterable[str]) -> dict[Path, SetFile]:
         """Return the files of the splits by their paths: per split the index, then the shards in order."""
@@ -179,6 +183,16 @@ class ShardSet:
     def bad_index(self, split: str, what: str) -> UserError:
         """Return the error that the split's index is damaged."""
         return UserError(f"{self.root / self.split(split).index.name}: {what}; {REPAIR}")
+
+
+def _has_header(data: np.ndarray, offsets: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
+    """Return whether a PNG of 8-bit RGB, not interlaced, of that (height, width) starts at each offset."""
+    height, width = image_size
+    # Signature and IHDR, PNG specification (third edition), 5.2 and 11.2.1.
+    header = b"\x89PNG\r\n\x1a\n" + struct.pack(">I4sIIBBBBB", 13, b"IHDR", width, height, 8, 2, 0, 0, 0)
+    # The last PNGs of a damaged set may end before their header does.
+    places = np.minimum(offsets[:, None] + np.arange(len(header)), len(data) - 1)
+    return (data[places] == np.frombuffer(header, dtype=np.uint8)).all(axis=1)
 
 
 @dataclass(frozen=True, kw_only=True)

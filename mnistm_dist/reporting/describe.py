@@ -90,25 +90,10 @@ def _support(metrics: Metrics) -> str:
 
 
 def _confusions(metrics: Metrics) -> str:
-    cells = metrics.confusions
-    if not cells:
+    if not metrics.confusions:
         return "No errors."
-    names = [f"{cell.true} as {cell.predicted}" for cell in cells]
-    ties = sum(cell.count == cells[0].count for cell in cells)
-    if ties == 1:
-        share = f"{percent(cells[0].share_of_true)} of class {cells[0].true}"
-        text = f"Most common confusion: {names[0]}, {plural(cells[0].count, 'image')} ({share})."
-    else:
-        text = f"Most common confusions, {cells[0].count:,} each: {listed(names[:ties])}."
-    end = ties + MOST_NAMED
-    # Of equal cells, all are named or none.
-    limit = cells[end].count if len(cells) > end else 0
-    following = [
-        f"{names[i]} ({cells[i].count:,})" for i in range(ties, min(end, len(cells))) if cells[i].count > limit
-    ]
-    if following:
-        text += f" Next: {listed(following)}."
-    return f"{text} All others: at most {limit:,} each." if limit else text
+    cells = [f"{cell.true} as {cell.predicted} ({cell.count:,})" for cell in metrics.confusions]
+    return f"Most common confusions: {listed(cells)}."
 
 
 def _classes(metrics: Metrics) -> str:
@@ -116,11 +101,10 @@ def _classes(metrics: Metrics) -> str:
     errors = {row: row.support - row.correct for row in metrics.per_class if row.support}
     most = max(errors.values())
     worst = [row for row, count in errors.items() if count == most]
+    text = f"Classes with the most errors, {most:,} each: {listed([row.name for row in worst])}."
     if len(worst) == 1:
         count = f"{most:,} of {worst[0].support:,}"
         text = f"Class {worst[0].name} has the most errors: {count} ({_predicted_as(metrics, worst[0])})."
-    else:
-        text = f"Classes with the most errors, {most:,} each: {listed([row.name for row in worst])}."
     highest = max(count / row.support for row, count in errors.items())
     weakest = [row for row, count in errors.items() if count / row.support == highest]
     if not set(weakest) & set(worst):

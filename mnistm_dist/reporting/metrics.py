@@ -47,8 +47,6 @@ class ConfusionCell:
     count: int
     share_of_true: float
     """Share of the images of the true class, 0 to 1."""
-    share_of_all: float
-    """Share of all images, 0 to 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +119,6 @@ class Metrics:
                 predicted=self.classes[j],
                 count=-negative,
                 share_of_true=-negative / sum(self.confusion_matrix[i]),
-                share_of_all=-negative / self.total,
             )
             for negative, i, j in sorted(cells)
         )

@@ -24,8 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mnistm_dist import config as configuration
-from mnistm_dist.config import Config
+from mnistm_dist.config import LEARNING, Config, fields_of
 from mnistm_dist.errors import UserError, os_error_reason
 from mnistm_dist.files import fsync_path, write_atomic
 from mnistm_dist.training.environment import device_name
@@ -83,7 +82,7 @@ class Checkpoint:
 
 def learning_values(config: Config, device: torch.device) -> dict[str, Any]:
     """Return what decides the trained weights, as JSON has it: fields of the configuration, and the kind of device."""
-    values = {name: value for name, value in configuration.fields_of(config).items() if name in configuration.LEARNING}
+    values = {name: value for name, value in fields_of(config).items() if name in LEARNING}
     kind = "cpu" if device.type == "cpu" else device_name(device)
     return json.loads(json.dumps({**values, "device": kind}))
 

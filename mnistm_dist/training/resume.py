@@ -2,7 +2,7 @@
 
 1. `choose_start`: the configuration, and the checkpoint to resume from.
 2. `agree_on_start`: the same on every rank.
-3. `check_resume`: whether the checkpoint fits the data and the configuration.
+3. `check_resume`: whether the checkpoint fits the data and the
 4. `restore_state`: the state of that checkpoint.
 """
 
@@ -15,8 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mnistm_dist import config as configuration
-from mnistm_dist.config import Config
+from mnistm_dist.config import Config, fields_of, load, replace
 from mnistm_dist.errors import UserError
 from mnistm_dist.training import checkpoint as checkpoints
 from mnistm_dist.training.checkpoint import Checkpoint
@@ -62,7 +61,7 @@ def choose_start(request: TrainRequest) -> tuple[Config, Checkpoint | None] | No
     if named is not None and Path(named).resolve() != run_dir.resolve():
         raise UserError(f"resume {resume}: not the run of --run-dir {named}; leave one of the two out")
     # With its own configuration also if it is finished, or has no complete checkpoint.
-    stored = configuration.load(run_dir / CONFIG_NAME) if (run_dir / CONFIG_NAME).is_file() else None
+    stored = load(run_dir / CONFIG_NAME) if (run_dir / CONFIG_NAME).is_file() else None
     config = request.resumed(stored) if stored else request.config
     state, max_steps = read_state(run_dir) or {}, config.run.max_steps
     finished = state.get("state") == "finished" and not is_checkpoint
@@ -77,7 +76,7 @@ def choose_start(request: TrainRequest) -> tuple[Config, Checkpoint | None] | No
             f"max_steps: {max_steps}, but {checkpoint.path} has {checkpoint.step} steps; "
             "use a larger --max-steps, or none"
         )
-    return configuration.replace(config, run_dir=str(run_dir)), checkpoint
+    return replace(config, run_dir=str(run_dir)), checkpoint
 
 
 def agree_on_start(config: Config, checkpoint: Checkpoint | None, world: World) -> Checkpoint | None:
@@ -87,7 +86,7 @@ def agree_on_start(config: Config, checkpoint: Checkpoint | None, world: World) 
     node has the run folder on its own disk.
     """
     host = socket.gethostname()
-    own = {**configuration.fields_of(config), "device": world.device.type, "precision": world.precision}
+    own = {**fields_of(config), "device": world.device.type, "precision": world.precision}
     main_host, main, main_checkpoint = world.broadcast_object((host, own, checkpoint))
 
     def compare() -> None:
@@ -112,7 +111,7 @@ def agree_on_start(config: Config, checkpoint: Checkpoint | None, world: World) 
 def check_resume(checkpoint: Checkpoint, run: RunSetup, warn: Callable[[str], None]) -> None:
     """Call ``warn`` if results may differ from here on; the run folder is not changed.
 
-    Raise `UserError` if the checkpoint is of another packed set, or was trained with another configuration.
+    Raise `UserError` if the checkpoint is of another packed set, or was trained with another
     """
     scalars = checkpoint.scalars
     if scalars.shards != run.shards.manifest.identity:

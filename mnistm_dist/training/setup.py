@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from mnistm_dist import config as configuration
-from mnistm_dist.config import Config, DataConfig
+from mnistm_dist.config import Config, DataConfig, dump, replace
 from mnistm_dist.data.cache import choose_cache_dir
 from mnistm_dist.data.fetch import is_address, open_shards
 from mnistm_dist.data.loader import Reader, open_reader
@@ -153,7 +152,7 @@ def resolve(config: Config, world: World, manifest: Manifest) -> Config:
         )
     order, reader, streams = choose_reading(config.data, manifest, batch_size=batch_size, world_size=world.size)
     memory_format = config.machine.memory_format
-    return configuration.replace(
+    return replace(
         config,
         shards=config.data.shards or str(SAMPLE),
         order=order,
@@ -205,7 +204,7 @@ def write_start(
         print_line(f"starting after step {state.steps_done}: {names} and the results were moved to {folder}")
     run_dir.open_log(state.steps_done)
     if run_dir.active:
-        run_dir.write(CONFIG_NAME, configuration.dump(run.config))
+        run_dir.write(CONFIG_NAME, dump(run.config))
         run_dir.write("environment.json", describe_environment(run.world))
         run_dir.write("architecture.json", architecture(state.model, max(run.config.steps.image_size)))
         run_dir.set_state("running")

@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -60,23 +59,6 @@ def test_in_a_pipe_there_is_a_plain_line_for_each_file(trained_run, val, run_mai
     lines = [line.split("  ") for line in output_of(run_main(main, trained_run, *files)).splitlines()]
     result = json.loads(output_of(run_main(main, trained_run, *files, "--json")))
     assert lines == [[str(row["predicted"]), f"{row['probability']:.4f}", row["file"]] for row in result]
-
-
-def test_in_a_terminal_there_is_a_table(trained_run, val, run_main, monkeypatch):
-    parent, child = pty.openpty()
-    with (
-        os.fdopen(parent, "rb", buffering=0) as screen,
-        os.fdopen(child, "w") as terminal,
-        monkeypatch.context() as patch,
-    ):
-        patch.setenv("TERM", "xterm")
-        patch.setattr(sys, "stdout", terminal)
-        output_of(run_main(main, trained_run, min(val.iterdir())))
-        terminal.flush()
-        shown = screen.read(100_000).decode()
-    assert "probability" in shown
-    assert "\u2500" in shown
-    assert "\x1b[1m" in shown
 
 
 def test_a_broken_file_is_named_and_skipped(trained_run, val, run_main, tmp_path):

@@ -15,7 +15,6 @@ COMMANDS = {
     "predict": ("predict", "RUN", ROOT / "docs" / "report.png"),
     "export to torch": ("export", "RUN", "--to", "torch", "--out", "model.pt2"),
     "report": ("report", "RUN"),
-    "cache": ("cache", "list"),
 }
 
 

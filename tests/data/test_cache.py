@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import TRAIN, error_of, output_of
+from conftest import TRAIN
 from packed_sets import flip_byte, tiny_source
 from processes import server
 
-from mnistm_dist import cache
 from mnistm_dist.data import cache as cache_module
 from mnistm_dist.data import resident as resident_module
-from mnistm_dist.data.cache import cache_entry, choose_cache_dir, entries
+from mnistm_dist.data.cache import choose_cache_dir
 from mnistm_dist.data.packing.writer import pack
 from mnistm_dist.data.resident import Resident, open_resident
 from mnistm_dist.data.shards import ShardSet
@@ -124,7 +123,7 @@ def test_a_killed_decode_leaves_nothing_that_looks_complete_and_the_next_one_suc
     assert list(folder.glob(".train.*.u8"))
     assert not (folder / "train.u8").exists()
     decode(small_set, tmp_path)
-    assert sorted(path.name for path in folder.iterdir()) == ["about.json", "checked.json", "train.u8"]
+    assert sorted(path.name for path in folder.iterdir()) == ["checked.json", "train.u8"]
 
 
 def count_decoded(folder: Path, cache_dir: Path, ready, answers) -> None:
@@ -215,38 +214,9 @@ def test_the_cache_folder_is_chosen_from_the_environment(variables, place, monke
     assert choose_cache_dir(None) == Path(place)
 
 
-def test_the_cache_command_lists_and_clears(run_main, small_set, tmp_path):
-    cache_dir = tmp_path / "cache"
-    pack(tiny_source(), tmp_path / "set")
-    for folder in (small_set, tmp_path / "set"):
-        decode(folder, cache_dir)
-    listed = output_of(run_main(cache.main, "list", "--cache-dir", cache_dir))
-    assert str(small_set) in listed
-    assert "2 entries" in listed
-    rows = json.loads(output_of(run_main(cache.main, "list", "--json", "--cache-dir", cache_dir)))
-    assert [row["source"] for row in rows] == [str(tmp_path / "set"), str(small_set)]
-    assert rows[1]["bytes"] > TRAIN * 28 * 28 * 3
-    assert "nowhere: no such entry" in error_of(run_main(cache.main, "clear", "nowhere", "--cache-dir", cache_dir))
-    prefix = rows[1]["name"][:8]
-    assert "removed 1 entries" in output_of(run_main(cache.main, "clear", prefix, "--cache-dir", cache_dir))
-    assert [entry.about["source"] for entry in entries(cache_dir)] == [str(tmp_path / "set")]
-    with cache_entry(cache_dir, "sets", rows[0]["name"], {"source": str(tmp_path / "set")}):
-        assert "a process is writing it" in error_of(run_main(cache.main, "clear", "--cache-dir", cache_dir))
-    assert "removed 1 entries" in output_of(run_main(cache.main, "clear", "--cache-dir", cache_dir))
-    assert not entries(cache_dir)
-
-
-def test_a_mapped_split_survives_clearing(small_set, tmp_path, run_main):
-    resident = decode(small_set, tmp_path)
+def test_a_mapped_split_survives_the_removal_of_the_cache(small_set, tmp_path):
+    resident = decode(small_set, tmp_path / "cache")
     before = int(resident.images.long().sum())
-    output_of(run_main(cache.main, "clear", "--cache-dir", tmp_path))
+    shutil.rmtree(tmp_path / "cache")
     assert int(resident.images.long().sum()) == before
-    decode(small_set, tmp_path)
-
-
-def test_listing_puts_the_last_used_first(small_set, tmp_path):
-    pack(tiny_source(), tmp_path / "set")
-    for folder in (small_set, tmp_path / "set", small_set):
-        decode(folder, tmp_path / "cache")
-        time.sleep(0.02)
-    assert [entry.about["source"] for entry in entries(tmp_path / "cache")] == [str(small_set), str(tmp_path / "set")]
+    decode(small_set, tmp_path / "cache")

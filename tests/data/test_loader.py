@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from packed_sets import damage_by_flip_with_times_put_back, flip_byte, png_with, sign_files, tiny_source
 
 from mnistm_dist.config import DataConfig, StepsConfig
+from mnistm_dist.data import shards as shards_module
 from mnistm_dist.data.fetch import open_shards
 from mnistm_dist.data.image_io import decode_png
 from mnistm_dist.data.loader import Batch, Reader, evaluation_batches, train_batches
@@ -310,7 +311,8 @@ def test_a_broken_or_unexpected_png_is_named_with_file_and_member(png, small_set
     good = reader.read(np.arange(3))
     data = np.concatenate([good.data, np.frombuffer(png, dtype=np.uint8)])
     offsets, sizes = np.append(good.offsets[:2], len(good.data)), np.append(good.sizes[:2], len(png))
-    block = Block(ids=good.ids, data=data, offsets=offsets, sizes=sizes)
+    plain = shards_module._has_header(data, offsets, (28, 28))
+    block = Block(ids=good.ids, data=data, offsets=offsets, sizes=sizes, plain=plain)
     out = torch.empty(3, 28, 28, 3, dtype=torch.uint8)
     with pytest.raises(UserError) as caught:
         reader.decode(block, [0, 1, 2], out)

@@ -82,7 +82,6 @@ def test_the_json_has_the_documented_fields() -> None:
         "predicted": "1",
         "count": 2,
         "share_of_true": 2 / 7,
-        "share_of_all": 2 / 7,
     }
     assert fields["per_class"][1] == {
         "class": "1",

@@ -4,10 +4,9 @@ A source yields its images in the order that is cheapest for it; a set is hashed
 order. With the file, packing needs some 20 bytes of memory per image and holds no image.
 """
 
-import dataclasses
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import FileIO
 from itertools import chain, islice
 from pathlib import Path
@@ -66,11 +65,11 @@ def cut_splits(source: Source, val_size: int | None = None) -> dict[str, Part]:
             raise UserError(f"val size {val} of {train:,} training images: {accepted}")
         train -= val
         val_split, val_start = "train", train
-    digits = _digits(train + val)
+    digits, test_digits = (max(8, len(str(count - 1))) for count in (train + val, test))
     parts = [
         Part(name="train", source_split="train", start=0, count=train, first_number=0, digits=digits),
         Part(name="val", source_split=val_split, start=val_start, count=val, first_number=train, digits=digits),
-        Part(name="test", source_split="test", start=0, count=test, first_number=0, digits=_digits(test)),
+        Part(name="test", source_split="test", start=0, count=test, first_number=0, digits=test_digits),
     ]
     return {part.name: part for part in parts if part.count}
 
@@ -79,10 +78,6 @@ def count_shards(part: Part, train: Part, train_shards: int) -> int:
     """Return how many shards a split gets: in proportion to train's, at least one, never more than it has samples."""
     in_proportion = (2 * train_shards * part.count + train.count) // (2 * train.count)  # rounded half up
     return min(max(1, in_proportion), part.count)
-
-
-def _digits(count: int) -> int:
-    return max(8, len(str(count - 1)))
 
 
 def spool_images(
@@ -141,4 +136,4 @@ def _encode(samples: list[Sample]) -> list[Sample]:
 def _encode_one(sample: Sample, pixels: np.ndarray) -> Sample:
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
         raise UserError(f"{sample.origin}: {pixels.dtype} {pixels.shape}; accepted is uint8 (height, width, 3)")
-    return dataclasses.replace(sample, png=encode_png(pixels), pixels=None)
+    return replace(sample, png=encode_png(pixels), pixels=None)

@@ -56,7 +56,7 @@ def fetch_mnist(cache_dir: Path) -> Path:
     """
     from torchvision.datasets import MNIST
 
-    with cache_entry(cache_dir, _KIND, "mnist", {"source": "MNIST, by torchvision"}) as folder:
+    with cache_entry(cache_dir, _KIND, "mnist") as folder:
         try:
             # torchvision prints its progress and each mirror's failure.
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -83,7 +83,7 @@ def _fetch_copy(publisher: str, copy: _Copy, cache_dir: Path, progress: Progress
         progress(done, total)
 
     entry = hashlib.sha256(publisher.encode()).hexdigest()[:16]
-    with cache_entry(cache_dir, _KIND, entry, {"source": publisher}) as folder:
+    with cache_entry(cache_dir, _KIND, entry) as folder:
         for name, file in copy.items():
             transfer.fetch_file(file, folder / name, report)
     return folder / next(iter(copy)) if len(copy) == 1 else folder

@@ -1,0 +1,108 @@
+"""A run, from its configuration to its report.
+
+1. The configuration: defaults, recipe, flags; at a resume, the run's own.
+2. The processes join, the data is opened, every ``auto`` is resolved.
+3. The run folder is locked; model and optimizer are created and, at a resume, restored.
+4. The loop (training/trainer.py): step, log, evaluation, checkpoint; a signal saves and exits.
+5. The final evaluation, the figures, the report.
+"""
+
+import dataclasses
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from mnistm_dist.cli import TrainRequest
+from mnistm_dist.config import Config
+from mnistm_dist.errors import EXIT_PREEMPTED, errors_once_per_node
+from mnistm_dist.reporting.console import Console
+from mnistm_dist.reporting.run_logger import RunLogger
+from mnistm_dist.reporting.tracking import Tracker, open_tracker
+from mnistm_dist.results import finish, header_rows
+from mnistm_dist.training import distributed
+from mnistm_dist.training.checkpoint import Checkpoint
+from mnistm_dist.training.preemption import Preempted, StopRequest, exit_with_launcher, parse_signals
+from mnistm_dist.training.resume import agree_on_start, check_resume, choose_start, restore_state
+from mnistm_dist.training.schedule import Schedule
+from mnistm_dist.training.setup import RunSetup, acquire_run_dir, open_run, write_start
+from mnistm_dist.training.train_state import create_train_state
+from mnistm_dist.training.trainer import Trainer
+
+
+def launch(request: TrainRequest, *, process_ends: bool) -> int:
+    """Step 1 of a run, and its processes. Return the exit code.
+
+    ``process_ends``: whether this process ends with the run, as that of a command does.
+    """
+    with errors_once_per_node():
+        start = choose_start(request)
+    if start is None:
+        return 0
+    config, checkpoint = start
+    timeout, stop = config.run.collective_timeout, StopRequest()
+    stop.install(parse_signals(config.run.signals))
+    try:
+        exit_with_launcher()
+        with distributed.joined(
+            config.machine, expect_world_size=config.run.expect_world_size, collective_timeout=timeout
+        ) as world:
+            console = Console(enabled=world.is_main)
+            with console.library_warnings(), distributed.peer_failures(timeout):
+                return train(config, checkpoint, world, console, stop)
+    finally:
+        stop.close(process_ends=process_ends)
+
+
+def train(
+    config: Config, checkpoint: Checkpoint | None, world: distributed.World, console: Console, stop: StopRequest
+) -> int:
+    """Steps 2 to 5 of a run. Return the exit code. All ranks take part."""
+    checkpoint = agree_on_start(config, checkpoint, world)
+    run = open_run(config, world, console)
+    world = run.world
+    if checkpoint is not None:
+        world.run_on_all_ranks(lambda: check_resume(checkpoint, run, console.warn))
+    run_dir = world.run_on_all_ranks(lambda: acquire_run_dir(run, checkpoint))
+    with run_dir, distributed.peer_failures(run.config.run.collective_timeout):
+        classes, schedule = run.shards.manifest.classes, Schedule.of(run.config, run.shards.split("train").count)
+        state = create_train_state(run.config, world, len(classes))
+        if checkpoint is not None:
+            world.run_on_all_ranks(lambda: restore_state(state, checkpoint, run))
+        world.run_on_all_ranks(lambda: write_start(run, run_dir, state, console.line, resumed=checkpoint is not None))
+        try:
+            with tracking(run, console) as tracker:
+                console.header("mnistm_dist", header_rows(run, state, schedule))
+                logger = RunLogger(console, tracker, run_dir.log, classes)
+                trainer = Trainer(run, run_dir, state, schedule, logger, stop)
+                if run.config.run.sanity_checks and checkpoint is None:
+                    trainer.check_model()
+                trainer.fit()
+                finish(run, run_dir, state, console, tracker)
+        except Preempted as preempted:
+            resume = f"python -m mnistm_dist.train --resume {shlex.quote(str(run.path))}"
+            console.line(f"{preempted.reason}: saved at step {state.steps_done}. Resume with: {resume}")
+            return EXIT_PREEMPTED
+        run_dir.set_state("finished")
+    return 0
+
+
+@contextmanager
+def tracking(run: RunSetup, console: Console) -> Iterator[Tracker]:
+    """Open the tracker for the block and close it with the run's state: W&B would show a crashed run as finished."""
+    tracker = open_tracker(
+        run.config.run.tracker if run.world.is_main else "none",
+        run_dir=run.path,
+        config=dataclasses.asdict(run.config),
+        name=run.path.name,
+        group=run.path.name,
+        say=console.line,
+    )
+    try:
+        yield tracker
+    except Preempted:
+        tracker.finish(EXIT_PREEMPTED, "preempted")
+        raise
+    except BaseException:
+        tracker.finish(1, "failed")
+        raise
+    tracker.finish(0, "finished")

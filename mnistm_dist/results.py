@@ -217,11 +217,17 @@ def write_summary(run_dir: Path, summary: dict[str, Any], results: dict[str, Pre
 
 
 def print_result(
-    console: Console, run_dir: Path, summary: dict[str, Any], results: dict[str, Predictions], *, report: bool = False
+    console: Console,
+    folder: Path | None,
+    summary: dict[str, Any],
+    results: dict[str, Predictions],
+    *,
+    report: bool = False,
 ) -> None:
-    """Print accuracy, the most common confusions and the paths of what was written."""
+    """Print accuracy, the most common confusions and, if there is a ``folder``, the paths of what was written there."""
     text = "\n\n".join(f"{split}: {describe(predictions.metrics)}" for split, predictions in results.items())
-    paths = {f"predictions, {split}": str(run_dir / f"predictions_{split}.csv") for split in results}
+    files = {f"predictions, {split}": f"predictions_{split}.csv" for split in results}
     if report:
-        paths = {"report": str(run_dir / "report.html"), **paths}
-    console.result(summary, text, {"run folder": str(run_dir), **paths})
+        files = {"report": "report.html", **files}
+    paths = {name: str(folder / file) for name, file in {"folder": "", **files}.items()} if folder else {}
+    console.result(summary, text, paths)

@@ -204,7 +204,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     except (OSError, ValueError, KeyError, AttributeError) as error:
         reason = " ".join(os_error_reason(error).split())[:200]
         raise UserError(
-            f"checkpoint {path}: torn, incomplete or changed ({reason}); use another checkpoint of the run"
+            f"checkpoint {path}: torn, changed or removed ({reason}); use another checkpoint of the run"
         ) from error
     return Checkpoint(path=path, step=document.step, scalars=document.scalars)
 
@@ -218,7 +218,9 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read as safetensors ({error})") from error
+        raise UserError(
+            f"{path}: cannot be read ({os_error_reason(error)}); use another checkpoint (a live run removes old ones)"
+        ) from error
 
 
 def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:

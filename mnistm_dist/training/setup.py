@@ -88,7 +88,9 @@ def open_evaluation(config: Config, world: World, bars: ProgressBars, path: Path
     """
     shards = open_set(config.data, world, bars)
     splits = [name for name in EVALUATED_SPLITS if name in shards.manifest.splits] if split is None else [split]
-    readers = open_readers(shards, config.data, splits, world, bars)
+    # Only a configuration that no training has resolved has auto; val and test are small.
+    data = replace(config, reader="resident").data if config.data.reader == "auto" else config.data
+    readers = open_readers(shards, data, splits, world, bars)
     return RunSetup(config=config, world=world.with_run_timeout(), shards=shards, readers=readers, path=path)
 
 

@@ -166,7 +166,7 @@ class RunConfig:
     resume: OrNone[str] = None
     """auto: resume the latest complete checkpoint of --run-dir, or start. Else a run folder or a checkpoint of it."""
     max_steps: OrNone[PositiveInt] = None
-    """Stop after this many steps. The schedule stays that of the full run."""
+    """Stop after this many steps; the schedule stays that of the full run. A resume keeps it. none: no limit."""
     checkpoint_every: NonNegativeInt = 500
     """Steps between checkpoints. 0: only at the end of each epoch."""
     checkpoint_minutes: NonNegativeFloat = 10.0

@@ -83,8 +83,7 @@ class Checkpoint:
 def learning_values(config: Config, device: torch.device) -> dict[str, Any]:
     """Return what decides the trained weights, as JSON has it: fields of the configuration, and the kind of device."""
     values = {name: value for name, value in fields_of(config).items() if name in LEARNING}
-    kind = "cpu" if device.type == "cpu" else device_name(device)
-    return json.loads(json.dumps({**values, "device": kind}))
+    return json.loads(json.dumps({**values, "device": "cpu" if device.type == "cpu" else device_name(device)}))
 
 
 def save(run_dir: Path, state: TrainState, scalars: Scalars) -> Path:

@@ -201,9 +201,8 @@ def write_start(
 ) -> None:
     """Write the files that a run folder has from the start; set aside the checkpoints of later steps. Rank 0 writes."""
     if run_dir.active and (later := checkpoints.checkpoint_dirs(run.path, after=state.steps_done)):
-        folder = run_dir.set_aside(later)
         names = ", ".join(path.name for path in later)
-        print_line(f"starting after step {state.steps_done}: {names} and the results were moved to {folder}")
+        print_line(f"set aside: {names} and any results were moved to {run_dir.set_aside(later)}")
     run_dir.open_log(state.steps_done)
     if run_dir.active:
         run_dir.write(CONFIG_NAME, dump(run.config))

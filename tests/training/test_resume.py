@@ -354,7 +354,7 @@ def test_later_checkpoints_and_their_results_are_set_aside_with_a_line(run_main,
         run_main(main, "--resume", preempted / "checkpoints" / earlier, "--max-steps", int(earlier[5:]) + 1)
     )
     (aside,) = preempted.glob("set-aside-*")
-    assert f"{', '.join(later)} and the results were moved to {aside}" in out
+    assert f"{', '.join(later)} and any results were moved to {aside}" in out
     moved = contents(aside)
     assert {name: before[name] for name in moved} == moved
     assert {*(f"checkpoints/{name}/state.json" for name in later), "summary.json", "log.jsonl"} <= moved.keys()

@@ -2,7 +2,7 @@
 
 1. `choose_start`: the configuration, and the checkpoint to resume from.
 2. `agree_on_start`: the same on every rank.
-3. `check_resume`: whether the checkpoint fits the data and the
+3. `check_resume`: whether the checkpoint fits the packed set and the configuration.
 4. `restore_state`: the state of that checkpoint.
 """
 
@@ -112,6 +112,7 @@ def check_resume(checkpoint: Checkpoint, run: RunSetup, warn: Callable[[str], No
     """Call ``warn`` if results may differ from here on; the run folder is not changed.
 
     Raise `UserError` if the checkpoint is of another packed set, or was trained with another
+    configuration.
     """
     scalars = checkpoint.scalars
     if scalars.shards != run.shards.manifest.identity:

@@ -120,7 +120,10 @@ def draw_split(run_dir: Path, split: str, predictions: Predictions, reader: Read
 
 
 def finish(run: RunSetup, run_dir: RunDir, state: TrainState, console: Console, tracker: Tracker) -> None:
-    """Evaluate the chosen checkpoint on val and test; write figures, summary and report. All ranks take part."""
+    """Evaluate the chosen checkpoint on val and test; write figures, summary, report and state, then print the result.
+
+    All ranks take part.
+    """
     # matplotlib and Jinja2 take a second to import, and a prediction does not need them.
     from mnistm_dist.reporting.curves import learning_curve
     from mnistm_dist.reporting.html import write_report
@@ -140,6 +143,7 @@ def finish(run: RunSetup, run_dir: RunDir, state: TrainState, console: Console, 
     log_results(tracker, summary, sorted(run.path.glob("*.png")), predictions, state.steps_done)
     if run.config.run.upload_checkpoint:
         tracker.log_checkpoint(checkpoint.path, [str(entry["chosen"]).split()[0]])
+    run_dir.set_state("finished")
     print_result(console, run.path, summary, predictions, report=run.config.run.report)
 
 

@@ -80,7 +80,6 @@ def train(
             resume = f"python -m mnistm_dist.train --resume {shlex.quote(str(run.path))}"
             console.line(f"{preempted.reason}: saved at step {state.steps_done}. Resume with: {resume}")
             return EXIT_PREEMPTED
-        run_dir.set_state("finished")
     return 0
 
 

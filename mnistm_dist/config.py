@@ -189,7 +189,7 @@ class RunConfig:
     """Before the first step, check that the initial loss is ln(classes) and that one batch can be overfitted."""
     profile_steps: NonNegativeInt = 0
     """Steps to trace with torch.profiler after a warm-up. The trace is written to RUN/profile/."""
-    signals: str = "SIGTERM,SIGUSR1"
+    stop_signals: str = "SIGTERM,SIGUSR1,SIGHUP"
     """Signals at which the run saves and exits with code 75, separated by commas. Ctrl-C always does."""
     collective_timeout: Annotated[float, Field(ge=1)] = 600.0
     """Seconds after which a collective operation fails if another process does not take part."""

@@ -45,7 +45,7 @@ def main(
     from mnistm_dist.results import choose_checkpoint, evaluate_checkpoint, print_result, read_summary, write_summary
     from mnistm_dist.training import distributed
     from mnistm_dist.training.hardware import native_precisions
-    from mnistm_dist.training.preemption import exit_with_launcher
+    from mnistm_dist.training.preemption import exit_promptly
     from mnistm_dist.training.run_dir import CONFIG_NAME, require_run
     from mnistm_dist.training.run_lock import RunLock
     from mnistm_dist.training.setup import EVALUATED_SPLITS, open_evaluation
@@ -60,7 +60,7 @@ def main(
     emulated = machine.precision not in ("auto", *native_precisions())
     if emulated:
         machine = replace(machine, precision="fp32")
-    exit_with_launcher()
+    exit_promptly()
     timeout = config.run.collective_timeout
     with distributed.joined(machine, expect_world_size=None, collective_timeout=timeout) as world:
         console = Console(enabled=world.is_main)

@@ -21,7 +21,7 @@ from mnistm_dist.reporting.tracking import Tracker, open_tracker
 from mnistm_dist.results import finish, header_rows
 from mnistm_dist.training import distributed
 from mnistm_dist.training.checkpoint import Checkpoint
-from mnistm_dist.training.preemption import Preempted, StopRequest, exit_with_launcher, parse_signals
+from mnistm_dist.training.preemption import Preempted, StopRequest, exit_promptly, parse_signals
 from mnistm_dist.training.resume import agree_on_start, choose_start, restore_state
 from mnistm_dist.training.schedule import Schedule
 from mnistm_dist.training.setup import RunSetup, acquire_run_dir, open_run, write_start
@@ -39,10 +39,9 @@ def launch(request: TrainRequest, *, process_ends: bool) -> int:
     if start is None:
         return 0
     config, checkpoint = start
-    timeout, stop = config.run.collective_timeout, StopRequest()
-    stop.install(parse_signals(config.run.signals))
+    timeout, stop = config.run.collective_timeout, StopRequest(parse_signals(config.run.stop_signals))
     try:
-        exit_with_launcher()
+        exit_promptly()
         with distributed.joined(
             config.machine, expect_world_size=config.run.expect_world_size, collective_timeout=timeout
         ) as world:
@@ -61,6 +60,7 @@ def train(
     run = open_run(config, world, console)
     world = run.world
     run_dir = world.run_on_all_ranks(lambda: acquire_run_dir(run, checkpoint))
+    stop.install()
     with run_dir, distributed.peer_failures(run.config.run.collective_timeout):
         classes, schedule = run.shards.manifest.classes, Schedule.of(run.config, run.shards.split("train").count)
         state = create_train_state(run.config, world, len(classes))

@@ -11,6 +11,28 @@ from mnistm_dist.errors import NodeError, UserError
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Environment = Mapping[str, str]
+# What a configuration file of Accelerate may ask for in place of DDP.
+STRATEGIES = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
+
+
+def check_launcher(environment: Environment) -> None:
+    """Raise `UserError` if the variables of a launcher are incomplete, or ask for another strategy than DDP."""
+    if environment.get("WORLD_SIZE", "1") != "1" or environment.get("RANK", "0") != "0":
+        numbers = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+        wrong = [name for name in numbers if not environment.get(name, "").isdecimal()]
+        wrong += [] if environment.get("MASTER_ADDR") else ["MASTER_ADDR"]
+        if wrong or int(environment["RANK"]) >= int(environment["WORLD_SIZE"]):
+            found = ", ".join(f"{name}={environment[name]}" for name in (*numbers, "MASTER_ADDR") if name in environment)
+            raise UserError(
+                f"launcher: found {found}; {', '.join(wrong) or 'RANK, which counts from 0,'} must be set for each of "
+                "several processes; use accelerate launch or slurm/train.sh, or unset all of them for one process"
+            )
+    strategies = [name for name in STRATEGIES if environment.get(f"ACCELERATE_USE_{name}") == "true"]
+    if strategies:
+        raise UserError(
+            f"Accelerate: its configuration asks for {strategies[0]}, accepted is DDP; use accelerate launch with "
+            "--config_file accelerate_config.yaml"
+        )
 
 
 def check_world_size(world_size: int, expected: int | None, environment: Environment) -> None:
@@ -25,7 +47,8 @@ def check_world_size(world_size: int, expected: int | None, environment: Environ
     if world_size < tasks:
         raise UserError(
             f"world size: found {world_size}, Slurm's step has {tasks} tasks that do not know of each other; "
-            "use slurm/train.sh, or set RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
+            "use slurm/train.sh, or set RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT; in "
+            "an interactive shell (srun --pty), use accelerate launch, or env -u SLURM_STEP_NUM_TASKS for one process"
         )
 
 

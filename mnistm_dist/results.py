@@ -24,12 +24,10 @@ from mnistm_dist.training import checkpoint as checkpoints
 from mnistm_dist.training.environment import device_name
 from mnistm_dist.training.evaluation import SplitOutputs, predict_split, write_predictions
 from mnistm_dist.training.models import count_parameters, create_model, to_device
-from mnistm_dist.training.run_dir import RunDir, writing
+from mnistm_dist.training.run_dir import SUMMARY_NAME, RunDir, writing
 from mnistm_dist.training.schedule import Schedule
 from mnistm_dist.training.setup import RunSetup
 from mnistm_dist.training.train_state import TrainState
-
-SUMMARY_NAME = "summary.json"
 
 
 def choose_checkpoint(run_dir: Path, which: str, *, has_test: bool) -> tuple[checkpoints.Checkpoint, dict[str, Any]]:
@@ -223,11 +221,17 @@ def write_summary(run_dir: Path, summary: dict[str, Any], results: dict[str, Pre
 
 
 def print_result(
-    console: Console, run_dir: Path, summary: dict[str, Any], results: dict[str, Predictions], *, report: bool = False
+    console: Console,
+    folder: Path | None,
+    summary: dict[str, Any],
+    results: dict[str, Predictions],
+    *,
+    report: bool = False,
 ) -> None:
-    """Print accuracy, the most common confusions and the paths of what was written."""
+    """Print accuracy, the most common confusions and, if there is a ``folder``, the paths of what was written there."""
     text = "\n\n".join(f"{split}: {describe(predictions.metrics)}" for split, predictions in results.items())
-    paths = {f"predictions, {split}": str(run_dir / f"predictions_{split}.csv") for split in results}
+    files = {f"predictions, {split}": f"predictions_{split}.csv" for split in results}
     if report:
-        paths = {"report": str(run_dir / "report.html"), **paths}
-    console.result(summary, text, {"run folder": str(run_dir), **paths})
+        files = {"report": "report.html", **files}
+    paths = {name: str(folder / file) for name, file in {"folder": "", **files}.items()} if folder else {}
+    console.result(summary, text, paths)

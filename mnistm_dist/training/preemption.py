@@ -46,7 +46,7 @@ class StopRequest:
         for number in (*self._signals, signal.SIGINT):
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
                 continue  # nohup: the run outlives its terminal
-            handler = self._interrupt if number == signal.SIGINT else self._note
+            handler = self._interrupt if number == signal.SIGINT else self._request_stop
             # signal.signal returns None for a handler that was not installed from Python; it cannot be put back.
             self._previous[number] = signal.signal(number, handler) or signal.SIG_DFL
 
@@ -62,7 +62,7 @@ class StopRequest:
             elif number != signal.SIGINT:
                 signal.signal(number, signal.SIG_IGN)
 
-    def _note(self, number: int, _frame: FrameType | None) -> None:
+    def _request_stop(self, number: int, _frame: FrameType | None) -> None:
         self.reason = self.reason or signal.Signals(number).name
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
@@ -70,7 +70,7 @@ class StopRequest:
         if self._first_interrupt is not None and now - self._first_interrupt > SECOND_INTERRUPT_AFTER:
             raise KeyboardInterrupt
         self._first_interrupt = self._first_interrupt or now
-        self._note(number, frame)
+        self._request_stop(number, frame)
 
 
 class StepBoundary:

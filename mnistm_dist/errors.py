@@ -105,8 +105,8 @@ def run_cli(main: Callable[[list[str]], int], argv: list[str] | None = None) -> 
         for value in filter(None, map(os.environ.get, of_mpi)):
             os.environ.setdefault(name, value)
     # A closed stream (``>&-``) is None, and the next file that is opened would get its number.
-    sys.stdout = sys.stdout or Path(os.devnull).open("w")
-    sys.stderr = sys.stderr or Path(os.devnull).open("w")
+    sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115
+    sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
     try:
         return main(sys.argv[1:] if argv is None else argv)
     except UserError as error:

@@ -21,7 +21,7 @@ from typing import Annotated, Literal
 from tyro.conf import arg
 
 from mnistm_dist.cli import command
-from mnistm_dist.config import OrNone
+from mnistm_dist.config import LocalFile, LocalPath, OrNone, ShardsPath
 from mnistm_dist.errors import errors_once_per_node, run_cli
 from mnistm_dist.files import FolderBusy, explain_os_errors
 from mnistm_dist.reporting.console import Console
@@ -29,13 +29,13 @@ from mnistm_dist.reporting.console import Console
 
 @command
 def main(
-    run: Annotated[str, arg(metavar="RUN")],
+    run: Annotated[LocalPath, arg(metavar="RUN")],
     /,
     *,
-    shards: OrNone[str] = None,
+    shards: OrNone[ShardsPath] = None,
     split: OrNone[Literal["val", "test"]] = None,
-    checkpoint: str = "chosen",
-    out: OrNone[Path] = None,
+    checkpoint: LocalPath = "chosen",
+    out: OrNone[LocalFile] = None,
 ) -> int:
     """Evaluate a checkpoint of a run.
 

@@ -5,6 +5,7 @@
 
 import functools
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,9 @@ def choose_checkpoint(run_dir: Path, which: str, *, has_test: bool) -> tuple[che
         last = checkpoints.latest(run_dir, warnings.append)
         if last is None:
             reason = f" ({warnings[0]})" if warnings else ""
-            raise UserError(f"{run_dir}: no complete checkpoint{reason}; train with --resume {run_dir}")
+            raise UserError(
+                f"{run_dir}: no complete checkpoint{reason}; train with --resume {shlex.quote(str(run_dir))}"
+            )
         checkpoint, chosen, best = last, "last", last.scalars.history.best
         if which == "best" and best is None:
             raise UserError(

@@ -47,13 +47,18 @@ def launch(request: TrainRequest, *, process_ends: bool) -> int:
         ) as world:
             console = Console(enabled=world.is_main)
             with console.library_warnings(), distributed.peer_failures(timeout):
-                return train(config, checkpoint, world, console, stop)
+                return train(config, checkpoint, world, console, stop, request.argv)
     finally:
         stop.close(process_ends=process_ends)
 
 
 def train(
-    config: Config, checkpoint: Checkpoint | None, world: distributed.World, console: Console, stop: StopRequest
+    config: Config,
+    checkpoint: Checkpoint | None,
+    world: distributed.World,
+    console: Console,
+    stop: StopRequest,
+    argv: list[str],
 ) -> int:
     """Steps 2 to 5 of a run. Return the exit code. All ranks take part."""
     checkpoint = agree_on_start(config, checkpoint, world)
@@ -68,13 +73,14 @@ def train(
         state = create_train_state(run.config, world, len(classes))
         if checkpoint is not None:
             world.run_on_all_ranks(lambda: restore_state(state, checkpoint, run))
-        world.run_on_all_ranks(lambda: write_start(run, run_dir, state, console.line, resumed=checkpoint is not None))
+        resumed = checkpoint is not None
+        world.run_on_all_ranks(lambda: write_start(run, run_dir, state, console.line, resumed=resumed, argv=argv))
         try:
             with tracking(run, console) as tracker:
                 console.header("mnistm_dist", header_rows(run, state, schedule))
                 logger = RunLogger(console, tracker, run_dir.log, classes)
                 trainer = Trainer(run, run_dir, state, schedule, logger, stop)
-                if run.config.run.sanity_checks and checkpoint is None:
+                if run.config.run.sanity_checks and not resumed:
                     trainer.check_model()
                 trainer.fit()
                 finish(run, run_dir, state, console, tracker)

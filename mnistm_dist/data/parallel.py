@@ -3,11 +3,13 @@
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from types import ModuleType
 from typing import TypeVar
 
 from mnistm_dist.errors import UserError
@@ -71,11 +73,16 @@ def read_ahead(items: Iterable[Item], count: Callable[[Item], int]) -> Iterator[
 
 
 def _submit(pool: ProcessPoolExecutor, function: Callable[[Item], Result], item: Item) -> Future[Result]:
+    # It may start a worker, which would import the caller's script: run it again if it has no `if __name__ ==
+    # "__main__":`, fail if it came from stdin.
+    script, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
     try:
         return pool.submit(function, item)
     except (OSError, ValueError) as error:
-        # It starts a worker, and a broken pool closes the pipes for that.
+        # A broken pool closes the pipes for a worker that is started.
         raise BrokenProcessPool(str(error)) from error
+    finally:
+        sys.modules["__main__"] = script
 
 
 def _start_worker() -> None:

@@ -16,7 +16,6 @@ import time
 import pytest
 from accelerate.commands.launch import launch_command_parser
 from conftest import ROOT, error_of, launcher, output_of
-
 from torch.distributed.run import get_args_parser
 
 from mnistm_dist.errors import NodeError, UserError

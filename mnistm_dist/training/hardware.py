@@ -25,7 +25,7 @@ def check_launcher(environment: Environment) -> None:
             found = [f"{name}={environment[name]}" for name in (*numbers, "MASTER_ADDR") if name in environment]
             raise UserError(
                 f"launcher: found {', '.join(found)}; {', '.join(wrong) or 'RANK, which counts from 0,'} must be set "
-                "for each of several processes; use accelerate launch or slurm/train.sh, or unset all of them for one process"
+                "for each of several processes; use accelerate launch or slurm/train.sh, or unset all for one process"
             )
     strategies = [name for name in STRATEGIES if environment.get(f"ACCELERATE_USE_{name}") == "true"]
     if strategies:

@@ -47,8 +47,8 @@ def choose_start(request: TrainRequest) -> tuple[Config, Checkpoint | None] | No
     if resume is None:
         if named is not None and Path(named).exists() and any(Path(named).iterdir()):
             raise UserError(
-                f"run folder {named}: not empty; continue the run with --resume {shlex.quote(named)}, or choose another "
-                "--run-dir"
+                f"run folder {named}: not empty; continue the run with --resume {shlex.quote(named)}, "
+                "or choose another --run-dir"
             )
         return request.config, None
     if resume == "auto" and named is None:

@@ -37,9 +37,9 @@ def workers_for(count: int) -> int:
 def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], *, workers: int) -> Iterator[Result]:
     """Yield ``map(function, items)``, computed in ``workers`` processes, in the order of the items.
 
-    At most `_IN_FLIGHT` items per worker are held at once. ``function`` must be defined at the top of a module; its
-    exceptions are raised here. With fewer than two workers it runs in this process. Raises `UserError` if a worker was
-    killed.
+    At most `_IN_FLIGHT` items per worker are held at once. ``function`` must be defined at the top of a module that is
+    imported, not in the script itself; its exceptions are raised here. With fewer than two workers it runs in this
+    process. Raises `UserError` if a worker was killed.
     """
     if workers < 2:
         yield from map(function, items)

@@ -17,10 +17,11 @@ STRATEGIES = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
 
 def check_launcher(environment: Environment) -> None:
     """Raise `UserError` if the variables of a launcher are incomplete, or ask for another strategy than DDP."""
-    if environment.get("WORLD_SIZE", "1") != "1" or environment.get("RANK", "0") != "0":
+    alone = environment.get("WORLD_SIZE", "1") == "1" and environment.get("RANK", "0") == "0"
+    if not alone or "LOCAL_RANK" in environment:
         numbers = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")
         wrong = [name for name in numbers if not environment.get(name, "").isdecimal()]
-        wrong += [] if environment.get("MASTER_ADDR") else ["MASTER_ADDR"]
+        wrong += ["MASTER_ADDR"] * (not environment.get("MASTER_ADDR"))
         if wrong or int(environment["RANK"]) >= int(environment["WORLD_SIZE"]):
             found = [f"{name}={environment[name]}" for name in (*numbers, "MASTER_ADDR") if name in environment]
             raise UserError(

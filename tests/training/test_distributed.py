@@ -86,6 +86,7 @@ def test_a_world_smaller_than_the_slurm_step_is_refused_and_a_larger_one_is_acce
     ("variables", "named"),
     [
         ({"RANK": "1"}, "found RANK=1; LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_PORT, MASTER_ADDR must be set"),
+        ({"LOCAL_RANK": "0"}, "found LOCAL_RANK=0; RANK, WORLD_SIZE, LOCAL_WORLD_SIZE"),
         ({"WORLD_SIZE": ""}, "found WORLD_SIZE=; RANK, LOCAL_RANK, WORLD_SIZE"),
         ({**rank(0, head="h", port=1), "MASTER_ADDR": ""}, "MASTER_ADDR=; MASTER_ADDR must be set"),
         ({**rank(2, head="h", port=1)}, "RANK, which counts from 0, must be set"),
@@ -107,6 +108,14 @@ def test_processes_of_open_mpi_without_an_address_are_refused(run_command, small
     arguments = ("--shards", small_set) if command == "train" else (trained_run,)
     done = run_command(command, *arguments, **{f"OMPI_COMM_WORLD_{name}": value for name, value in variables.items()})
     assert "MASTER_PORT, MASTER_ADDR must be set" in error_of(done)
+
+
+@pytest.mark.slow
+def test_two_processes_find_one_another_by_an_ipv6_address(start, small_set, tmp_path, free_port):
+    flags = ("--shards", small_set, "--run-dir", "run", *QUICK, "--max-steps", 1)
+    for process in [start("train", *flags, **rank(n, head="::1", port=free_port)) for n in (0, 1)]:
+        output_of(process.wait(100))
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["world_size"] == 2
 
 
 def test_two_processes_of_open_mpi_train(start, small_set, tmp_path, free_port):

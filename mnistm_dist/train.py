@@ -79,7 +79,7 @@ def train(config: Config, checkpoint: Checkpoint | None, world: World, console: 
     run_dir = world.run_on_all_ranks(lambda: acquire_run_dir(run, checkpoint))
     with run_dir, peer_failures(run.config.run.collective_timeout):
         classes, schedule = run.shards.manifest.classes, Schedule.of(run.config, run.shards.split("train").count)
-        state = create_train_state(run.config, world, len(classes))
+        state = create_train_state(run.config, world, len(classes), run.shares)
         if checkpoint is not None:
             world.run_on_all_ranks(lambda: restore_state(state, checkpoint, run, console.warn))
         world.run_on_all_ranks(lambda: write_start(run, run_dir, state, resumed=checkpoint is not None))

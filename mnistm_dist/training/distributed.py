@@ -127,7 +127,8 @@ class World:
 
     def all_gather(self, part: Tensor, out: Tensor) -> Tensor:
         """Concatenate every rank's ``part``, all of one shape, in ``out`` and return it. All ranks take part."""
-        dist.all_gather_into_tensor(out, part.contiguous())
+        # torch 2.14 renamed all_gather_into_tensor; 2.10 does not know its new name.
+        dist.all_gather(list(out.split(len(part))), part.contiguous())
         return out
 
     def all_to_all(self, parts: Tensor, counts: Sequence[int]) -> Tensor:

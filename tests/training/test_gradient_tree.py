@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import random
-import signal
 import struct
 from itertools import pairwise
 from pathlib import Path
@@ -17,9 +16,11 @@ from hypothesis import strategies as st
 from test_resume import wait_for_step
 from torch import Tensor, nn
 
+from mnistm_dist.config import MachineConfig
 from mnistm_dist.errors import UserError
 from mnistm_dist.training.distributed import World
 from mnistm_dist.training.gradient_tree import GradientTree, TreeSum, roots
+from mnistm_dist.training.hardware import check_reproducible
 from mnistm_dist.training.run_dir import read_log
 
 
@@ -206,15 +207,23 @@ def test_without_reproducible_uneven_shares_train_the_mean_of_all_micro_batches(
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        (["--precision", "fp16"], "precision"),
-        (["--sync-batchnorm"], "sync"),
         (["--batch-size", 14], "1 image per forward"),
+        (["--micro-batch", 100], "does not divide"),
     ],
 )
 def test_what_cannot_be_reproduced_is_refused(run_main, small_set, flags, named):
     from mnistm_dist import train
 
     assert named in error_of(run_main(train.main, "--shards", small_set, "--reproducible", *flags))
+
+
+def test_sync_batchnorm_and_fp16_are_refused_and_threads_do_not_follow_the_processes():
+    assert check_reproducible(MachineConfig(), "fp32") == 1
+    assert check_reproducible(MachineConfig(threads=3), "bf16") == 3
+    with pytest.raises(UserError, match="--no-sync-batchnorm"):
+        check_reproducible(MachineConfig(sync_batchnorm=True), "fp32")
+    with pytest.raises(UserError, match="--precision bf16 or fp32"):
+        check_reproducible(MachineConfig(), "fp16")
 
 
 LONG = (
@@ -245,8 +254,5 @@ def test_a_hundred_steps_are_the_same_bytes_at_any_world_size_and_after_resumes_
         process = start("train", *resuming, world_size=world_size)
         wait_for_step(process, run, 15 * kill + generator.randrange(5, 15))
         process.kill()
-    process = start("train", *resuming, world_size=3)
-    wait_for_step(process, run, 90)
-    process.send_signal(signal.SIGTERM)
     output_of(start("train", *resuming, world_size=6).wait(900))
     assert model_of(run) == expected

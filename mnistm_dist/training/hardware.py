@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 
+from mnistm_dist.config import MachineConfig
 from mnistm_dist.data.parallel import available_cores
 from mnistm_dist.errors import NodeError, UserError
 
@@ -81,6 +82,16 @@ def default_threads(local_world_size: int, environment: Environment) -> int:
         processes = int(environment.get("WORLD_SIZE", "1")) // int(environment["SLURM_STEP_NUM_TASKS"])
         return max(1, int(environment["SLURM_CPUS_PER_TASK"]) // max(1, processes))
     return max(1, available_cores() // local_world_size)
+
+
+def check_reproducible(machine: MachineConfig, precision: Precision) -> int:
+    """Return the CPU threads of a reproducible run, on any number of processes: 1 for auto. Raise `UserError` for what
+    cannot be reproduced on another number of processes."""
+    if machine.sync_batchnorm:
+        raise UserError("reproducible: --sync-batchnorm sums over the processes; use --no-sync-batchnorm")
+    if precision == "fp16":
+        raise UserError("reproducible: the gradient scaler of fp16 is not supported; use --precision bf16 or fp32")
+    return 1 if machine.threads == "auto" else machine.threads
 
 
 def native_precisions() -> tuple[Precision, ...]:

@@ -18,8 +18,7 @@ STRATEGIES = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
 
 def check_launcher(environment: Environment) -> None:
     """Raise `UserError` if the variables of a launcher are incomplete, or ask for another strategy than DDP."""
-    alone = environment.get("WORLD_SIZE", "1") == "1" and environment.get("RANK", "0") == "0"
-    if not alone or "LOCAL_RANK" in environment:
+    if "LOCAL_RANK" in environment or environment.get("WORLD_SIZE", "1") != "1" or environment.get("RANK", "0") != "0":
         numbers = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")
         wrong = [name for name in numbers if not environment.get(name, "").isdecimal()]
         wrong += ["MASTER_ADDR"] * (not environment.get("MASTER_ADDR"))
@@ -68,8 +67,9 @@ def check_compile(device: torch.device) -> None:
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(2, device=device))
     except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"compile: {reason}; install what torch.compile needs, or use --no-compile") from error
+        raise UserError(
+            f"compile: {str(error).splitlines()[0]}; install what torch.compile needs, or use --no-compile"
+        ) from error
 
 
 def default_threads(local_world_size: int, environment: Environment) -> int:

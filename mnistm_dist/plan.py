@@ -24,7 +24,18 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from tyro.conf import arg
 
 from mnistm_dist.cli import command, write_result
-from mnistm_dist.config import DEFAULT_RECIPE, Config, OrNone, build, checked, load, read_recipe, replace
+from mnistm_dist.config import (
+    DEFAULT_RECIPE,
+    Config,
+    LocalPath,
+    OrNone,
+    ShardsPath,
+    build,
+    checked,
+    load,
+    read_recipe,
+    replace,
+)
 from mnistm_dist.errors import UserError, run_cli
 
 if TYPE_CHECKING:
@@ -39,13 +50,13 @@ class NewRun:
     """Instead of RUN: a run that has not started. none: the value of the default recipe.
 
     Args:
-        shards: Packed set: a folder or a URL.
+        shards: Packed set: a folder or a URL. With RUN: another copy of its set.
         batch_size: Images per step, over all processes.
         seed: Seed of the order and of augmentation.
         order: Training order.
     """
 
-    shards: OrNone[str] = None
+    shards: OrNone[ShardsPath] = None
     batch_size: OrNone[PositiveInt] = None
     seed: OrNone[NonNegativeInt] = None
     order: OrNone[Literal["auto", "full", "windowed"]] = None
@@ -53,13 +64,13 @@ class NewRun:
 
 @command
 def main(
-    run: Annotated[str | None, arg(metavar="RUN")] = None,
+    run: Annotated[LocalPath | None, arg(metavar="RUN")] = None,
     /,
     *,
     step: Annotated[int, Field(ge=0, le=2**40)],
     world_size: PositiveInt = 1,
     json_output: Annotated[bool, arg(name="json")] = False,
-    save: Annotated[Annotated[str, Field(pattern=r"\.(png|svg|pdf)$")] | None, arg(metavar="FILE.png")] = None,
+    save: Annotated[Annotated[LocalPath, Field(pattern=r"\.(png|svg|pdf)$")] | None, arg(metavar="FILE.png")] = None,
     new_run: NewRun,
 ) -> int:
     """Show the images of a step.
@@ -73,9 +84,11 @@ def main(
     """
     config = choose_config(run, new_run)
     # Heavy imports come after the flags, so that --help and a mistyped flag answer at once.
+    import numpy as np
+
     from mnistm_dist.data.cache import choose_cache_dir
     from mnistm_dist.data.fetch import open_shards
-    from mnistm_dist.data.order import accumulation_share, choose_reading, create_order, step_positions
+    from mnistm_dist.data.order import choose_micro_batch, choose_reading, create_order, step_positions
     from mnistm_dist.training.schedule import Schedule
 
     shards = open_shards(str(config.data.shards), cache_dir=choose_cache_dir(config.data.cache_dir))
@@ -85,11 +98,14 @@ def main(
     schedule = Schedule.of(config, shards.split("train").count)
     if run is not None and step >= schedule.total_steps:
         raise UserError(f"--step {step}: {run} has {schedule.total_steps:,} steps; use 0 to {schedule.total_steps - 1}")
-    share = accumulation_share(batch_size=batch_size, world_size=world_size)
-    positions = step_positions(step, batch_size=batch_size)
+    reproducible = config.machine.reproducible
+    micro_batch = choose_micro_batch(config.steps, world_size=world_size, reproducible=reproducible)
+    sizes = {"batch_size": batch_size, "micro_batch": micro_batch, "world_size": world_size}
+    shares = [step_positions(step, **sizes, rank=rank) for rank in range(world_size)]
+    positions = np.concatenate(shares)
     ids = create_order(config.data, config.steps, shards.manifest).ids(positions)
     keys = shards.keys("train", ids)
-    ranks = [keys[start : start + share] for start in range(0, batch_size, share)]
+    ranks = [keys[share[0] - positions[0] : share[-1] - positions[0] + 1] for share in shares]
     epoch = schedule.epoch(step)
     title = f"step {step} of epoch {epoch}: {batch_size} images, {order} order, seed {config.steps.seed}"
     if save:
@@ -108,11 +124,12 @@ def main(
 def choose_config(run: str | None, new_run: NewRun) -> Config:
     """Return the configuration of a run, or of a new one. Raises `UserError` if not exactly one of them is named."""
     given = {name: value for name, value in vars(new_run).items() if value is not None}
-    if run is not None and given:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+    own = [name for name in given if name != "shards"]
+    if run is not None and own:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in own)
         raise UserError(f"{flags}: {run} has its own; leave this out, or name --shards instead of a run")
     if run is not None:
-        return load(Path(run) / "config.yaml")
+        return replace(load(Path(run) / "config.yaml"), **given)
     if "shards" not in given:
         raise UserError("plan: name a run folder, or a packed set with --shards")
     return build(DEFAULT_RECIPE, read_recipe(DEFAULT_RECIPE) | given)

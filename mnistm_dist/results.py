@@ -5,13 +5,13 @@
 
 import functools
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mnistm_dist.data.loader import Reader
-from mnistm_dist.data.order import accumulation
 from mnistm_dist.data.transforms import Preprocess
 from mnistm_dist.errors import UserError, escape_control
 from mnistm_dist.files import write_atomic
@@ -43,7 +43,9 @@ def choose_checkpoint(run_dir: Path, which: str, *, has_test: bool) -> tuple[che
         last = checkpoints.latest(run_dir, warnings.append)
         if last is None:
             reason = f" ({warnings[0]})" if warnings else ""
-            raise UserError(f"{run_dir}: no complete checkpoint{reason}; train with --resume {run_dir}")
+            raise UserError(
+                f"{run_dir}: no complete checkpoint{reason}; train with --resume {shlex.quote(str(run_dir))}"
+            )
         checkpoint, chosen, best = last, "last", last.scalars.history.best
         if which == "best" and best is None:
             raise UserError(
@@ -118,7 +120,10 @@ def draw_split(run_dir: Path, split: str, predictions: Predictions, reader: Read
 
 
 def finish(run: RunSetup, run_dir: RunDir, state: TrainState, console: Console, tracker: Tracker) -> None:
-    """Evaluate the chosen checkpoint on val and test; write figures, summary and report. All ranks take part."""
+    """Evaluate the chosen checkpoint on val and test; write figures, summary, report and state, then print the result.
+
+    All ranks take part.
+    """
     # matplotlib and Jinja2 take a second to import, and a prediction does not need them.
     from mnistm_dist.reporting.curves import learning_curve
     from mnistm_dist.reporting.html import write_report
@@ -138,14 +143,14 @@ def finish(run: RunSetup, run_dir: RunDir, state: TrainState, console: Console, 
     log_results(tracker, summary, sorted(run.path.glob("*.png")), predictions, state.steps_done)
     if run.config.run.upload_checkpoint:
         tracker.log_checkpoint(checkpoint.path, [str(entry["chosen"]).split()[0]])
+    run_dir.set_state("finished")
     print_result(console, run.path, summary, predictions, report=run.config.run.report)
 
 
 def header_rows(run: RunSetup, state: TrainState, schedule: Schedule) -> dict[str, str]:
     """Return the rows of the header that the console shows before training."""
     config, world, manifest = run.config, run.world, run.shards.manifest
-    micro_batch = int(config.steps.micro_batch)
-    k = accumulation(batch_size=config.steps.batch_size, world_size=world.size, micro_batch=micro_batch)
+    batch_size, micro_batch = config.steps.batch_size, int(config.steps.micro_batch)
     counts = ", ".join(f"{split.count:,} {name}" for name, split in manifest.splits.items())
     steps = f"{schedule.total_steps:,} steps, {config.steps.epochs} epochs"
     if schedule.last_step < schedule.total_steps:
@@ -162,7 +167,7 @@ def header_rows(run: RunSetup, state: TrainState, schedule: Schedule) -> dict[st
         "model": f"pruned ResNet18, {count_parameters(state.model):,} parameters",
         "shards": f"{run.shards.root} ({manifest.lineage}: {counts})",
         "data": f"{config.data.reader} reader, {config.data.order} order",
-        "batch": f"{config.steps.batch_size} = {world.size} x {k} x {micro_batch} (processes x micro-batches x images)",
+        "batch": f"{batch_size} = {batch_size // micro_batch} x {micro_batch} (micro-batches x images)",
         "image size": ", ".join(f"{size} px" for size in dict.fromkeys(config.steps.image_size)),
         "training": steps,
     }

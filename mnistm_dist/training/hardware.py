@@ -6,11 +6,34 @@ from typing import Literal
 
 import torch
 
+from mnistm_dist.config import MachineConfig
 from mnistm_dist.data.parallel import available_cores
 from mnistm_dist.errors import NodeError, UserError
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Environment = Mapping[str, str]
+# What a configuration file of Accelerate may ask for in place of DDP.
+STRATEGIES = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
+
+
+def check_launcher(environment: Environment) -> None:
+    """Raise `UserError` if the variables of a launcher are incomplete, or ask for another strategy than DDP."""
+    if "LOCAL_RANK" in environment or environment.get("WORLD_SIZE", "1") != "1" or environment.get("RANK", "0") != "0":
+        numbers = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+        wrong = [name for name in numbers if not environment.get(name, "").isdecimal()]
+        wrong += ["MASTER_ADDR"] * (not environment.get("MASTER_ADDR"))
+        if wrong or int(environment["RANK"]) >= int(environment["WORLD_SIZE"]):
+            found = [f"{name}={environment[name]}" for name in (*numbers, "MASTER_ADDR") if name in environment]
+            raise UserError(
+                f"launcher: found {', '.join(found)}; {', '.join(wrong) or 'RANK, which counts from 0,'} must be set "
+                "for each of several processes; use accelerate launch or slurm/train.sh, or unset all for one process"
+            )
+    strategies = [name for name in STRATEGIES if environment.get(f"ACCELERATE_USE_{name}") == "true"]
+    if strategies:
+        raise UserError(
+            f"Accelerate: its configuration asks for {strategies[0]}, accepted is DDP; use accelerate launch with "
+            "--config_file accelerate_config.yaml"
+        )
 
 
 def check_world_size(world_size: int, expected: int | None, environment: Environment) -> None:
@@ -25,7 +48,8 @@ def check_world_size(world_size: int, expected: int | None, environment: Environ
     if world_size < tasks:
         raise UserError(
             f"world size: found {world_size}, Slurm's step has {tasks} tasks that do not know of each other; "
-            "use slurm/train.sh, or set RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
+            "use slurm/train.sh, or set RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT; "
+            "in an interactive shell (srun --pty) use accelerate launch, or env -u SLURM_STEP_NUM_TASKS for one process"
         )
 
 
@@ -38,6 +62,16 @@ def check_gpus(local_world_size: int, gpus: int) -> None:
         )
 
 
+def check_compile(device: torch.device) -> None:
+    """Raise `UserError` if torch.compile does not work on this machine, as without a C++ compiler."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(2, device=device))
+    except RuntimeError as error:
+        raise UserError(
+            f"compile: {str(error).splitlines()[0]}; install what torch.compile needs, or use --no-compile"
+        ) from error
+
+
 def default_threads(local_world_size: int, environment: Environment) -> int:
     """Return the CPU threads of one process: its share of the CPUs of Slurm's task, else of the available cores.
 
@@ -48,6 +82,16 @@ def default_threads(local_world_size: int, environment: Environment) -> int:
         processes = int(environment.get("WORLD_SIZE", "1")) // int(environment["SLURM_STEP_NUM_TASKS"])
         return max(1, int(environment["SLURM_CPUS_PER_TASK"]) // max(1, processes))
     return max(1, available_cores() // local_world_size)
+
+
+def check_reproducible(machine: MachineConfig, precision: Precision) -> int:
+    """Return the CPU threads of a reproducible run, on any number of processes: 1 for auto. Raise `UserError` for what
+    cannot be reproduced on another number of processes."""
+    if machine.sync_batchnorm:
+        raise UserError("reproducible: --sync-batchnorm sums over the processes; use --no-sync-batchnorm")
+    if precision == "fp16":
+        raise UserError("reproducible: the gradient scaler of fp16 is not supported; use --precision bf16 or fp32")
+    return 1 if machine.threads == "auto" else machine.threads
 
 
 def native_precisions() -> tuple[Precision, ...]:

@@ -152,7 +152,11 @@ def _summary(manifest: Manifest, seconds: float) -> dict[str, str]:
         "lineage": manifest.lineage,
         "from": f"{manifest.description} ({manifest.layout})",
         "images": f"{height} x {width}",
-        "classes": f"{len(manifest.classes):,}: {', '.join(manifest.classes[:10])}{', ...' * (len(manifest.classes) > 10)}",
+        "classes": f"{len(manifest.classes):,}: {', '.join(manifest.classes[:10])}"
+        + ", ..." * (len(manifest.classes) > 10),
+        "recipe": "fast"
+        if manifest.lineage != "unknown"
+        else "--recipe images for photos; for digits and text --recipe fast --invert 0",
         **{name: f"{split.count:,} images in {len(split.shards)} shards" for name, split in manifest.splits.items()},
         **{f"pixels of {group}": digest for group, digest in manifest.pixels_sha256.items()},
         "took": f"{seconds:.1f} s",

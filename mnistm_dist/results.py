@@ -157,9 +157,13 @@ def header_rows(run: RunSetup, state: TrainState, schedule: Schedule) -> dict[st
         steps = f"{schedule.last_step:,} of {steps}"
     if state.steps_done:
         steps = f"resuming at step {state.steps_done:,} of {steps}"
+    inverts = config.augment.invert and manifest.lineage == "unknown"
+    hint = (
+        " (inverts colours, which suits MNIST-M; photos: --recipe images, other images: --invert 0)" if inverts else ""
+    )
     return {
         "run": str(run.path),
-        "recipe": config.recipe,
+        "recipe": config.recipe + hint,
         "world size": str(world.size),
         "device": device_name(world.device),
         "precision": f"{config.machine.precision}, {config.machine.memory_format}",

@@ -106,13 +106,16 @@ def convert_to_png(data: bytes, origin: str, size: int | None = None) -> tuple[b
             f"{origin}: {height} x {width} pixels; accepted are 1 to {MAX_SIDE:,} a side: add --resize N to shrink all "
             "images"
         )
-    return encode_png(pixels if size is None else resize_and_crop(pixels, size)), form
+    return encode_png(resize_and_crop(pixels, size)), form
 
 
-def resize_and_crop(pixels: np.ndarray, size: int) -> np.ndarray:
-    """Scale uint8 (H, W, 3) so that its short side is ``size``, bilinear and antialiased, and crop its centre."""
+def resize_and_crop(pixels: np.ndarray, size: int | None) -> np.ndarray:
+    """Scale uint8 (H, W, 3) so that its short side is ``size``, bilinear and antialiased, and crop its centre.
+
+    None leaves it as it is.
+    """
     height, width = pixels.shape[:2]
-    if (height, width) == (size, size):
+    if size is None or (height, width) == (size, size):
         return pixels
     scale = size / min(height, width)
     target = max(size, round(width * scale)), max(size, round(height * scale))

@@ -23,6 +23,7 @@ from mnistm_dist.errors import UserError
 from mnistm_dist.files import explain_os_errors
 
 _CHUNK, _CHUNK_BYTES = 128, 4 << 20  # images, and about so many bytes, per encoding task
+_Png = tuple[Sample, str, int]  # a sample with an accepted PNG; if it was converted: what it was before, and its bytes
 # Where an image is in the file (bytes; its origin follows its PNG), and its label.
 _ROW = np.dtype([("offset", np.int64), ("png_size", np.int32), ("origin_size", np.uint16), ("label", np.int32)])
 
@@ -83,19 +84,6 @@ def count_shards(part: Part, train: Part, train_shards: int) -> int:
     return min(max(1, in_proportion), part.count)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Png:
-    """A sample as an accepted PNG."""
-
-    sample: Sample
-    """Without its image."""
-    png: bytes
-    converted: str
-    """What the source's file was, if it was converted, else empty."""
-    bytes_before: int
-    """Size of the source's file."""
-
-
 def spool_images(
     source: Source, parts: dict[str, Part], file: FileIO, folder: Path, progress: Progress, resize: int | None = None
 ) -> tuple[dict[str, np.ndarray], tuple[int, int], tuple[str, ...]]:
@@ -110,8 +98,9 @@ def spool_images(
     total, offset, first, image_size = sum(source.counts.values()), 0, "", (0, 0)
     converted: Counter[str] = Counter()
     before = after = 0
-    for done, one in enumerate(_with_pngs(source.samples(), total, resize), start=1):
-        sample, png = one.sample, one.png
+    for done, (sample, form, file_size) in enumerate(_with_pngs(source.samples(), total, resize), start=1):
+        png = sample.encoded
+        assert png is not None
         size = png_size(png, sample.origin)
         if not first:
             image_size, first = size, sample.origin
@@ -120,9 +109,9 @@ def spool_images(
                 f"{sample.origin}: {size[0]} x {size[1]} pixels, but {first} has {image_size[0]} x {image_size[1]}: "
                 "all images of a set have one size: add --resize N"
             )
-        if one.converted:
-            converted[one.converted] += 1
-            before, after = before + one.bytes_before, after + len(png)
+        if form:
+            converted[form] += 1
+            before, after = before + file_size, after + len(png)
         origin = sample.origin.encode("utf-8", "surrogateescape")[:65_535]
         rows[sample.split][sample.index] = (offset, len(png), len(origin), sample.label)
         offset += len(png) + len(origin)
@@ -175,15 +164,13 @@ def _encode(samples: list[Sample], resize: int | None) -> list[_Png]:
 
 
 def _encode_one(sample: Sample, resize: int | None) -> _Png:
-    data, pixels, converted = sample.encoded, sample.pixels, ""
-    bare = replace(sample, encoded=None, pixels=None)
+    data, pixels = sample.encoded, sample.pixels
+    if data is not None and is_plain_png(data, resize):
+        return sample, "", 0
     if data is not None:
-        png = data
-        if not is_plain_png(data, resize):
-            png, converted = convert_to_png(data, sample.origin, resize)
-        return _Png(sample=bare, png=png, converted=converted, bytes_before=len(data))
+        png, form = convert_to_png(data, sample.origin, resize)
+        return replace(sample, encoded=png), form, len(data)
     if pixels is None or pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
         found = "no image" if pixels is None else f"{pixels.dtype} {pixels.shape}"
         raise UserError(f"{sample.origin}: {found}; accepted is uint8 (height, width, 3)")
-    png = encode_png(pixels if resize is None else resize_and_crop(pixels, resize))
-    return _Png(sample=bare, png=png, converted="", bytes_before=len(png))
+    return replace(sample, encoded=encode_png(resize_and_crop(pixels, resize)), pixels=None), "", 0

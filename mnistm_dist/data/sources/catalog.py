@@ -3,8 +3,8 @@
 1. `sample` and `mnist+photos` are synthesised (`synthesis.py`).
 2. The files of a path are listed, at any depth: a file together with the others of its set, an archive as a folder.
    An archive in a folder is only opened if nothing else there can be read.
-3. Each layout's reader makes tables of its files (`image_files.py`, `data_files.py`, `columns.py`). A set with labels is
-   preferred to one without; several sets are refused. Files that no reader used are noted.
+3. Each layout's reader makes tables of its files (`image_files.py`, `data_files.py`, `columns.py`). A set with labels
+   is preferred to one without; several sets are refused. Files that no reader used are noted.
 """
 
 import contextlib

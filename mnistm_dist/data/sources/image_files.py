@@ -116,9 +116,10 @@ def read_sidecars(tree: Tree, images: Sequence[str], files: Sequence[str], probl
         if set(texts.values()) == {None}:
             continue
         if suffix == ".txt" and 2 * len(set(texts.values())) >= len(texts) > 2:
+            count, first = len(set(texts.values())), tree.origin(beside[min(beside)])
             raise NoLabelsError(
-                f"{tree.origin(beside[min(beside)])}: {len(set(texts.values()))} different texts for {len(texts)} images"
-                ": captions, not classes; put the class of each image into a file .cls or a column label"
+                f"{first}: {count} different texts for {len(texts)} images: captions, not classes; put each class "
+                "into a file .cls or a column label"
             )
         found = Labelled(layout="webdataset", used=set(beside.values()))
         for image in images:
@@ -186,8 +187,9 @@ def read_lists(tree: Tree, images: Sequence[str], files: Sequence[str], problems
             found.classes = CLASSES
         found.used.add(file)
         strip, start = None, len(found.names)
+        where = tree.origin(file)
         for line, name, label, own in rows:
-            origin = f"{tree.origin(file)}: line {line}"
+            origin = f"{where}: line {line}"
             parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
             if strip is None:  # folders that the list's author had around the images: the same on all lines
                 depths = range(len(parts) or 1)
@@ -291,7 +293,8 @@ def _read_list(
                     columns = row.index(image), row.index(label), row.index(split) if split else None
                     continue
                 stem = row[0].strip().replace("\\", "/").rpartition("/")[2].lower()
-                is_list = file.lower().endswith(".txt") and ("label" in file.lower() or split_of(file))
+                base = file.rpartition("/")[2].lower()
+                is_list = base.endswith(".txt") and ("label" in base or split_of(base) is not None)
                 if width != 2 or not (stem in by_name or is_list):
                     if width == 1 and is_list:
                         raise UserError(f"{tree.origin(file)}: line {line}: expected 2 values")
@@ -311,9 +314,9 @@ def _read_list(
 def read_class_folders(tree: Tree, images: Sequence[str], files: Sequence[str], problems: list[str]) -> list[Labelled]:
     """Return the images in folders of classes, in folders of splits if there are any: torchvision's ImageFolder.
 
-    Images may lie deeper in the folder of their class. If the names of a split's images are distinct numbers, images are
-    ordered by them, as before they were sorted into classes. Otherwise the classes are spread evenly, since the last
-    train images may become val.
+    Images may lie deeper in the folder of their class. If the names of a split's images are distinct numbers, images
+    are ordered by them, as before they were sorted into classes. Otherwise the classes are spread evenly, since the
+    last train images may become val.
     """
     paths = {image: tree.folders(image) for image in images}
     depth = _split_depth(paths)

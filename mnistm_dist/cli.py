@@ -47,6 +47,8 @@ with --resume RUN; 130 a second Ctrl-C; 1 anything else. A launcher replaces
 these by its own."""
 
 _REGISTRY = ConstructorRegistry()
+# Stands for the commas of a default value in --help, at which tyro would break a line.
+_COMMA = "\N{SINGLE LOW-9 QUOTATION MARK}"
 _METAVARS = {int: "INT", float: "FLOAT", str: "STR", Path: "PATH", type(None): "none"}
 
 
@@ -165,7 +167,8 @@ def _tyro(target: Any, argv: list[str], name: str, head: str = "", **options: An
             _, *lines = re.sub("[│╰╯]", " ", err.getvalue()).split("\n")  # a title, then parts between rules
             message = re.sub(r"\.? ?[-─]{3,}", ";", " ".join(" ".join(lines).split()))
             raise UserError(message.strip("; ")) from None
-        text = out.getvalue()
+        # tyro quotes them, too.
+        text = re.sub(f"'(\\S*{_COMMA}\\S*)'", r"\1", out.getvalue()).replace(_COMMA, ",")
         if text.startswith("usage: "):
             # tyro would join the lines of the head, and does not wrap the usage.
             usage, *rest = map(str.rstrip, text.splitlines())
@@ -190,7 +193,7 @@ def _text_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
         metavar=metavar,
         instance_from_str=lambda args: args[0],
         is_instance=lambda _: True,
-        str_from_instance=lambda value: [_text(value)],
+        str_from_instance=lambda value: [_text(value).replace(",", _COMMA)],
     )
 
 

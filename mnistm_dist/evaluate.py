@@ -5,9 +5,8 @@
         -m mnistm_dist.evaluate runs/NAME
 
 Writes into RUN, for each split: predictions_SPLIT.csv, mistakes_SPLIT.png,
-confusion_matrix_SPLIT.png, and the metrics in summary.json. Update report.html
-with python -m mnistm_dist.report RUN. On one kind of device the predictions are
-the same bytes at every world size.
+confusion_matrix_SPLIT.png, the metrics in summary.json, and report.html anew.
+On one kind of device the predictions are the same bytes at every world size.
 """
 
 import sys
@@ -78,7 +77,11 @@ def main(
                     # The numbers of the other split are of another checkpoint, or of another set.
                     summary = {name: value for name, value in summary.items() if name not in EVALUATED_SPLITS}
                 summary = write_summary(run_dir, summary | {"checkpoint": entry}, predictions)
-                print_result(console, run_dir, summary, predictions)
+                if config.run.report:
+                    from mnistm_dist.reporting.html import write_report
+
+                    write_report([run_dir], run_dir / "report.html", predictions)
+                print_result(console, opened, summary, predictions)
     return 0
 
 

@@ -5,6 +5,7 @@
 
 import functools
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ from mnistm_dist.data.transforms import Preprocess
 from mnistm_dist.errors import UserError, escape_control
 from mnistm_dist.files import write_atomic
 from mnistm_dist.reporting.console import Console
-from mnistm_dist.reporting.describe import describe
+from mnistm_dist.reporting.describe import describe, describe_failure
 from mnistm_dist.reporting.predictions import Predictions, mistakes, read_predictions
 from mnistm_dist.reporting.run_logger import log_results
 from mnistm_dist.reporting.tracking import Tracker
 from mnistm_dist.training import checkpoint as checkpoints
 from mnistm_dist.training.environment import device_name
 from mnistm_dist.training.evaluation import SplitOutputs, predict_split, write_predictions
+from mnistm_dist.training.hardware import peak_memory_gb
 from mnistm_dist.training.models import count_parameters, create_model, to_device
 from mnistm_dist.training.run_dir import RunDir, writing
 from mnistm_dist.training.schedule import Schedule
@@ -108,6 +110,7 @@ def write_split(run: RunSetup, split: str, outputs: SplitOutputs | None) -> Pred
 def draw_split(run_dir: Path, split: str, predictions: Predictions, reader: Reader) -> None:
     """Draw the figures of a split. Raise `UserError` if the run folder cannot be written."""
     from mnistm_dist.reporting import figures
+    from mnistm_dist.reporting.pictures import write_pictures
     from mnistm_dist.reporting.style import save
 
     wrong = mistakes(predictions)
@@ -117,6 +120,7 @@ def draw_split(run_dir: Path, split: str, predictions: Predictions, reader: Read
     with writing(run_dir):
         save(matrix, run_dir / f"confusion_matrix_{split}.png")
         save(figures.mistakes(images, shown, len(wrong), f"Mistakes, {split}"), run_dir / f"mistakes_{split}.png")
+        write_pictures(run_dir / "mistakes" / f"{split}.png", images, [m.key for m in shown])
 
 
 def finish(run: RunSetup, run_dir: RunDir, state: TrainState, console: Console, tracker: Tracker) -> None:
@@ -140,13 +144,30 @@ def finish(run: RunSetup, run_dir: RunDir, state: TrainState, console: Console, 
     log_results(tracker, summary, sorted(run.path.glob("*.png")), predictions, state.steps_done)
     if run.config.run.upload_checkpoint:
         tracker.log_checkpoint(checkpoint.path, [str(entry["chosen"]).split()[0]])
-    print_result(console, run.path, summary, predictions, report=run.config.run.report)
+    print_result(console, run, summary, predictions)
+    last = next((row["train/loss"] for row in reversed(run_dir.rows) if row["kind"] == "train"), None)
+    failures = (describe_failure(results.metrics, last) for results in predictions.values())
+    if failure := next(filter(None, failures), ""):
+        console.warn(failure)
 
 
-def header_rows(run: RunSetup, state: TrainState, schedule: Schedule) -> dict[str, str]:
+def images_left(run: RunSetup, schedule: Schedule, steps_done: int) -> tuple[dict[int, int], dict[int, int]]:
+    """Return the images that are left to train and to evaluate after ``steps_done``, by image size in pixels.
+
+    The evaluation of the result, on val and test, is one of them.
+    """
+    counts = {name: split.count for name, split in run.shards.manifest.splits.items()}
+    steps, evaluations = schedule.work_left(steps_done, run.config.run.evaluate_every)
+    images = {size: count * counts.get("val", 0) for size, count in evaluations.items()}
+    last_size = schedule.image_size(schedule.last_step - 1)
+    images[last_size] = images.get(last_size, 0) + counts.get("val", 0) + counts.get("test", 0)
+    return {size: count * run.config.steps.batch_size for size, count in steps.items()}, images
+
+
+def header_rows(run: RunSetup, state: TrainState, schedule: Schedule, tracker: Tracker) -> dict[str, str]:
     """Return the rows of the header that the console shows before training."""
     config, world, manifest = run.config, run.world, run.shards.manifest
-    micro_batch = int(config.steps.micro_batch)
+    micro_batch, optim = int(config.steps.micro_batch), config.optim
     k = accumulation(batch_size=config.steps.batch_size, world_size=world.size, micro_batch=micro_batch)
     counts = ", ".join(f"{split.count:,} {name}" for name, split in manifest.splits.items())
     steps = f"{schedule.total_steps:,} steps, {config.steps.epochs} epochs"
@@ -154,9 +175,10 @@ def header_rows(run: RunSetup, state: TrainState, schedule: Schedule) -> dict[st
         steps = f"{schedule.last_step:,} of {steps}"
     if state.steps_done:
         steps = f"resuming at step {state.steps_done:,} of {steps}"
+    averaged = f", averaged weights ({optim.ema_decay})" if optim.ema_decay else ""
     return {
-        "run": str(run.path),
-        "recipe": config.recipe,
+        # The first line of a new run has named it.
+        **({"recipe": config.recipe} if config.run.resume else {}),
         "world size": str(world.size),
         "device": device_name(world.device),
         "precision": f"{config.machine.precision}, {config.machine.memory_format}",
@@ -166,7 +188,11 @@ def header_rows(run: RunSetup, state: TrainState, schedule: Schedule) -> dict[st
         "data": f"{config.data.reader} reader, {config.data.order} order",
         "batch": f"{config.steps.batch_size} = {world.size} x {k} x {micro_batch} (processes x micro-batches x images)",
         "image size": ", ".join(f"{size} px" for size in dict.fromkeys(config.steps.image_size)),
+        "optimizer": f"{optim.optimizer}{averaged}",
+        "learning rate": f"{schedule.peak_learning_rate:g}, {optim.lr_schedule}",
         "training": steps,
+        "seed": str(config.steps.seed),
+        "tracker": tracker.name,
     }
 
 
@@ -189,6 +215,7 @@ def summary_fields(run: RunSetup, state: TrainState) -> dict[str, Any]:
         "train_seconds": round(seconds, 3),
         "evaluate_seconds": round(history.evaluate_seconds, 3),
         "save_seconds": round(history.save_seconds, 3),
+        "peak_memory_gb": peak_memory_gb(run.world.device),
         "images_per_second": round(images / seconds, 2) if seconds else None,
         "parameters": count_parameters(state.model),
         "data": {
@@ -218,12 +245,18 @@ def write_summary(run_dir: Path, summary: dict[str, Any], results: dict[str, Pre
     return summary
 
 
-def print_result(
-    console: Console, run_dir: Path, summary: dict[str, Any], results: dict[str, Predictions], *, report: bool = False
-) -> None:
-    """Print accuracy, the most common confusions and the paths of what was written."""
+def print_result(console: Console, run: RunSetup, summary: dict[str, Any], results: dict[str, Predictions]) -> None:
+    """Print accuracy, the most common confusions, the paths of what was written, and what to do next."""
     text = "\n\n".join(f"{split}: {describe(predictions.metrics)}" for split, predictions in results.items())
-    paths = {f"predictions, {split}": str(run_dir / f"predictions_{split}.csv") for split in results}
-    if report:
-        paths = {"report": str(run_dir / "report.html"), **paths}
-    console.result(summary, text, {"run folder": str(run_dir), **paths})
+    paths = {f"predictions, {split}": run.path / f"predictions_{split}.csv" for split in results}
+    folder, python = shlex.quote(str(run.path)), "python -m mnistm_dist"
+    commands = {"predict": f"{python}.predict {folder} IMAGE"}
+    if run.config.run.report:
+        paths = {"report": run.path / "report.html", **paths}
+        commands["compare"] = f"{python}.report {folder} OTHER_RUN"
+    else:
+        commands["report"] = f"{python}.report {folder}"
+    if run.config.run.max_steps:
+        last = checkpoints.checkpoint_dir(run.path, run.config.run.max_steps)
+        commands["resume"] = f"{python}.train --resume {shlex.quote(str(last))}"
+    console.result(summary, text, paths, commands)

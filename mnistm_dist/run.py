@@ -8,6 +8,7 @@
 """
 
 import dataclasses
+import functools
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from mnistm_dist.errors import EXIT_PREEMPTED, errors_once_per_node
 from mnistm_dist.reporting.console import Console
 from mnistm_dist.reporting.run_logger import RunLogger
 from mnistm_dist.reporting.tracking import Tracker, open_tracker
-from mnistm_dist.results import finish, header_rows
+from mnistm_dist.results import finish, header_rows, images_left
 from mnistm_dist.training import distributed
 from mnistm_dist.training.checkpoint import Checkpoint
 from mnistm_dist.training.preemption import Preempted, StopRequest, exit_with_launcher, parse_signals
@@ -69,8 +70,9 @@ def train(
         world.run_on_all_ranks(lambda: write_start(run, run_dir, state, resumed=checkpoint is not None))
         try:
             with tracking(run, console) as tracker:
-                console.header("mnistm_dist", header_rows(run, state, schedule))
-                logger = RunLogger(console, tracker, run_dir.log, classes)
+                console.header(f"run {run.path}", header_rows(run, state, schedule, tracker))
+                left = functools.partial(images_left, run, schedule)
+                logger = RunLogger(console, tracker, run_dir.log, classes, left)
                 trainer = Trainer(run, run_dir, state, schedule, logger, stop)
                 if run.config.run.sanity_checks and checkpoint is None:
                     trainer.check_model()

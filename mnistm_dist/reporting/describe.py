@@ -1,5 +1,6 @@
 """Results as text: how numbers are written, and sentences that summarise a confusion matrix."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -62,18 +63,30 @@ def describe_checkpoint(checkpoint: Mapping[str, Any]) -> str:
 
 
 def describe(metrics: Metrics) -> str:
-    """Summarise a confusion matrix, one paragraph per line.
+    """Summarise the errors in a confusion matrix, one paragraph per line.
 
     The sentences hold for any matrix: classes without images, ties, no errors, a constant prediction.
     """
     paragraphs = (
-        f"{describe_accuracy(metrics.correct, metrics.total, metrics.interval95)}.",
         _support(metrics),
         _confusions(metrics),
         _classes(metrics) if metrics.confusions else "",
         _never_predicted(metrics),
     )
     return "\n".join(filter(None, paragraphs))
+
+
+def describe_failure(metrics: Metrics, train_loss: float | None = None) -> str:
+    """Return why a model has learned nothing: it diverged, or gives one answer; an empty text for any other model.
+
+    ``train_loss``: the last one, nats.
+    """
+    guess, advice = math.log(len(metrics.classes)), "use a smaller --learning-rate, or train for more steps"
+    if train_loss is not None and train_loss > guess:
+        return f"the training loss ends at {train_loss:.3f}, above the {guess:.3f} of a random guess; {advice}"
+    if sum(row.predicted > 0 for row in metrics.per_class) == 1 < sum(row.support > 0 for row in metrics.per_class):
+        return f"the model gives one answer: {_never_predicted(metrics).removesuffix('.').lower()}; {advice}"
+    return ""
 
 
 def _support(metrics: Metrics) -> str:

@@ -64,6 +64,9 @@ class Summary(BaseModel):
     steps: NonNegativeInt | None = None
     epochs: FiniteFloat | None = None
     train_seconds: FiniteFloat | None = None
+    evaluate_seconds: FiniteFloat | None = None
+    save_seconds: FiniteFloat | None = None
+    peak_memory_gb: FiniteFloat | None = None
     images_per_second: FiniteFloat | None = None
     parameters: NonNegativeInt | None = None
     checkpoint: EvaluatedCheckpoint | None = None
@@ -88,6 +91,8 @@ Row = TypedDict(
     {
         "kind": Required[str],
         "step": Required[NonNegativeInt],
+        # Unix seconds.
+        "time": FiniteFloat,
         "epoch": NonNegativeInt,
         "image_size": NonNegativeInt | None,
         "val/loss": FiniteFloat | None,
@@ -95,6 +100,9 @@ Row = TypedDict(
         # NaN is valid: the row of the step at which a run failed has it.
         "train/loss": float | None,
         "train/learning_rate": FiniteFloat | None,
+        "train/images_per_second": FiniteFloat | None,
+        "train/gradient_norm": FiniteFloat | None,
+        "train/peak_memory_gb": FiniteFloat | None,
         "train/image_size": NonNegativeInt | None,
     },
     total=False,

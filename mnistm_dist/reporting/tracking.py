@@ -34,6 +34,9 @@ Table = tuple[list[str], list[list[Any]]]
 class Tracker:
     """Logs a run somewhere; this class does nothing."""
 
+    name = "none"
+    """As the header of a run shows it."""
+
     def log(self, values: Mapping[str, Any], step: int) -> None:
         """Log scalars, which must not be changed afterwards; ``step``: steps done."""
 
@@ -131,6 +134,8 @@ class WandbTracker(BackgroundTracker):
         say: shows one line; called from the thread, too.
         init: arguments of ``wandb.init``. Without a mode the run is offline if the server cannot be reached.
     """
+
+    name = "W&B"
 
     def __init__(self, reason: str, say: Callable[[str], None], **init: Any) -> None:
         self._reason, self._init = reason, init

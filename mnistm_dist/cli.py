@@ -69,7 +69,7 @@ class TrainRequest:
         or a flag asks for another order, model or schedule.
         """
         # These hold for one launch only.
-        before = replace(stored, resume=None, max_steps=None, expect_world_size=None, profile_steps=0)
+        before = replace(stored, resume=None, expect_world_size=None, profile_steps=0)
         recipe = read_recipe(self.recipe) if self.recipe is not None else {}
         asked = fields_of(_parse_config(self.argv, replace(before, **recipe)))
         kept = fields_of(before)

@@ -166,7 +166,7 @@ class RunConfig:
     resume: OrNone[str] = None
     """auto: resume the latest complete checkpoint of --run-dir, or start. Else a run folder or a checkpoint of it."""
     max_steps: OrNone[PositiveInt] = None
-    """Stop after this many steps. The schedule stays that of the full run."""
+    """Stop after this many steps; the schedule stays that of the full run. A resume keeps it. none: no limit."""
     checkpoint_every: NonNegativeInt = 500
     """Steps between checkpoints. 0: only at the end of each epoch."""
     checkpoint_minutes: NonNegativeFloat = 10.0
@@ -215,8 +215,10 @@ DEFAULT_RECIPE = "fast"
 SECTIONS = {name: [field.name for field in fields(value)] for name, value in vars(Config()).items() if name != "recipe"}
 SECTION_OF = {name: section for section, names in SECTIONS.items() for name in names}
 assert len(SECTION_OF) == sum(map(len, SECTIONS.values())), "a field name is used in two sections"
-# All other fields decide the trained weights. shards: another copy of the same set.
-MAY_CHANGE_AT_RESUME = {*SECTIONS["run"], "shards", "reader", "workers", "cache_dir", "micro_batch", "threads"}
+# The fields that decide the trained weights. shards: another copy of the same set; its identity is checked.
+LEARNING = SECTION_OF.keys() - SECTIONS["run"] - {"shards", "reader", "workers", "cache_dir"}
+# precision: on another kind of device only, which is not known before the processes join.
+MAY_CHANGE_AT_RESUME = SECTION_OF.keys() - LEARNING | {"micro_batch", "threads", "precision"}
 _ADAPTER = TypeAdapter(Config)
 
 

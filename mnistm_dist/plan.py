@@ -8,7 +8,8 @@ The second one draws the images as the model receives them. The third is for a
 run of the default recipe that has not started. --json prints {"step": S,
 "epoch": E, "ranks": [[key, ...], ...]}; E is the epoch of the step's first
 image. Both count from 0, as --step does; the text and log.jsonl count from 1.
-The global batch of a step is the same at every world size.
+The global batch of a step does not depend on the world size, except in the
+windowed order of a run that has not started: its number of streams does.
 """
 
 from __future__ import annotations

@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
 # Exit code if some files could not be read and others could.
 EXIT_SKIPPED = 1
-# Decimals of a written probability, as in ``predictions_SPLIT.csv``.
-DECIMALS = 6
 
 
 @command
@@ -98,6 +96,8 @@ def predict_files(
     """
     import torch
 
+    from mnistm_dist.training.evaluation import DECIMALS
+
     rows = []
     for start in range(0, len(files), batch_size):
         batch = []
@@ -119,6 +119,8 @@ def predict_files(
 
 def format_csv(rows: list[dict[str, Any]], classes: tuple[str, ...]) -> str:
     """Return a header and a row per file, as in ``predictions_SPLIT.csv``."""
+    from mnistm_dist.training.evaluation import DECIMALS
+
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["file", "predicted", "probability", *(f"p{name}" for name in classes)])

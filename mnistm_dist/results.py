@@ -26,12 +26,10 @@ from mnistm_dist.training.environment import device_name
 from mnistm_dist.training.evaluation import SplitOutputs, predict_split, write_predictions
 from mnistm_dist.training.hardware import peak_memory_gb
 from mnistm_dist.training.models import count_parameters, create_model, to_device
-from mnistm_dist.training.run_dir import RunDir, writing
+from mnistm_dist.training.run_dir import SUMMARY_NAME, RunDir, writing
 from mnistm_dist.training.schedule import Schedule
 from mnistm_dist.training.setup import RunSetup
 from mnistm_dist.training.train_state import TrainState
-
-SUMMARY_NAME = "summary.json"
 
 
 def choose_checkpoint(run_dir: Path, which: str, *, has_test: bool) -> tuple[checkpoints.Checkpoint, dict[str, Any]]:
@@ -144,7 +142,7 @@ def finish(run: RunSetup, run_dir: RunDir, state: TrainState, console: Console, 
     log_results(tracker, summary, sorted(run.path.glob("*.png")), predictions, state.steps_done)
     if run.config.run.upload_checkpoint:
         tracker.log_checkpoint(checkpoint.path, [str(entry["chosen"]).split()[0]])
-    print_result(console, run, summary, predictions)
+    print_result(console, run.path, summary, predictions, next_commands(run), report=run.config.run.report)
     last = next((row["train/loss"] for row in reversed(run_dir.rows) if row["kind"] == "train"), None)
     failures = (describe_failure(results.metrics, last) for results in predictions.values())
     if failure := next(filter(None, failures), ""):
@@ -245,18 +243,29 @@ def write_summary(run_dir: Path, summary: dict[str, Any], results: dict[str, Pre
     return summary
 
 
-def print_result(console: Console, run: RunSetup, summary: dict[str, Any], results: dict[str, Predictions]) -> None:
-    """Print accuracy, the most common confusions, the paths of what was written, and what to do next."""
-    text = "\n\n".join(f"{split}: {describe(predictions.metrics)}" for split, predictions in results.items())
-    paths = {f"predictions, {split}": run.path / f"predictions_{split}.csv" for split in results}
+def next_commands(run: RunSetup) -> dict[str, str]:
+    """Return what can be done with a finished run, as commands for a shell."""
     folder, python = shlex.quote(str(run.path)), "python -m mnistm_dist"
-    commands = {"predict": f"{python}.predict {folder} IMAGE"}
-    if run.config.run.report:
-        paths = {"report": run.path / "report.html", **paths}
-        commands["compare"] = f"{python}.report {folder} OTHER_RUN"
-    else:
-        commands["report"] = f"{python}.report {folder}"
+    compared = f"{folder} OTHER_RUN" if run.config.run.report else folder
+    commands = {"predict": f"{python}.predict {folder} IMAGE", "report": f"{python}.report {compared}"}
     if run.config.run.max_steps:
         last = checkpoints.checkpoint_dir(run.path, run.config.run.max_steps)
         commands["resume"] = f"{python}.train --resume {shlex.quote(str(last))}"
-    console.result(summary, text, paths, commands)
+    return commands
+
+
+def print_result(
+    console: Console,
+    folder: Path | None,
+    summary: dict[str, Any],
+    results: dict[str, Predictions],
+    commands: dict[str, str],
+    *,
+    report: bool,
+) -> None:
+    """Print accuracy, the most common confusions, if there is a ``folder`` what was written there, and what is next."""
+    text = "\n\n".join(f"{split}: {describe(predictions.metrics)}" for split, predictions in results.items())
+    files = {f"predictions, {split}": f"predictions_{split}.csv" for split in results}
+    if report:
+        files = {"report": "report.html", **files}
+    console.result(summary, text, {name: folder / file for name, file in files.items()} if folder else {}, commands)

@@ -23,7 +23,7 @@ from mnistm_dist.results import finish, header_rows, images_left
 from mnistm_dist.training import distributed
 from mnistm_dist.training.checkpoint import Checkpoint
 from mnistm_dist.training.preemption import Preempted, StopRequest, exit_with_launcher, parse_signals
-from mnistm_dist.training.resume import agree_on_start, choose_start, restore_state
+from mnistm_dist.training.resume import agree_on_start, check_resume, choose_start, restore_state
 from mnistm_dist.training.schedule import Schedule
 from mnistm_dist.training.setup import RunSetup, acquire_run_dir, open_run, write_start
 from mnistm_dist.training.train_state import create_train_state
@@ -61,13 +61,15 @@ def train(
     checkpoint = agree_on_start(config, checkpoint, world)
     run = open_run(config, world, console)
     world = run.world
+    if checkpoint is not None:
+        world.run_on_all_ranks(lambda: check_resume(checkpoint, run, console.warn))
     run_dir = world.run_on_all_ranks(lambda: acquire_run_dir(run, checkpoint))
     with run_dir, distributed.peer_failures(run.config.run.collective_timeout):
         classes, schedule = run.shards.manifest.classes, Schedule.of(run.config, run.shards.split("train").count)
         state = create_train_state(run.config, world, len(classes))
         if checkpoint is not None:
-            world.run_on_all_ranks(lambda: restore_state(state, checkpoint, run, console.warn))
-        world.run_on_all_ranks(lambda: write_start(run, run_dir, state, resumed=checkpoint is not None))
+            world.run_on_all_ranks(lambda: restore_state(state, checkpoint, run))
+        world.run_on_all_ranks(lambda: write_start(run, run_dir, state, console.line, resumed=checkpoint is not None))
         try:
             with tracking(run, console) as tracker:
                 console.header(f"run {run.path}", header_rows(run, state, schedule, tracker))

@@ -229,10 +229,12 @@ def test_a_resume_continues_as_the_run_began():
     assert resumed(stored, "--micro-batch", "32").steps.micro_batch == 32
 
 
-def test_a_resume_may_repeat_the_max_steps_of_the_launch_before():
+def test_a_resume_keeps_max_steps_and_may_repeat_or_change_it():
     flags = ["--max-steps", "7", "--expect-world-size", "2"]
     stored = new_run(*flags)
-    assert (resumed(stored).run.max_steps, resumed(stored, *flags).run) == (None, stored.run)
+    assert (resumed(stored).run.max_steps, resumed(stored).run.expect_world_size) == (7, None)
+    assert resumed(stored, *flags).run == stored.run
+    assert [resumed(stored, "--max-steps", n).run.max_steps for n in ("9", "none")] == [9, None]
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ class TimeLeftColumn(ProgressColumn):
 def time_left(task: Task) -> str:
     """Return ``3:05 left``: what the work itself estimates, or what follows from its recent speed."""
     seconds = task.time_remaining if task.fields["left"] is None else task.fields["left"]
-    return "" if seconds is None else f"{duration(seconds)} left"
+    return f"{duration(seconds)} left" if seconds else ""
 
 
 def bar_text(task: Task) -> str:

@@ -74,7 +74,7 @@ def _finish(figure: PageFigure, panels: Sequence[Axes], names: Sequence[str], ro
     """Name the panels of a run over its steps, mark epochs, image sizes and resumes, and add the tips."""
     for axes, name in zip(panels, names, strict=True):
         axes.set_ylabel(name)
-        if not any(len(line.get_xdata()) for line in axes.lines):
+        if not any(np.size(line.get_xdata()) for line in axes.lines):
             axes.text(0.5, 0.5, "not logged", ha="center", va="center", color=MUTED, transform=axes.transAxes)
     panels[-1].set_xlabel("step")
     panels[-1].xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -130,7 +130,7 @@ def learning_curves(
 
 def _add_tips_of_lines(figure: PageFigure, axes: Axes) -> None:
     """Add tips that show every line of a panel at a place."""
-    lines = [(str(line.get_label()), *np.asarray(line.get_data())) for line in axes.lines if len(line.get_xdata())]
+    lines = [(str(line.get_label()), *np.asarray(line.get_data())) for line in axes.lines if np.size(line.get_xdata())]
     places = np.unique([x for _, xs, _ in lines for x in xs])
     if len(places) > TIPS:
         places = np.linspace(places[0], places[-1], TIPS)

@@ -164,6 +164,8 @@ def read_run(path: Path, version: str, predictions: Mapping[str, Predictions] | 
     missing: list[str] = []
     state = _read(path / "state.json", State, missing) or State()
     summary = _read(path / "summary.json", Summary, missing) or Summary()
+    # The predictions of a split that a complete summary does not have are those of another checkpoint.
+    scored = SPLITS if missing or not summary.checkpoint else tuple(name for name in SPLITS if getattr(summary, name))
     config = flatten(_read(path / "config.yaml", dict[str, Any], missing) or {})
     environment = _read(path / "environment.json", dict[str, Any], missing) or {}
     rows = _rows(path / "log.jsonl", missing)
@@ -173,7 +175,9 @@ def read_run(path: Path, version: str, predictions: Mapping[str, Predictions] | 
     for split in SPLITS:
         file, stored = path / f"predictions_{split}.csv", getattr(summary, split)
         results = (predictions or {}).get(split)
-        if results is None and file.exists():
+        if results is None and file.exists() and split not in scored:
+            missing.append(f"{file.name}: of another checkpoint than summary.json, left out.")
+        elif results is None and file.exists():
             try:
                 results = read_predictions(file)
             except UserError as error:

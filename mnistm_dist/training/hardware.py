@@ -79,7 +79,6 @@ def choose_precision(requested: str, launcher: str | None, native: tuple[Precisi
         return next(candidate for candidate in candidates if candidate in native)
     if requested not in native:
         raise UserError(
-            f"precision: {requested} would be emulated on this machine and many times slower; "
-            "use --precision auto or fp32"
+            f"precision: {requested} would be emulated on this machine and many times slower; use --precision fp32"
         )
     return requested

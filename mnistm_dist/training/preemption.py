@@ -37,7 +37,7 @@ class StopRequest:
     def install(self, signals: tuple[signal.Signals, ...]) -> None:
         """Handle ``signals`` and SIGINT in this process. Call it from the main thread."""
         for number in (*signals, signal.SIGINT):
-            handler = self._interrupt if number == signal.SIGINT else self._note
+            handler = self._interrupt if number == signal.SIGINT else self._request_stop
             # signal.signal returns None for a handler that was not installed from Python; it cannot be put back.
             self._previous[number] = signal.signal(number, handler) or signal.SIG_DFL
 
@@ -53,7 +53,7 @@ class StopRequest:
             elif number != signal.SIGINT:
                 signal.signal(number, signal.SIG_IGN)
 
-    def _note(self, number: int, _frame: FrameType | None) -> None:
+    def _request_stop(self, number: int, _frame: FrameType | None) -> None:
         self.reason = self.reason or signal.Signals(number).name
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
@@ -61,7 +61,7 @@ class StopRequest:
         if self._first_interrupt is not None and now - self._first_interrupt > SECOND_INTERRUPT_AFTER:
             raise KeyboardInterrupt
         self._first_interrupt = self._first_interrupt or now
-        self._note(number, frame)
+        self._request_stop(number, frame)
 
 
 class StepBoundary:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
@@ -14,6 +15,12 @@ from mnistm_dist.training.run_lock import SAME_HOST_SECONDS, RunLock
 
 State = Literal["running", "preempted", "finished", "failed"]
 CONFIG_NAME, STATE_NAME, LOG_NAME = "config.yaml", "state.json", "log.jsonl"
+SUMMARY_NAME = "summary.json"
+# The results of a run, which results.py writes.
+RESULT_NAMES = (
+    *(SUMMARY_NAME, "report.html", "learning_curve.png"),
+    *(f"{name}_{split}.*" for split in ("val", "test") for name in ("predictions", "confusion_matrix", "mistakes")),
+)
 
 
 def writing(run_dir: Path) -> AbstractContextManager[None]:
@@ -65,6 +72,21 @@ class RunDir:
         """Release the lock."""
         if self.active:
             self._lock.release()
+
+    def set_aside(self, checkpoints: list[Path]) -> Path:
+        """Move checkpoints and the results to a new folder in this one; copy the configuration and the log to it.
+
+        The new folder is a run folder, too: it can be evaluated and resumed.
+        """
+        folder = self.path / f"set-aside-{time.strftime('%Y%m%d-%H%M%S')}"
+        results = [path for name in RESULT_NAMES for path in self.path.glob(name)]
+        with writing(self.path):
+            (folder / "checkpoints").mkdir(parents=True)
+            for path in filter(Path.exists, (self.path / CONFIG_NAME, self.path / LOG_NAME)):
+                shutil.copy2(path, folder)
+            for path in (*results, *checkpoints):
+                path.rename(folder / path.relative_to(self.path))
+        return folder
 
     def set_state(self, state: State, reason: str | None = None) -> None:
         """Write ``state.json``."""

@@ -13,8 +13,7 @@ from pathlib import Path
 
 from filelock import SoftFileLease, Timeout
 
-from mnistm_dist.errors import UserError
-from mnistm_dist.files import explain_os_errors
+from mnistm_dist.files import FolderBusy, explain_os_errors
 
 LOCK_NAME = ".lock"
 HEARTBEAT_SECONDS = 5.0
@@ -27,8 +26,8 @@ SAME_HOST_SECONDS = 0.3
 class RunLock:
     """Hold a run folder until `release` or the end of the block.
 
-    Raise `UserError` if a live run holds it or it cannot be written. ``wait``: seconds to wait for another owner
-    (default: until a dead one would be detected).
+    Raise `FolderBusy` if a live run holds it, `UserError` if it cannot be written. ``wait``: seconds to wait for
+    another owner (default: until a dead one would be detected).
     """
 
     def __init__(self, run_dir: Path, wait: float | None = None) -> None:
@@ -43,7 +42,7 @@ class RunLock:
             except Timeout as error:
                 owner = self._lease.owner
                 holder = f"pid {owner.pid} on {owner.hostname}" if owner else "another process"
-                raise UserError(
+                raise FolderBusy(
                     f"run folder {run_dir}: held by a live run ({holder}); wait for it to end, "
                     "or choose another --run-dir"
                 ) from error

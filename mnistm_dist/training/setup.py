@@ -8,7 +8,7 @@
 import functools
 import itertools
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,7 +88,9 @@ def open_evaluation(config: Config, world: World, bars: ProgressBars, path: Path
     """
     shards = open_set(config.data, world, bars)
     splits = [name for name in EVALUATED_SPLITS if name in shards.manifest.splits] if split is None else [split]
-    readers = open_readers(shards, config.data, splits, world, bars)
+    # Only a configuration that no training has resolved has auto; val and test are small.
+    data = replace(config, reader="resident").data if config.data.reader == "auto" else config.data
+    readers = open_readers(shards, data, splits, world, bars)
     return RunSetup(config=config, world=world.with_run_timeout(), shards=shards, readers=readers, path=path)
 
 
@@ -194,11 +196,15 @@ def acquire_run_dir(run: RunSetup, checkpoint: Checkpoint | None) -> RunDir:
     return run_dir
 
 
-def write_start(run: RunSetup, run_dir: RunDir, state: TrainState, *, resumed: bool) -> None:
-    """Write the files that a run folder has from the start. Rank 0 writes."""
+def write_start(
+    run: RunSetup, run_dir: RunDir, state: TrainState, print_line: Callable[[str], None], *, resumed: bool
+) -> None:
+    """Write the files that a run folder has from the start; set aside the checkpoints of later steps. Rank 0 writes."""
+    if run_dir.active and (later := checkpoints.checkpoint_dirs(run.path, after=state.steps_done)):
+        names = ", ".join(path.name for path in later)
+        print_line(f"set aside: {names} and any results were moved to {run_dir.set_aside(later)}")
     run_dir.open_log(state.steps_done)
     if run_dir.active:
-        checkpoints.remove_after(run.path, state.steps_done)
         run_dir.write(CONFIG_NAME, dump(run.config))
         run_dir.write("environment.json", describe_environment(run.world))
         run_dir.write("architecture.json", architecture(state.model, max(run.config.steps.image_size)))

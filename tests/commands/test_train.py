@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 
 import numpy as np
@@ -15,6 +16,7 @@ from mnistm_dist import train
 from mnistm_dist.data.order import FullOrder
 from mnistm_dist.data.resident import open_resident
 from mnistm_dist.data.shards import ShardSet
+from mnistm_dist.reporting.pictures import read_pictures
 from mnistm_dist.training.models import create_model
 from mnistm_dist.training.run_dir import read_log
 
@@ -141,6 +143,25 @@ def test_a_run_leaves_a_complete_folder(run_command, small_set, tmp_path):
     assert summary["val"]["accuracy"] == best["val/accuracy"]
     for part in ("world size", "precision", "threads", "692,106", f"{TRAIN:,} train", "20 steps, 2 epochs"):
         assert part in out, part
+    for part in (r"optimizer +muon", r"learning rate +0\.01, one-cycle", r"seed +0", r"tracker +none"):
+        assert re.search(part, out), part
+    for part in ("run run\n", "recipe fast", "python -m mnistm_dist.predict run IMAGE"):
+        assert out.count(part) <= 1, f"said twice: {part}"
+    assert [row["epoch"] for row in rows if row["kind"] == "evaluation"] == [1, 2], "counted as in the console"
+    trained = [row for row in rows if row["kind"] == "train"]
+    assert all(0.05 < row["train/peak_memory_gb"] <= summary["peak_memory_gb"] for row in trained)
+    pictures = read_pictures(run / "mistakes" / "test.png")
+    assert 0 < len(pictures) == min(36, summary["test"]["total"] - summary["test"]["correct"])
+
+
+def test_a_model_that_gives_one_answer_ends_with_a_warning(run_command, small_set):
+    flags = ("--batch-size", 32, "--image-size", 16, "--max-steps", 2, "--learning-rate", 0, "--ema-decay", 0)
+    out = output_of(run_command("train", "--shards", small_set, "--run-dir", "a run", *flags, *QUICK))
+    assert "warning: the " in out.splitlines()[-1]
+    assert "use a smaller --learning-rate, or train for more steps" in out.splitlines()[-1]
+    # Quoted for a shell.
+    assert "python -m mnistm_dist.train --resume 'a run/checkpoints/step-00000002'" in out
+    assert "python -m mnistm_dist.report 'a run'" in out
 
 
 def test_without_a_test_split_the_last_step_is_evaluated(run_command, small_set, tmp_path, monkeypatch):

@@ -49,7 +49,8 @@ with console.library_warnings():
     checkpoint = {"step": 40, "chosen": "best on val", "averaged": True, "image_size": 64}
     summary = {"val": split, "train_seconds": 222.0, "images_per_second": 709.2, "checkpoint": checkpoint}
     command = "python -m mnistm_dist.predict 'runs/a long name of a run that is wider than the terminal' IMAGE"
-    console.result(summary, "1,942 of 2,000 correct. " * 6, {"report": Path("runs/x/report.html")}, {"predict": command})
+    paths = {"report": Path("runs/x/report.html")}
+    console.result(summary, "1,942 of 2,000 correct. " * 6, paths, {"predict": command})
 """
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 MOVE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 
 EXIT_PEER_FAILURE = 1  # another process of the run has failed
@@ -69,6 +70,15 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return `` (did you mean X?)`` if a known name is close to ``name``, else an empty text."""
     close = difflib.get_close_matches(name, list(known), 1)
     return f" (did you mean {close[0]}?)" if close else ""
+
+
+def near_path(path: Path) -> str:
+    """Return `` (did you mean X?)`` if the folder of a missing ``path`` holds a close name, else an empty text."""
+    try:
+        siblings = [str(sibling) for sibling in path.parent.iterdir()]
+    except OSError:
+        return ""
+    return did_you_mean(str(path), siblings)
 
 
 def os_error_reason(error: Exception) -> str:

@@ -149,20 +149,7 @@ def finish(run: RunSetup, run_dir: RunDir, state: TrainState, console: Console, 
         console.warn(failure)
 
 
-def images_left(run: RunSetup, schedule: Schedule, steps_done: int) -> tuple[dict[int, int], dict[int, int]]:
-    """Return the images that are left to train and to evaluate after ``steps_done``, by image size in pixels.
-
-    The evaluation of the result, on val and test, is one of them.
-    """
-    counts = {name: split.count for name, split in run.shards.manifest.splits.items()}
-    steps, evaluations = schedule.work_left(steps_done, run.config.run.evaluate_every)
-    images = {size: count * counts.get("val", 0) for size, count in evaluations.items()}
-    last_size = schedule.image_size(schedule.last_step - 1)
-    images[last_size] = images.get(last_size, 0) + counts.get("val", 0) + counts.get("test", 0)
-    return {size: count * run.config.steps.batch_size for size, count in steps.items()}, images
-
-
-def header_rows(run: RunSetup, state: TrainState, schedule: Schedule, tracker: Tracker) -> dict[str, str]:
+def header_rows(run: RunSetup, state: TrainState, schedule: Schedule, tracker: str) -> dict[str, str]:
     """Return the rows of the header that the console shows before training."""
     config, world, manifest = run.config, run.world, run.shards.manifest
     micro_batch, optim = int(config.steps.micro_batch), config.optim
@@ -190,7 +177,7 @@ def header_rows(run: RunSetup, state: TrainState, schedule: Schedule, tracker: T
         "learning rate": f"{schedule.peak_learning_rate:g}, {optim.lr_schedule}",
         "training": steps,
         "seed": str(config.steps.seed),
-        "tracker": tracker.name,
+        "tracker": tracker,
     }
 
 

@@ -9,17 +9,19 @@
 
 import dataclasses
 import functools
+import os
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from mnistm_dist.cli import TrainRequest
-from mnistm_dist.config import Config
+from mnistm_dist.cli import TrainRequest, write_result
+from mnistm_dist.config import Config, dump
 from mnistm_dist.errors import EXIT_PREEMPTED, errors_once_per_node
+from mnistm_dist.estimate import images_left, print_estimate
 from mnistm_dist.reporting.console import Console
 from mnistm_dist.reporting.run_logger import RunLogger
 from mnistm_dist.reporting.tracking import Tracker, open_tracker
-from mnistm_dist.results import finish, header_rows, images_left
+from mnistm_dist.results import finish, header_rows
 from mnistm_dist.training import distributed
 from mnistm_dist.training.checkpoint import Checkpoint
 from mnistm_dist.training.preemption import Preempted, StopRequest, exit_with_launcher, parse_signals
@@ -40,6 +42,10 @@ def launch(request: TrainRequest, *, process_ends: bool) -> int:
     if start is None:
         return 0
     config, checkpoint = start
+    if request.print_config:
+        if os.environ.get("RANK", "0") == "0":
+            write_result(dump(config))
+        return 0
     timeout, stop = config.run.collective_timeout, StopRequest()
     stop.install(parse_signals(config.run.signals))
     try:
@@ -49,6 +55,9 @@ def launch(request: TrainRequest, *, process_ends: bool) -> int:
         ) as world:
             console = Console(enabled=world.is_main)
             with console.library_warnings(), distributed.peer_failures(timeout):
+                if request.dry_run:
+                    print_estimate(open_run(config, world, console), console, checkpoint.step if checkpoint else 0)
+                    return 0
                 return train(config, checkpoint, world, console, stop)
     finally:
         stop.close(process_ends=process_ends)
@@ -72,7 +81,7 @@ def train(
         world.run_on_all_ranks(lambda: write_start(run, run_dir, state, console.line, resumed=checkpoint is not None))
         try:
             with tracking(run, console) as tracker:
-                console.header(f"run {run.path}", header_rows(run, state, schedule, tracker))
+                console.header(f"run {run.path}", header_rows(run, state, schedule, tracker.name))
                 left = functools.partial(images_left, run, schedule)
                 logger = RunLogger(console, tracker, run_dir.log, classes, left)
                 trainer = Trainer(run, run_dir, state, schedule, logger, stop)

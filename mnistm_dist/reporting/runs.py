@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, FiniteFloat, NonNegativeInt, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic needs this one below Python 3.12
 
-from mnistm_dist.errors import UserError, escape_control, os_error_reason
+from mnistm_dist.errors import UserError, escape_control, near_path, os_error_reason
 from mnistm_dist.reporting.metrics import Metrics
 from mnistm_dist.reporting.predictions import Predictions, read_predictions
 
@@ -158,7 +158,9 @@ def read_run(path: Path, version: str, predictions: Mapping[str, Predictions] | 
         UserError: the folder does not exist, or is no run folder.
     """
     if not path.is_dir():
-        raise UserError(f"{path}: no such run folder; name a folder that training wrote, such as runs/NAME")
+        raise UserError(
+            f"{path}: no such run folder{near_path(path)}; name a folder that training wrote, such as runs/NAME"
+        )
     if not any((path / name).exists() for name in FILES):
         raise UserError(f"{path}: not a run folder; a run folder holds {', '.join(FILES)}")
     missing: list[str] = []

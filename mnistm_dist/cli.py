@@ -22,6 +22,7 @@ from mnistm_dist.config import (
     MAY_CHANGE_AT_RESUME,
     RECIPES,
     Config,
+    LocalPath,
     build,
     checked,
     fields_of,
@@ -233,7 +234,7 @@ def _text_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     Switches, plain choices and lists of positional arguments are left to tyro.
     """
     metavar = _metavar(info.type)
-    if not metavar or info.type_origin is Literal or info.type == tuple[str, ...]:
+    if not metavar or info.type_origin is Literal or info.type == tuple[LocalPath, ...]:
         return None
     return PrimitiveConstructorSpec(
         nargs=1,

@@ -6,6 +6,7 @@ a field is its text in ``--help``. Its type says which values are accepted: pyda
 they come from YAML or from a flag.
 """
 
+import os
 import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     ConfigDict,
     Field,
@@ -25,7 +27,7 @@ from pydantic import (
 )
 
 from mnistm_dist.errors import UserError, did_you_mean, escape_control
-from mnistm_dist.files import explain_os_errors
+from mnistm_dist.files import explain_os_errors, local_path
 
 LARGEST_IMAGE_SIZE = 1024  # of a training, pixels
 
@@ -33,6 +35,9 @@ LARGEST_IMAGE_SIZE = 1024  # of a training, pixels
 T = TypeVar("T")
 Auto = Literal["auto"]
 OrNone = Annotated[T | None, BeforeValidator(lambda value: None if value == "none" else value)]
+LocalPath = Annotated[str, AfterValidator(local_path)]
+LocalFile = Annotated[Path, AfterValidator(local_path)]
+ShardsPath = Annotated[str, AfterValidator(os.path.expanduser)]  # or a URL
 Probability = Annotated[float, Field(ge=0, le=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 ImageSizes = Annotated[
@@ -48,7 +53,7 @@ checked = with_config(ConfigDict(extra="forbid", allow_inf_nan=False, str_min_le
 class DataConfig:
     """Which images, in which order, and how they are read."""
 
-    shards: OrNone[str] = None
+    shards: OrNone[ShardsPath] = None
     """Packed set: a folder, or an https:// or s3:// URL. none: the bundled sample, in shards/sample."""
     order: Literal["auto", "full", "windowed"] = "auto"
     """full: any image can follow any other; windowed: for large sets. auto: windowed above 8 GiB decoded."""
@@ -60,7 +65,7 @@ class DataConfig:
     """resident: decoded once per node, then memory-mapped; streaming: bounded memory, windowed order only."""
     workers: Auto | NonNegativeInt = "auto"
     """Decoding threads. auto: all cores of the node to decode a resident set; as many as threads while streaming."""
-    cache_dir: OrNone[str] = None
+    cache_dir: OrNone[LocalPath] = None
     """Folder for decoded and fetched sets. none: $MNISTM_DIST_CACHE, node-local under Slurm, or the user's cache."""
 
 
@@ -161,9 +166,9 @@ class MachineConfig:
 class RunConfig:
     """The run folder, checkpoints and logs. Nothing here changes the trained weights."""
 
-    run_dir: OrNone[str] = None
+    run_dir: OrNone[LocalPath] = None
     """Run folder. none: runs/RECIPE-TIME."""
-    resume: OrNone[str] = None
+    resume: OrNone[LocalPath] = None
     """auto: resume the latest complete checkpoint of --run-dir, or start. Else a run folder or a checkpoint of it."""
     max_steps: OrNone[PositiveInt] = None
     """Stop after this many steps; the schedule stays that of the full run. A resume keeps it. none: no limit."""
@@ -189,7 +194,7 @@ class RunConfig:
     """Before the first step, check that the initial loss is ln(classes) and that one batch can be overfitted."""
     profile_steps: NonNegativeInt = 0
     """Steps to trace with torch.profiler after a warm-up. The trace is written to RUN/profile/."""
-    signals: str = "SIGTERM,SIGUSR1"
+    stop_signals: str = "SIGTERM,SIGUSR1,SIGHUP"
     """Signals at which the run saves and exits with code 75, separated by commas. Ctrl-C always does."""
     collective_timeout: Annotated[float, Field(ge=1)] = 600.0
     """Seconds after which a collective operation fails if another process does not take part."""
@@ -264,8 +269,8 @@ def read_recipe(recipe: str, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
     Raises:
         UserError: there is no such recipe, a field of it is not accepted, or it inherits from itself.
     """
-    bundled = recipe in RECIPES
-    path = Path(__file__).with_name("recipes") / f"{recipe}.yaml" if bundled else Path(*heirs[:1]).parent / recipe
+    bundled, heir_dir = recipe in RECIPES, Path(*heirs[:1]).parent
+    path = Path(__file__).with_name("recipes") / f"{recipe}.yaml" if bundled else heir_dir / local_path(recipe)
     origin = f"{heirs[0]}: recipe {recipe}" if heirs else f"recipe {recipe}"
     if path.resolve() in heirs:
         raise UserError(f"{origin}: inherits from itself; remove a recipe: line")
@@ -315,7 +320,7 @@ def invalid_value(error: ValidationError) -> tuple[tuple[str, ...], str]:
     path = first["loc"][:2]
     # A value that fits no member of a union has an error for each of them.
     messages = [e["msg"] for e in errors if e["loc"][:2] == path and e["input"] is first["input"]]
-    noise = r"^(Input|String|Tuple) |, (unable|got) .*|dictionary or an instance of "
+    noise = r"^(Input|String|Tuple|Value error, \S*:) |, (unable|got) .*|dictionary or an instance of "
     problem = " or ".join(re.sub(noise, "", message) for message in messages).replace(" or should be ", " or ")
     return tuple(map(str, path)), f"found {first['input']!r:.120}; {problem}"
 
@@ -323,6 +328,6 @@ def invalid_value(error: ValidationError) -> tuple[tuple[str, ...], str]:
 def flag_error(error: ValidationError) -> UserError:
     """Return the first invalid value as an error that names its flag."""
     path, problem = invalid_value(error)
-    # The last part may be a member of a union.
-    flag = [part for part in path if part.isidentifier()][-1].replace("_", "-")
-    return UserError(f"--{flag}: {problem}")
+    # The last part may be a member of a union; an argument without a flag is a number.
+    flags = [f"--{part.replace('_', '-')}" for part in path if part.isidentifier()]
+    return UserError(f"{flags[-1] if flags else 'argument'}: {problem}")

@@ -95,12 +95,27 @@ def import_optional(name: str, needed_by: str, extra: str) -> ModuleType:
         raise UserError(f'{needed_by} needs {package}: pip install "mnistm-dist[{extra}]"') from error
 
 
+# The launcher's variables, and their names in Open MPI and in MPICH.
+_MPI_VARIABLES = {
+    "RANK": ("OMPI_COMM_WORLD_RANK", "PMI_RANK"),
+    "WORLD_SIZE": ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"),
+    "LOCAL_RANK": ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID"),
+    "LOCAL_WORLD_SIZE": ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"),
+}
+
+
 def run_cli(main: Callable[[list[str]], int], argv: list[str] | None = None) -> int:
     """Run the ``main`` of a command and return its exit code.
 
     A `UserError` is one line on stderr and exit code 2, as is a path that cannot be opened. Other exceptions are bugs
     and pass through.
     """
+    for name, of_mpi in _MPI_VARIABLES.items():
+        for value in filter(None, map(os.environ.get, of_mpi)):
+            os.environ.setdefault(name, value)
+    # A closed stream (``>&-``) is None, and the next file that is opened would get its number.
+    sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115
+    sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
     try:
         return main(sys.argv[1:] if argv is None else argv)
     except UserError as error:

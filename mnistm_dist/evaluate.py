@@ -21,7 +21,7 @@ from typing import Annotated, Literal
 from tyro.conf import arg
 
 from mnistm_dist.cli import command
-from mnistm_dist.config import OrNone
+from mnistm_dist.config import LocalFile, LocalPath, OrNone, ShardsPath
 from mnistm_dist.errors import errors_once_per_node, run_cli
 from mnistm_dist.files import FolderBusy, explain_os_errors
 from mnistm_dist.reporting.console import Console
@@ -29,13 +29,13 @@ from mnistm_dist.reporting.console import Console
 
 @command
 def main(
-    run: Annotated[str, arg(metavar="RUN")],
+    run: Annotated[LocalPath, arg(metavar="RUN")],
     /,
     *,
-    shards: OrNone[str] = None,
+    shards: OrNone[ShardsPath] = None,
     split: OrNone[Literal["val", "test"]] = None,
-    checkpoint: str = "chosen",
-    out: OrNone[Path] = None,
+    checkpoint: LocalPath = "chosen",
+    out: OrNone[LocalFile] = None,
 ) -> int:
     """Evaluate a checkpoint of a run.
 
@@ -58,7 +58,7 @@ def main(
     )
     from mnistm_dist.training import distributed
     from mnistm_dist.training.hardware import native_precisions
-    from mnistm_dist.training.preemption import exit_with_launcher
+    from mnistm_dist.training.preemption import exit_promptly
     from mnistm_dist.training.run_dir import CONFIG_NAME, require_run
     from mnistm_dist.training.setup import EVALUATED_SPLITS, open_evaluation
 
@@ -72,7 +72,7 @@ def main(
     emulated = machine.precision not in ("auto", *native_precisions())
     if emulated:
         machine = replace(machine, precision="fp32")
-    exit_with_launcher()
+    exit_promptly()
     timeout = config.run.collective_timeout
     with distributed.joined(machine, expect_world_size=None, collective_timeout=timeout) as world:
         console = Console(enabled=world.is_main)

@@ -25,7 +25,18 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from tyro.conf import arg
 
 from mnistm_dist.cli import command, write_result
-from mnistm_dist.config import DEFAULT_RECIPE, Config, OrNone, build, checked, load, read_recipe, replace
+from mnistm_dist.config import (
+    DEFAULT_RECIPE,
+    Config,
+    LocalPath,
+    OrNone,
+    ShardsPath,
+    build,
+    checked,
+    load,
+    read_recipe,
+    replace,
+)
 from mnistm_dist.errors import UserError, run_cli
 
 if TYPE_CHECKING:
@@ -40,13 +51,13 @@ class NewRun:
     """Instead of RUN: a run that has not started. none: the value of the default recipe.
 
     Args:
-        shards: Packed set: a folder or a URL.
+        shards: Packed set: a folder or a URL. With RUN: another copy of its set.
         batch_size: Images per step, over all processes.
         seed: Seed of the order and of augmentation.
         order: Training order.
     """
 
-    shards: OrNone[str] = None
+    shards: OrNone[ShardsPath] = None
     batch_size: OrNone[PositiveInt] = None
     seed: OrNone[NonNegativeInt] = None
     order: OrNone[Literal["auto", "full", "windowed"]] = None
@@ -54,13 +65,13 @@ class NewRun:
 
 @command
 def main(
-    run: Annotated[str | None, arg(metavar="RUN")] = None,
+    run: Annotated[LocalPath | None, arg(metavar="RUN")] = None,
     /,
     *,
     step: Annotated[int, Field(ge=0, le=2**40)],
     world_size: PositiveInt = 1,
     json_output: Annotated[bool, arg(name="json")] = False,
-    save: Annotated[Annotated[str, Field(pattern=r"\.(png|svg|pdf)$")] | None, arg(metavar="FILE.png")] = None,
+    save: Annotated[Annotated[LocalPath, Field(pattern=r"\.(png|svg|pdf)$")] | None, arg(metavar="FILE.png")] = None,
     new_run: NewRun,
 ) -> int:
     """Show the images of a step.
@@ -112,11 +123,12 @@ def main(
 def choose_config(run: str | None, new_run: NewRun) -> Config:
     """Return the configuration of a run, or of a new one. Raises `UserError` if not exactly one of them is named."""
     given = {name: value for name, value in vars(new_run).items() if value is not None}
-    if run is not None and given:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+    own = [name for name in given if name != "shards"]
+    if run is not None and own:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in own)
         raise UserError(f"{flags}: {run} has its own; leave this out, or name --shards instead of a run")
     if run is not None:
-        return load(Path(run) / "config.yaml")
+        return replace(load(Path(run) / "config.yaml"), **given)
     if "shards" not in given:
         raise UserError("plan: name a run folder, or a packed set with --shards")
     return build(DEFAULT_RECIPE, read_recipe(DEFAULT_RECIPE) | given)

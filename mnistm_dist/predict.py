@@ -24,6 +24,7 @@ from pydantic import PositiveInt
 from tyro.conf import arg
 
 from mnistm_dist.cli import command, write_result
+from mnistm_dist.config import LocalPath
 from mnistm_dist.errors import UserError, escape_control, run_cli
 
 if TYPE_CHECKING:
@@ -36,13 +37,13 @@ EXIT_SKIPPED = 1
 
 @command
 def main(
-    run: Annotated[str, arg(metavar="RUN")],
-    images: Annotated[tuple[str, ...], arg(metavar="IMAGE|FOLDER")],
+    run: Annotated[LocalPath, arg(metavar="RUN")],
+    images: Annotated[tuple[LocalPath, ...], arg(metavar="IMAGE|FOLDER")],
     /,
     *,
     json_output: Annotated[bool, arg(name="json")] = False,
     csv_output: Annotated[bool, arg(name="csv")] = False,
-    checkpoint: str = "chosen",
+    checkpoint: LocalPath = "chosen",
     batch_size: PositiveInt = 250,
 ) -> int:
     """Classify image files. Raises `UserError` if none can be read.

@@ -45,7 +45,9 @@ def choose_checkpoint(run_dir: Path, which: str, *, has_test: bool) -> tuple[che
         last = checkpoints.latest(run_dir, warnings.append)
         if last is None:
             reason = f" ({warnings[0]})" if warnings else ""
-            raise UserError(f"{run_dir}: no complete checkpoint{reason}; train with --resume {run_dir}")
+            raise UserError(
+                f"{run_dir}: no complete checkpoint{reason}; train with --resume {shlex.quote(str(run_dir))}"
+            )
         checkpoint, chosen, best = last, "last", last.scalars.history.best
         if which == "best" and best is None:
             raise UserError(
@@ -122,7 +124,10 @@ def draw_split(run_dir: Path, split: str, predictions: Predictions, reader: Read
 
 
 def finish(run: RunSetup, run_dir: RunDir, state: TrainState, console: Console, tracker: Tracker) -> None:
-    """Evaluate the chosen checkpoint on val and test; write figures, summary and report. All ranks take part."""
+    """Evaluate the chosen checkpoint on val and test; write figures, summary, report and state, then print the result.
+
+    All ranks take part.
+    """
     # matplotlib and Jinja2 take a second to import, and a prediction does not need them.
     from mnistm_dist.reporting.curves import learning_curve
     from mnistm_dist.reporting.html import write_report
@@ -142,6 +147,7 @@ def finish(run: RunSetup, run_dir: RunDir, state: TrainState, console: Console, 
     log_results(tracker, summary, sorted(run.path.glob("*.png")), predictions, state.steps_done)
     if run.config.run.upload_checkpoint:
         tracker.log_checkpoint(checkpoint.path, [str(entry["chosen"]).split()[0]])
+    run_dir.set_state("finished")
     print_result(console, run.path, summary, predictions, next_commands(run), report=run.config.run.report)
     last = next((row["train/loss"] for row in reversed(run_dir.rows) if row["kind"] == "train"), None)
     failures = (describe_failure(results.metrics, last) for results in predictions.values())

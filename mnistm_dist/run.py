@@ -24,7 +24,7 @@ from mnistm_dist.reporting.tracking import Tracker, open_tracker
 from mnistm_dist.results import finish, header_rows
 from mnistm_dist.training import distributed
 from mnistm_dist.training.checkpoint import Checkpoint
-from mnistm_dist.training.preemption import Preempted, StopRequest, exit_with_launcher, parse_signals
+from mnistm_dist.training.preemption import Preempted, StopRequest, exit_promptly, parse_signals
 from mnistm_dist.training.resume import agree_on_start, check_resume, choose_start, restore_state
 from mnistm_dist.training.schedule import Schedule
 from mnistm_dist.training.setup import RunSetup, acquire_run_dir, open_run, write_start
@@ -46,10 +46,9 @@ def launch(request: TrainRequest, *, process_ends: bool) -> int:
         if os.environ.get("RANK", "0") == "0":
             write_result(dump(config))
         return 0
-    timeout, stop = config.run.collective_timeout, StopRequest()
-    stop.install(parse_signals(config.run.signals))
+    timeout, stop = config.run.collective_timeout, StopRequest(parse_signals(config.run.stop_signals))
     try:
-        exit_with_launcher()
+        exit_promptly()
         with distributed.joined(
             config.machine, expect_world_size=config.run.expect_world_size, collective_timeout=timeout
         ) as world:
@@ -58,13 +57,18 @@ def launch(request: TrainRequest, *, process_ends: bool) -> int:
                 if request.dry_run:
                     print_estimate(open_run(config, world, console), console, checkpoint.step if checkpoint else 0)
                     return 0
-                return train(config, checkpoint, world, console, stop)
+                return train(config, checkpoint, world, console, stop, request.argv)
     finally:
         stop.close(process_ends=process_ends)
 
 
 def train(
-    config: Config, checkpoint: Checkpoint | None, world: distributed.World, console: Console, stop: StopRequest
+    config: Config,
+    checkpoint: Checkpoint | None,
+    world: distributed.World,
+    console: Console,
+    stop: StopRequest,
+    argv: list[str],
 ) -> int:
     """Steps 2 to 5 of a run. Return the exit code. All ranks take part."""
     checkpoint = agree_on_start(config, checkpoint, world)
@@ -73,19 +77,21 @@ def train(
     if checkpoint is not None:
         world.run_on_all_ranks(lambda: check_resume(checkpoint, run, console.warn))
     run_dir = world.run_on_all_ranks(lambda: acquire_run_dir(run, checkpoint))
+    stop.install()
     with run_dir, distributed.peer_failures(run.config.run.collective_timeout):
         classes, schedule = run.shards.manifest.classes, Schedule.of(run.config, run.shards.split("train").count)
         state = create_train_state(run.config, world, len(classes))
         if checkpoint is not None:
             world.run_on_all_ranks(lambda: restore_state(state, checkpoint, run))
-        world.run_on_all_ranks(lambda: write_start(run, run_dir, state, console.line, resumed=checkpoint is not None))
+        resumed = checkpoint is not None
+        world.run_on_all_ranks(lambda: write_start(run, run_dir, state, console.line, resumed=resumed, argv=argv))
         try:
             with tracking(run, console) as tracker:
                 console.header(f"run {run.path}", header_rows(run, state, schedule, tracker.name))
                 left = functools.partial(images_left, run, schedule)
                 logger = RunLogger(console, tracker, run_dir.log, classes, left)
                 trainer = Trainer(run, run_dir, state, schedule, logger, stop)
-                if run.config.run.sanity_checks and checkpoint is None:
+                if run.config.run.sanity_checks and not resumed:
                     trainer.check_model()
                 trainer.fit()
                 finish(run, run_dir, state, console, tracker)
@@ -93,7 +99,6 @@ def train(
             resume = f"python -m mnistm_dist.train --resume {shlex.quote(str(run.path))}"
             console.line(f"{preempted.reason}: saved at step {state.steps_done}. Resume with: {resume}")
             return EXIT_PREEMPTED
-        run_dir.set_state("finished")
     return 0
 
 

@@ -68,7 +68,7 @@ class ShardSet:
     def open(path: str | Path) -> "ShardSet":
         """Read and validate the manifest of the set in the folder ``path``; no shard is opened. Raises `UserError`."""
         root = Path(path)
-        where, advice = root / MANIFEST_NAME, "python -m mnistm_dist.pack SOURCE --out DIR makes a packed set"
+        where, advice = root / MANIFEST_NAME, "name a packed set with --shards; python -m mnistm_dist.pack makes one"
         with explain_os_errors(root, verb="read", advice=advice):
             if where.is_file():
                 return ShardSet(root=root, manifest=parse(where.read_bytes(), str(where)))

@@ -21,7 +21,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from mnistm_dist.config import MachineConfig
@@ -30,6 +30,7 @@ from mnistm_dist.training.hardware import (
     Environment,
     Precision,
     check_gpus,
+    check_launcher,
     check_world_size,
     choose_precision,
     default_threads,
@@ -205,6 +206,11 @@ def join(machine: MachineConfig, *, expect_world_size: int | None, collective_ti
 
     Raise `UserError` if the world size is not the expected one, or if the hardware lacks what was asked for.
     """
+    if dist.is_initialized():
+        # accelerate's debug_launcher, which leaves these variables to its process group.
+        rank, size = str(dist.get_rank()), str(dist.get_world_size())
+        os.environ.update(RANK=rank, LOCAL_RANK=rank, LOCAL_WORLD_SIZE=size)
+    check_launcher(os.environ)
     on_gpu = torch.cuda.is_available()
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -220,7 +226,7 @@ def join(machine: MachineConfig, *, expect_world_size: int | None, collective_ti
     if machine.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    if world_size > 1:
+    if world_size > 1 and not dist.is_initialized():
         wait_for_rank_0(os.environ, min(collective_timeout, RENDEZVOUS_SECONDS))
     # Otherwise Accelerate sets it to 1 for several processes on CPU, and each process prints a warning.
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
@@ -228,17 +234,23 @@ def join(machine: MachineConfig, *, expect_world_size: int | None, collective_ti
         accelerator = Accelerator(
             cpu=not on_gpu,
             mixed_precision="no" if precision == "fp32" else precision,
+            # A configuration file of Accelerate may ask for both, which are --compile and --micro-batch here.
+            dynamo_backend="no",
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             kwargs_handlers=[
                 # Buffers are broadcast once before an evaluation instead of before every forward.
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
                 InitProcessGroupKwargs(timeout=timedelta(seconds=collective_timeout)),
             ],
         )
+        if world_size > 1:
+            # Creating a group waits for all ranks: with the short limit once, so that the next one finds them all.
+            _control_group(timedelta(seconds=collective_timeout))
     except dist.DistError as error:
         raise NodeError(
             f"rendezvous at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}: rank "
             f"{os.environ.get('RANK')} on {socket.gethostname()} failed: {str(error).splitlines()[0].rstrip('.')}; "
-            f"check that the port is free and that all {world_size} processes started"
+            f"check that the port is free and that all {world_size} processes started and live"
         ) from error
     torch.set_num_threads(threads)
     if accelerator.num_processes != world_size:
@@ -263,7 +275,7 @@ def joined(machine: MachineConfig, *, expect_world_size: int | None, collective_
 
     All ranks take part.
     """
-    with errors_once_per_node():
+    with errors_once_per_node(), peer_failures(collective_timeout):
         world = join(machine, expect_world_size=expect_world_size, collective_timeout=collective_timeout)
     try:
         yield world

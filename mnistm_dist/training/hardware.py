@@ -13,6 +13,29 @@ from mnistm_dist.errors import NodeError, UserError
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Environment = Mapping[str, str]
+# What a configuration file of Accelerate may ask for in place of DDP.
+STRATEGIES = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
+
+
+def check_launcher(environment: Environment) -> None:
+    """Raise `UserError` if the variables of a launcher are incomplete, or ask for another strategy than DDP."""
+    alone = environment.get("WORLD_SIZE", "1") == "1" and environment.get("RANK", "0") == "0"
+    if not alone or "LOCAL_RANK" in environment:
+        numbers = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+        wrong = [name for name in numbers if not environment.get(name, "").isdecimal()]
+        wrong += ["MASTER_ADDR"] * (not environment.get("MASTER_ADDR"))
+        if wrong or int(environment["RANK"]) >= int(environment["WORLD_SIZE"]):
+            found = [f"{name}={environment[name]}" for name in (*numbers, "MASTER_ADDR") if name in environment]
+            raise UserError(
+                f"launcher: found {', '.join(found)}; {', '.join(wrong) or 'RANK, which counts from 0,'} must be set "
+                "for each of several processes; use accelerate launch or slurm/train.sh, or unset all for one process"
+            )
+    strategies = [name for name in STRATEGIES if environment.get(f"ACCELERATE_USE_{name}") == "true"]
+    if strategies:
+        raise UserError(
+            f"Accelerate: its configuration asks for {strategies[0]}, accepted is DDP; use accelerate launch with "
+            "--config_file accelerate_config.yaml"
+        )
 
 
 def peak_memory_gb(device: torch.device) -> float:
@@ -36,7 +59,8 @@ def check_world_size(world_size: int, expected: int | None, environment: Environ
     if world_size < tasks:
         raise UserError(
             f"world size: found {world_size}, Slurm's step has {tasks} tasks that do not know of each other; "
-            "use slurm/train.sh, or set RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
+            "use slurm/train.sh, or set RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT; "
+            "in an interactive shell (srun --pty) use accelerate launch, or env -u SLURM_STEP_NUM_TASKS for one process"
         )
 
 
@@ -47,6 +71,15 @@ def check_gpus(local_world_size: int, gpus: int) -> None:
             f"processes: {local_world_size} on {socket.gethostname()}, torch finds {gpus} GPUs; "
             "use at most one process per GPU (--num_processes; under Slurm --gpus-per-node and --ntasks-per-node)"
         )
+
+
+def check_compile(device: torch.device) -> None:
+    """Raise `UserError` if torch.compile does not work on this machine, as without a C++ compiler."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(2, device=device))
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"compile: {reason}; install what torch.compile needs, or use --no-compile") from error
 
 
 def default_threads(local_world_size: int, environment: Environment) -> int:

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import socket
 import sys
 from collections.abc import Callable
@@ -46,7 +47,8 @@ def choose_start(request: TrainRequest) -> tuple[Config, Checkpoint | None] | No
     if resume is None:
         if named is not None and Path(named).exists() and any(Path(named).iterdir()):
             raise UserError(
-                f"run folder {named}: not empty; continue the run with --resume {named}, or choose another --run-dir"
+                f"run folder {named}: not empty; continue the run with --resume {shlex.quote(named)}, "
+                "or choose another --run-dir"
             )
         return request.config, None
     if resume == "auto" and named is None:
@@ -66,8 +68,9 @@ def choose_start(request: TrainRequest) -> tuple[Config, Checkpoint | None] | No
     state, max_steps = read_state(run_dir) or {}, config.run.max_steps
     finished = state.get("state") == "finished" and not is_checkpoint
     if stored and finished and max_steps == stored.run.max_steps:
-        more = f"; to train beyond its --max-steps: --resume {run_dir} --max-steps none" if max_steps else ""
-        print_on_main(f"{run_dir} is finished: nothing to do (report: python -m mnistm_dist.report {run_dir}){more}")
+        quoted = shlex.quote(str(run_dir))
+        more = f"; to train beyond its --max-steps: --resume {quoted} --max-steps none" if max_steps else ""
+        print_on_main(f"{run_dir} is finished: nothing to do (report: python -m mnistm_dist.report {quoted}){more}")
         return None
     checkpoint = checkpoints.open_checkpoint(target) if is_checkpoint else checkpoints.latest(run_dir, print_on_main)
     # A checkpoint that is named, or a finished run, must be trained further.

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from mnistm_dist.errors import PeerFailure, UserError, near_path
 from mnistm_dist.files import explain_os_errors, write_atomic
-from mnistm_dist.training.run_lock import SAME_HOST_SECONDS, RunLock
+from mnistm_dist.training.run_lock import RunLock
 
 State = Literal["running", "preempted", "finished", "failed"]
 CONFIG_NAME, STATE_NAME, LOG_NAME = "config.yaml", "state.json", "log.jsonl"
@@ -152,12 +152,13 @@ def read_state(run_dir: Path) -> dict[str, Any] | None:
 
 
 def write_state_for_dead_owner(run_dir: Path, step: int, reason: str) -> None:
-    """Write ``failed`` for a rank 0 that was killed, and release its lock; do nothing if it may be alive.
+    """Write ``failed`` for a rank 0 that was killed or suspended, and release its lock.
 
-    Any rank may call it.
+    Wait for a rank 0 that lives to write how it ended, and keep that. Any rank may call it.
     """
-    with suppress(UserError), RunLock(run_dir, wait=SAME_HOST_SECONDS), writing(run_dir):
-        write_state(run_dir, "failed", step, f"PeerFailure: {reason}")
+    with suppress(UserError), RunLock(run_dir, patient=True), writing(run_dir):
+        if (read_state(run_dir) or {}).get("state", "running") == "running":
+            write_state(run_dir, "failed", step, f"PeerFailure: {reason}")
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

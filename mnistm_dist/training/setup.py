@@ -30,6 +30,7 @@ from mnistm_dist.training import checkpoint as checkpoints
 from mnistm_dist.training.checkpoint import Checkpoint
 from mnistm_dist.training.distributed import World
 from mnistm_dist.training.environment import describe_environment
+from mnistm_dist.training.hardware import check_compile
 from mnistm_dist.training.models import architecture
 from mnistm_dist.training.run_dir import CONFIG_NAME, RunDir
 from mnistm_dist.training.train_state import TrainState
@@ -143,6 +144,8 @@ def pack_sample(bars: ProgressBars) -> None:
 def resolve(config: Config, world: World, manifest: Manifest) -> Config:
     """Return the configuration without ``auto``. Raise `UserError` if batch, micro-batch, streams and world size do not
     fit."""
+    if config.machine.compile:
+        check_compile(world.device)
     batch_size, micro_batch = config.steps.batch_size, config.steps.micro_batch
     if micro_batch == "auto":
         micro_batch = accumulation_share(batch_size=batch_size, world_size=world.size)
@@ -153,10 +156,11 @@ def resolve(config: Config, world: World, manifest: Manifest) -> Config:
             "--micro-batch"
         )
     order, reader, streams = choose_reading(config.data, manifest, batch_size=batch_size, world_size=world.size)
-    memory_format = config.machine.memory_format
+    memory_format, shards = config.machine.memory_format, config.data.shards or str(SAMPLE)
     return replace(
         config,
-        shards=config.data.shards or str(SAMPLE),
+        # Absolute: a resume, an evaluation and a plan find it from another folder, too.
+        shards=shards if is_address(shards) else str(Path(shards).absolute()),
         order=order,
         reader=reader,
         shuffle_streams=streams,
@@ -197,16 +201,25 @@ def acquire_run_dir(run: RunSetup, checkpoint: Checkpoint | None) -> RunDir:
 
 
 def write_start(
-    run: RunSetup, run_dir: RunDir, state: TrainState, print_line: Callable[[str], None], *, resumed: bool
+    run: RunSetup,
+    run_dir: RunDir,
+    state: TrainState,
+    print_line: Callable[[str], None],
+    *,
+    resumed: bool,
+    argv: list[str],
 ) -> None:
-    """Write the files that a run folder has from the start; set aside the checkpoints of later steps. Rank 0 writes."""
+    """Write the files that a run folder has from the start; set aside the checkpoints of later steps. Rank 0 writes.
+
+    ``argv``: the flags of this launch.
+    """
     if run_dir.active and (later := checkpoints.checkpoint_dirs(run.path, after=state.steps_done)):
         names = ", ".join(path.name for path in later)
         print_line(f"set aside: {names} and any results were moved to {run_dir.set_aside(later)}")
     run_dir.open_log(state.steps_done)
     if run_dir.active:
         run_dir.write(CONFIG_NAME, dump(run.config))
-        run_dir.write("environment.json", describe_environment(run.world))
+        run_dir.write("environment.json", describe_environment(run.world, argv))
         run_dir.write("architecture.json", architecture(state.model, max(run.config.steps.image_size)))
         run_dir.set_state("running")
         run_dir.log({"kind": "resume" if resumed else "start", "step": state.steps_done, "world_size": run.world.size})

@@ -6,6 +6,7 @@ gives all ranks the BatchNorm statistics of rank 0, the only ones that are kept.
 """
 
 import math
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -232,7 +233,7 @@ class Trainer:
         last_good = self.world.broadcast_object(str(good.path) if good else "none")
         return UserError(
             f"{error}; keys of its batch: {' '.join(keys[:16])}{' ...' if len(keys) > 16 else ''} "
-            f"(all: python -m mnistm_dist.plan {self.run_dir.path} --step {error.step}); "
+            f"(all: python -m mnistm_dist.plan {shlex.quote(str(self.run_dir.path))} --step {error.step}); "
             f"last good checkpoint: {last_good}; a resume would repeat it: start a new run with a smaller "
             "--learning-rate or --precision fp32"
         )

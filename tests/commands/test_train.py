@@ -281,7 +281,7 @@ def test_without_shards_the_bundled_sample_is_packed_first(run_command, tmp_path
         (["--epochs", "x"], "--epochs"),
         (["--precision", "bf16"], "emulated"),
         (["--expect-world-size", 2], "world size: found 1"),
-        (["--signals", "SIGKILL"], "SIGKILL"),
+        (["--stop-signals", "SIGKILL"], "SIGKILL"),
         (["--resume", "auto"], "--run-dir"),
         (["--resume", "nowhere"], "nowhere"),
         (["--cache-dir", "/proc/none"], "/proc/none"),

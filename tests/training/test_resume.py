@@ -157,7 +157,11 @@ def interrupted(environment, tmp_path, small_set, world_size: int, number: signa
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGTERM, *(pytest.param(s, marks=pytest.mark.slow) for s in (signal.SIGUSR1, signal.SIGINT))]
+    "number",
+    [
+        signal.SIGTERM,
+        *(pytest.param(s, marks=pytest.mark.slow) for s in (signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)),
+    ],
 )
 def test_a_signal_saves_and_exits_with_75_and_the_run_resumes(
     environment, run_command, tmp_path, small_set, reference, number

@@ -16,6 +16,7 @@ COMMANDS = {
     "predict": "classify image files",
     "export": "write a trained model as one file",
     "report": "write the report of a run, or compare runs",
+    "runs": "list runs, or free what they no longer need",
 }
 
 

@@ -1,6 +1,7 @@
 """The command line: tyro reads the flags, pydantic converts and checks their values, results go to stdout."""
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import io
@@ -62,6 +63,8 @@ class TrainFlags(Config):
 
     print_config: bool = False
     """Print the configuration of the run as YAML, and exit."""
+    seeds: str = "none"
+    """Train one run after another with these seeds, such as 0,1,2, in RUN/seed-N, and compare them."""
     dry_run: bool = False
     """Print configuration, steps, memory and time, estimated from ten discarded steps per image size, and exit."""
 
@@ -77,6 +80,17 @@ class TrainRequest:
     """The configuration of a new run: defaults, recipe, flags."""
     print_config: bool = False
     dry_run: bool = False
+    seeds: tuple[int, ...] = ()
+
+    def of_seed(self, seed: int) -> "TrainRequest":
+        """Return the request of one of the `seeds`: a run of its own in ``RUN/seed-N``."""
+        run_dir = f"{self.config.run.run_dir}/seed-{seed}"
+        _, argv = _tyro(_only_seeds, self.argv, "train", return_unknown_args=True, add_help=False)
+        return dataclasses.replace(
+            self,
+            argv=[*argv, "--seed", str(seed), "--run-dir", run_dir],
+            config=replace(self.config, seed=seed, run_dir=run_dir),
+        )
 
     def resumed(self, stored: Config) -> Config:
         """Return the configuration to resume a run with: its ``stored`` one, with the changes that a resume may make.
@@ -109,12 +123,16 @@ def parse_train_flags(argv: list[str]) -> TrainRequest:
     with errors_once_per_node():
         base = build(recipe, read_recipe(recipe))
     flags = _parse_flags(argv, base)
+    seeds = [] if flags.seeds == "none" else flags.seeds.split(",")
+    if not all(seed.isdecimal() for seed in seeds) or (seeds and flags.run.run_dir is None):
+        raise UserError(f"--seeds: found {flags.seeds!r}; should be numbers such as 0,1,2, with --run-dir RUN")
     return TrainRequest(
         argv=argv,
         recipe=named or None,
         config=build(recipe, fields_of(flags)),
         print_config=flags.print_config,
         dry_run=flags.dry_run,
+        seeds=tuple(dict.fromkeys(map(int, seeds))),
     )
 
 
@@ -186,6 +204,11 @@ def write_result(text: str) -> None:
 def _only_recipe(*, recipe: str = "") -> str:
     """The target of the first pass over the flags of training."""
     return recipe
+
+
+def _only_seeds(*, seeds: str = "none") -> str:
+    """The target of the pass that takes ``--seeds`` out of the flags of training."""
+    return seeds
 
 
 def _parse_flags(argv: list[str], base: Config) -> TrainFlags:

@@ -210,6 +210,25 @@ def read_run(path: Path, version: str, predictions: Mapping[str, Predictions] | 
     )
 
 
+def overview(path: Path) -> dict[str, Any]:
+    """Return recipe, state, step, accuracy on val and seconds of a run, for a list of many; None: not known."""
+    missing: list[str] = []
+    state, summary = (_read(path / f"{schema.__name__.lower()}.json", schema, missing) for schema in (State, Summary))
+    config = _read(path / "config.yaml", dict[str, Any], missing) or {}
+    rows = _rows(path / "log.jsonl", missing)
+    accuracies = [row["val/accuracy"] for row in rows if row.get("val/accuracy") is not None]
+    times = [row["time"] for row in rows if "time" in row]
+    assert state is None or isinstance(state, State)
+    assert summary is None or isinstance(summary, Summary)
+    return {
+        "recipe": config.get("recipe"),
+        "state": state.state if state else "unknown",
+        "step": state.step if state else None,
+        "val_accuracy": summary.val.accuracy if summary and summary.val else accuracies[-1] if accuracies else None,
+        "seconds": summary.train_seconds if summary else times[-1] - times[0] if times else None,
+    }
+
+
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return ``{"steps": {"epochs": 3}}`` as ``{"steps.epochs": 3}``."""
     flat: dict[str, Any] = {}

@@ -61,7 +61,7 @@ class DataConfig:
     order: Literal["auto", "full", "windowed"] = "auto"
     """full: any image can follow any other; windowed: for large sets. auto: windowed above 8 GiB decoded."""
     shuffle_streams: Auto | PositiveInt = "auto"
-    """Streams of the windowed order: divides batch_size, a multiple of the world size. auto: the largest up to 16."""
+    """Streams of the windowed order: divides batch_size. auto: the largest up to 16, a multiple of the world size."""
     shuffle_window: PositiveInt = 1024
     """Images in a shuffle window of the windowed order, per stream."""
     reader: Literal["auto", "resident", "streaming"] = "auto"
@@ -139,6 +139,8 @@ class StepsConfig:
     """Images per step, over all processes."""
     micro_batch: Auto | PositiveInt = "auto"
     """Images per forward pass (the batch of BatchNorm). auto: batch_size / world size of the first launch."""
+    max_world: OrNone[PositiveInt] = None
+    """Choose an automatic micro_batch for up to this many processes. none: the first launch's; 8 if reproducible."""
     image_size: ImageSizes = (64,)
     """Image sizes of equal parts of the run, pixels: 32,48 trains half of the epochs at each."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -162,6 +164,8 @@ class MachineConfig:
     """Compute BatchNorm's statistics over all processes (GPUs only), no longer over one micro-batch."""
     deterministic: bool = False
     """Use deterministic kernels only: slower on GPUs, no difference on CPUs."""
+    reproducible: bool = False
+    """Train the same bits on any number of processes. auto then means one thread and a micro-batch for max_world."""
 
 
 @checked
@@ -224,7 +228,7 @@ SECTIONS = {name: [field.name for field in fields(value)] for name, value in var
 SECTION_OF = {name: section for section, names in SECTIONS.items() for name in names}
 assert len(SECTION_OF) == sum(map(len, SECTIONS.values())), "a field name is used in two sections"
 # The fields that decide the trained weights. shards: another copy of the same set; its identity is checked.
-LEARNING = SECTION_OF.keys() - SECTIONS["run"] - {"shards", "reader", "workers", "cache_dir"}
+LEARNING = SECTION_OF.keys() - SECTIONS["run"] - {"shards", "reader", "workers", "cache_dir", "max_world"}
 # precision: on another kind of device only, which is not known before the processes join.
 MAY_CHANGE_AT_RESUME = SECTION_OF.keys() - LEARNING | {"micro_batch", "threads", "precision"}
 _ADAPTER = TypeAdapter(Config)

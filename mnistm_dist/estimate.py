@@ -29,7 +29,7 @@ def print_estimate(run: RunSetup, console: Console, steps_done: int) -> None:
     schedule = Schedule.of(config, split.count)
     augment = Augment(config.augment, Preprocess(split.mean, split.std, world.device), config.steps.seed)
     # Not resumed: the values of the weights do not change the time of a step.
-    state, left = create_train_state(config, world, len(run.shards.manifest.classes)), TimeLeft()
+    state, left = create_train_state(config, world, len(run.shards.manifest.classes), run.shares), TimeLeft()
     state.train_model.train()
     for size in schedule.work_left(steps_done, config.run.evaluate_every)[0]:
         batches = train_batches(
@@ -44,7 +44,7 @@ def print_estimate(run: RunSetup, console: Console, steps_done: int) -> None:
         for step, micro_batches in enumerate(batches):
             if step == STEPS - TIMED:
                 started = time.perf_counter()
-            losses, _ = train_step(world, state, augment, micro_batches, size, config.optim)
+            losses, _ = train_step(world, state, augment, micro_batches, size, config)
             # Waits for the device.
             losses.mean().item()
         left.trained(size, (time.perf_counter() - started) / (TIMED * config.steps.batch_size))

@@ -85,9 +85,11 @@ def main(
     """
     config = choose_config(run, new_run)
     # Heavy imports come after the flags, so that --help and a mistyped flag answer at once.
+    import numpy as np
+
     from mnistm_dist.data.cache import choose_cache_dir
     from mnistm_dist.data.fetch import open_shards
-    from mnistm_dist.data.order import accumulation_share, choose_reading, create_order, step_positions
+    from mnistm_dist.data.order import choose_micro_batch, choose_reading, create_order, step_positions
     from mnistm_dist.training.schedule import Schedule
 
     shards = open_shards(str(config.data.shards), cache_dir=choose_cache_dir(config.data.cache_dir))
@@ -97,11 +99,14 @@ def main(
     schedule = Schedule.of(config, shards.split("train").count)
     if run is not None and step >= schedule.total_steps:
         raise UserError(f"--step {step}: {run} has {schedule.total_steps:,} steps; use 0 to {schedule.total_steps - 1}")
-    share = accumulation_share(batch_size=batch_size, world_size=world_size)
-    positions = step_positions(step, batch_size=batch_size)
+    reproducible = config.machine.reproducible
+    micro_batch = choose_micro_batch(config.steps, world_size=world_size, reproducible=reproducible)
+    sizes = {"batch_size": batch_size, "micro_batch": micro_batch, "world_size": world_size}
+    shares = [step_positions(step, **sizes, rank=rank) for rank in range(world_size)]
+    positions = np.concatenate(shares)
     ids = create_order(config.data, config.steps, shards.manifest).ids(positions)
     keys = shards.keys("train", ids)
-    ranks = [keys[start : start + share] for start in range(0, batch_size, share)]
+    ranks = [keys[share[0] - positions[0] : share[-1] - positions[0] + 1] for share in shares]
     epoch = schedule.epoch(step)
     # As the console, the log and the report count them: from 1.
     place = f"step {step + 1:,} of {schedule.total_steps:,} (--step {step}), epoch {epoch + 1}"

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from mnistm_dist.data.loader import Reader
-from mnistm_dist.data.order import accumulation
 from mnistm_dist.data.transforms import Preprocess
 from mnistm_dist.errors import UserError, escape_control
 from mnistm_dist.files import write_atomic
@@ -158,8 +157,7 @@ def finish(run: RunSetup, run_dir: RunDir, state: TrainState, console: Console, 
 def header_rows(run: RunSetup, state: TrainState, schedule: Schedule, tracker: str) -> dict[str, str]:
     """Return the rows of the header that the console shows before training."""
     config, world, manifest = run.config, run.world, run.shards.manifest
-    micro_batch, optim = int(config.steps.micro_batch), config.optim
-    k = accumulation(batch_size=config.steps.batch_size, world_size=world.size, micro_batch=micro_batch)
+    batch_size, micro_batch, optim = config.steps.batch_size, int(config.steps.micro_batch), config.optim
     counts = ", ".join(f"{split.count:,} {name}" for name, split in manifest.splits.items())
     steps = f"{schedule.total_steps:,} steps, {config.steps.epochs} epochs"
     if schedule.last_step < schedule.total_steps:
@@ -177,7 +175,7 @@ def header_rows(run: RunSetup, state: TrainState, schedule: Schedule, tracker: s
         "model": f"pruned ResNet18, {count_parameters(state.model):,} parameters",
         "shards": f"{run.shards.root} ({manifest.lineage}: {counts})",
         "data": f"{config.data.reader} reader, {config.data.order} order",
-        "batch": f"{config.steps.batch_size} = {world.size} x {k} x {micro_batch} (processes x micro-batches x images)",
+        "batch": f"{batch_size} = {batch_size // micro_batch} x {micro_batch} (micro-batches x images)",
         "image size": ", ".join(f"{size} px" for size in dict.fromkeys(config.steps.image_size)),
         "optimizer": f"{optim.optimizer}{averaged}",
         "learning rate": f"{schedule.peak_learning_rate:g}, {optim.lr_schedule}",

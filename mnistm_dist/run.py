@@ -106,7 +106,7 @@ def train(
     stop.install()
     with run_dir, distributed.peer_failures(run.config.run.collective_timeout):
         classes, schedule = run.shards.manifest.classes, Schedule.of(run.config, run.shards.split("train").count)
-        state = create_train_state(run.config, world, len(classes))
+        state = create_train_state(run.config, world, len(classes), run.shares)
         if checkpoint is not None:
             world.run_on_all_ranks(lambda: restore_state(state, checkpoint, run))
         resumed = checkpoint is not None

@@ -15,12 +15,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from torch import nn
+
 from mnistm_dist import results as scoring
 from mnistm_dist.data import resident
 from mnistm_dist.data.loader import Batch, Reader
 from mnistm_dist.errors import UserError
 from mnistm_dist.reporting import figures, html
-from mnistm_dist.training import checkpoint, distributed, evaluation, preemption
+from mnistm_dist.training import checkpoint, distributed, evaluation, preemption, train_state
 from mnistm_dist.training import trainer as loop
 
 CLONE_NEWNS, MS_RDONLY, MS_REC, MS_PRIVATE = 0x20000, 1, 0x4000, 0x40000
@@ -169,6 +171,21 @@ def in_phase() -> None:
         return original(*arguments, **extra)
 
     setattr(owner, name, hit)
+
+
+# Models
+
+
+def add_dropout() -> None:
+    """Give the model dropout of half of its features."""
+    original = train_state.create_model
+
+    def with_dropout(num_classes: int, seed: int) -> Any:
+        model = original(num_classes, seed)
+        model.fc[2] = nn.Sequential(model.fc[2], nn.Dropout(0.5))
+        return model
+
+    train_state.create_model = with_dropout
 
 
 # Records

@@ -12,7 +12,7 @@ import re
 import socket
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -23,6 +23,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
 from torch import Tensor, nn
+from torch.nn import functional
 
 from mnistm_dist.config import MachineConfig
 from mnistm_dist.errors import NodeError, PeerFailure, RankError, UserError, errors_once_per_node
@@ -31,6 +32,7 @@ from mnistm_dist.training.hardware import (
     Precision,
     check_gpus,
     check_launcher,
+    check_reproducible,
     check_world_size,
     choose_precision,
     default_threads,
@@ -112,16 +114,32 @@ class World:
         dist.gather_object(value, values, dst=0, group=self.control)
         return values
 
-    def gather_columns(self, values: Tensor) -> Tensor:
-        """Return float (n, k) of every rank as (n, world size * k), in rank order, on every rank.
+    def gather_rows(self, values: Tensor, counts: Sequence[int]) -> Tensor:
+        """Return every rank's ``values``, float (counts[rank], n), as (sum(counts), n), in rank order, on every rank.
 
         All ranks take part.
         """
         if self.size == 1:
             return values
-        gathered = [torch.empty_like(values) for _ in range(self.size)]
-        dist.all_gather(gathered, values.contiguous())
-        return torch.cat(gathered, dim=1)
+        longest = max(counts)
+        padded = functional.pad(values, (0, 0, 0, longest - len(values)))
+        rows = self.all_gather(padded, out=values.new_empty(self.size * longest, *values.shape[1:]))
+        return torch.cat([part[:count] for part, count in zip(rows.split(longest), counts, strict=True)])
+
+    def all_gather(self, part: Tensor, out: Tensor) -> Tensor:
+        """Concatenate every rank's ``part``, all of one shape, in ``out`` and return it. All ranks take part."""
+        # torch 2.14 renamed all_gather_into_tensor; 2.10 does not know its new name.
+        dist.all_gather(list(out.split(len(part))), part.contiguous())
+        return out
+
+    def all_to_all(self, parts: Tensor, counts: Sequence[int]) -> Tensor:
+        """Send the s-th of equal parts of a flat tensor to rank s; return what each rank sent, in rank order.
+
+        ``counts``: how many elements each rank sends. All ranks take part.
+        """
+        received = parts.new_empty(sum(counts))
+        dist.all_to_all_single(received, parts, list(counts), [len(parts) // self.size] * self.size)
+        return received
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Copy rank 0's values into ``tensors`` on every rank. All ranks take part."""
@@ -223,7 +241,9 @@ def join(machine: MachineConfig, *, expect_world_size: int | None, collective_ti
         )
     precision = choose_precision(machine.precision, os.environ.get("ACCELERATE_MIXED_PRECISION"), native_precisions())
     threads = default_threads(local_world_size, os.environ) if machine.threads == "auto" else machine.threads
-    if machine.deterministic:
+    if machine.reproducible:
+        threads = check_reproducible(machine, precision)
+    if machine.deterministic or (machine.reproducible and on_gpu):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     if world_size > 1 and not dist.is_initialized():
@@ -340,8 +360,8 @@ def wait_for_rank_0(environment: Environment, timeout: float) -> None:
 def prepare(
     world: World, model: nn.Module, optimizer: torch.optim.Optimizer, machine: MachineConfig
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Move model and optimizer to the device and wrap the model in DDP if there are several processes. All ranks take
-    part.
+    """Move model and optimizer to the device; wrap the model in DDP if there are several processes and it is to sum the
+    gradients. All ranks take part.
 
     Return the model to call in training; the one passed in stays unwrapped and shares its parameters. Its memory format
     must be set before.
@@ -351,7 +371,8 @@ def prepare(
     with warnings.catch_warnings():
         # torch 2.14 renamed the argument; Accelerate 1.15 still passes the old name.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-        prepared, prepared_optimizer = world.accelerator.prepare(model, optimizer)
+        prepared = world.accelerator.prepare_model(model, evaluation_mode=machine.reproducible)
+        prepared_optimizer = world.accelerator.prepare_optimizer(optimizer)
     if machine.compile:
         # A compiled copy: with one process, ``prepared`` is ``model`` itself, which evaluation uses uncompiled.
         prepared = cast(nn.Module, torch.compile(prepared))

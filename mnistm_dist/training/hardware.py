@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from mnistm_dist.config import MachineConfig
 from mnistm_dist.data.parallel import available_cores
 from mnistm_dist.errors import NodeError, UserError
 
@@ -19,8 +20,7 @@ STRATEGIES = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
 
 def check_launcher(environment: Environment) -> None:
     """Raise `UserError` if the variables of a launcher are incomplete, or ask for another strategy than DDP."""
-    alone = environment.get("WORLD_SIZE", "1") == "1" and environment.get("RANK", "0") == "0"
-    if not alone or "LOCAL_RANK" in environment:
+    if "LOCAL_RANK" in environment or environment.get("WORLD_SIZE", "1") != "1" or environment.get("RANK", "0") != "0":
         numbers = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")
         wrong = [name for name in numbers if not environment.get(name, "").isdecimal()]
         wrong += ["MASTER_ADDR"] * (not environment.get("MASTER_ADDR"))
@@ -78,8 +78,9 @@ def check_compile(device: torch.device) -> None:
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(2, device=device))
     except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"compile: {reason}; install what torch.compile needs, or use --no-compile") from error
+        raise UserError(
+            f"compile: {str(error).splitlines()[0]}; install what torch.compile needs, or use --no-compile"
+        ) from error
 
 
 def default_threads(local_world_size: int, environment: Environment) -> int:
@@ -92,6 +93,16 @@ def default_threads(local_world_size: int, environment: Environment) -> int:
         processes = int(environment.get("WORLD_SIZE", "1")) // int(environment["SLURM_STEP_NUM_TASKS"])
         return max(1, int(environment["SLURM_CPUS_PER_TASK"]) // max(1, processes))
     return max(1, available_cores() // local_world_size)
+
+
+def check_reproducible(machine: MachineConfig, precision: Precision) -> int:
+    """Return the CPU threads of a reproducible run, on any number of processes: 1 for auto. Raise `UserError` for what
+    cannot be reproduced on another number of processes."""
+    if machine.sync_batchnorm:
+        raise UserError("reproducible: --sync-batchnorm sums over the processes; use --no-sync-batchnorm")
+    if precision == "fp16":
+        raise UserError("reproducible: the gradient scaler of fp16 is not supported; use --precision bf16 or fp32")
+    return 1 if machine.threads == "auto" else machine.threads
 
 
 def native_precisions() -> tuple[Precision, ...]:

@@ -19,7 +19,7 @@ from mnistm_dist.data.cache import choose_cache_dir
 from mnistm_dist.data.fetch import is_address, open_shards
 from mnistm_dist.data.loader import Reader, open_reader
 from mnistm_dist.data.manifest import Manifest
-from mnistm_dist.data.order import Order, accumulation, accumulation_share, choose_reading, create_order
+from mnistm_dist.data.order import Order, choose_micro_batch, choose_reading, create_order, micro_batch_share
 from mnistm_dist.data.packing.writer import pack
 from mnistm_dist.data.parallel import Progress
 from mnistm_dist.data.shards import ShardSet
@@ -66,6 +66,13 @@ class RunSetup:
     def order(self) -> Order:
         """The training order."""
         return create_order(self.config.data, self.config.steps, self.shards.manifest)
+
+    @functools.cached_property
+    def shares(self) -> list[range]:
+        """The micro-batches of a step that each rank computes."""
+        size, steps = self.world.size, self.config.steps
+        sizes = {"batch_size": steps.batch_size, "micro_batch": int(steps.micro_batch), "world_size": size}
+        return [micro_batch_share(**sizes, rank=rank) for rank in range(size)]
 
 
 def open_run(config: Config, world: World, bars: ProgressBars) -> RunSetup:
@@ -146,16 +153,17 @@ def resolve(config: Config, world: World, manifest: Manifest) -> Config:
     fit."""
     if config.machine.compile:
         check_compile(world.device)
-    batch_size, micro_batch = config.steps.batch_size, config.steps.micro_batch
-    if micro_batch == "auto":
-        micro_batch = accumulation_share(batch_size=batch_size, world_size=world.size)
-    accumulation(batch_size=batch_size, world_size=world.size, micro_batch=micro_batch)
+    batch_size, reproducible = config.steps.batch_size, config.machine.reproducible
+    micro_batch = choose_micro_batch(config.steps, world_size=world.size, reproducible=reproducible)
+    micro_batch_share(batch_size=batch_size, micro_batch=micro_batch, world_size=world.size, rank=world.rank)
     if micro_batch < 2:
         raise UserError(
             f"micro_batch: {micro_batch} image per forward; BatchNorm needs at least 2: use a larger --batch-size or "
             "--micro-batch"
         )
-    order, reader, streams = choose_reading(config.data, manifest, batch_size=batch_size, world_size=world.size)
+    order, reader, streams = choose_reading(
+        config.data, manifest, batch_size=batch_size, world_size=1 if reproducible else world.size
+    )
     memory_format, shards = config.machine.memory_format, config.data.shards or str(SAMPLE)
     return replace(
         config,

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 from mnistm_dist.data.loader import Batch, train_batches
 from mnistm_dist.data.order import step_positions
@@ -73,7 +74,7 @@ class Trainer:
         self.preprocess = Preprocess(split.mean, split.std, run.world.device)
         self.augment = Augment(run.config.augment, self.preprocess, run.config.steps.seed)
         self.boundary = StepBoundary(run.world, stop, run.config.run.checkpoint_minutes)
-        self.window = LogWindow(run.world, state.history.pending)
+        self.window = LogWindow(run.world, run.shares, state.history.pending)
         self.train_loss = float("nan")
         """Mean loss of the last row of the log."""
 
@@ -83,13 +84,17 @@ class Trainer:
         profile_dir = self.run_dir.path / "profile" if self.world.is_main else None
         profiler = profile_steps(profile_dir, steps=run.profile_steps, first_step=state.steps_done)
         state.train_model.train()
-        with self.logger.training(schedule.last_step, state.steps_done), profiler as step_profiled:
+        with (
+            self.logger.training(schedule.last_step, state.steps_done),
+            profiler as step_profiled,
+            torch.random.fork_rng(),
+        ):
             self.window.start_clock()
             for step, micro_batches in enumerate(self.batches(), start=state.steps_done):
                 image_size = schedule.image_size(step)
                 for group in state.optimizer.param_groups:
                     group["lr"] = schedule.learning_rate(step)
-                losses, norm = train_step(self.world, state, self.augment, micro_batches, image_size, self.config.optim)
+                losses, norm = train_step(self.world, state, self.augment, micro_batches, image_size, self.config)
                 if state.ema is not None:
                     state.ema.update(state.model, step)
                 self.window.add(step, losses)

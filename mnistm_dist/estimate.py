@@ -15,8 +15,7 @@ from mnistm_dist.training.setup import RunSetup
 from mnistm_dist.training.step import train_step
 from mnistm_dist.training.train_state import create_train_state
 
-# Discarded steps at each image size, and how many of them are timed: the first ones allocate memory.
-STEPS, TIMED = 10, 7
+STEPS = 10  # discarded steps at each image size
 
 
 def print_estimate(run: RunSetup, console: Console, steps_done: int) -> None:
@@ -41,17 +40,19 @@ def print_estimate(run: RunSetup, console: Console, steps_done: int) -> None:
             rank=world.rank,
             stop_step=STEPS,
         )
-        for step, micro_batches in enumerate(batches):
-            if step == STEPS - TIMED:
-                started = time.perf_counter()
+        seconds = []
+        for micro_batches in batches:
+            started = time.perf_counter()
             losses, _ = train_step(world, state, augment, micro_batches, size, config)
             # Waits for the device.
             losses.mean().item()
-        left.trained(size, (time.perf_counter() - started) / (TIMED * config.steps.batch_size))
-    seconds = left.seconds(*images_left(run, schedule, steps_done))
+            seconds.append(time.perf_counter() - started)
+        # The fastest one: the first ones allocate memory, and another process on the machine makes single ones slow.
+        left.trained(size, min(seconds) / config.steps.batch_size)
+    total = left.seconds(*images_left(run, schedule, steps_done))
     rows = header_rows(run, state, schedule, config.run.tracker)
     rows["peak memory"] = f"{peak_memory_gb(world.device):.2f} GB, of the first process in these steps"
-    rows["time"] = f"about {duration(seconds or 0)} of training and evaluation"
+    rows["time"] = f"about {duration(total or 0)} of training and evaluation"
     console.line(dump(config))
     console.header(f"dry run: {run.path} is not written", rows)
 

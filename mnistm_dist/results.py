@@ -148,8 +148,8 @@ def finish(run: RunSetup, run_dir: RunDir, state: TrainState, console: Console, 
         tracker.log_checkpoint(checkpoint.path, [str(entry["chosen"]).split()[0]])
     run_dir.set_state("finished")
     print_result(console, run.path, summary, predictions, next_commands(run), report=run.config.run.report)
-    last = next((row["train/loss"] for row in reversed(run_dir.rows) if row["kind"] == "train"), None)
-    failures = (describe_failure(results.metrics, last) for results in predictions.values())
+    losses = [row["train/loss"] for row in run_dir.rows if row["kind"] == "train"]
+    failures = (describe_failure(results.metrics, losses) for results in predictions.values())
     if failure := next(filter(None, failures), ""):
         console.warn(failure)
 

@@ -52,7 +52,7 @@ def learning_curve(rows: Sequence[Row], title: str = "Learning curve") -> PageFi
     rate.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     loss.set_ylim(bottom=0)
     rate.set_ylim(0, None)
-    _finish(figure, panels, ("loss", "val accuracy, %", "learning rate"), rows)
+    _finish(figure, panels, ("loss", "val accuracy, %", "learning rate"), rows, sizes_in=1)
     return figure
 
 
@@ -66,12 +66,17 @@ def machine_curve(rows: Sequence[Row], title: str = "Throughput, gradient and me
     ):
         _training_line(axes, *series(rows, "train", f"train/{key}"), colour, key)
         axes.set_ylim(bottom=0)
-    _finish(figure, panels, ("images/s", "gradient norm", "peak memory, GB"), rows)
+    _finish(figure, panels, ("images/s", "gradient norm", "peak memory, GB"), rows, sizes_in=2)
     return figure
 
 
-def _finish(figure: PageFigure, panels: Sequence[Axes], names: Sequence[str], rows: Sequence[Row]) -> None:
-    """Name the panels of a run over its steps, mark epochs, image sizes and resumes, and add the tips."""
+def _finish(
+    figure: PageFigure, panels: Sequence[Axes], names: Sequence[str], rows: Sequence[Row], sizes_in: int
+) -> None:
+    """Name the panels of a run over its steps, mark epochs, image sizes and resumes, and add the tips.
+
+    ``sizes_in``: the panel that names the image sizes.
+    """
     for axes, name in zip(panels, names, strict=True):
         axes.set_ylabel(name)
         if not any(np.size(line.get_xdata()) for line in axes.lines):
@@ -80,7 +85,7 @@ def _finish(figure: PageFigure, panels: Sequence[Axes], names: Sequence[str], ro
     panels[-1].xaxis.set_major_locator(MaxNLocator(6, integer=True))
     panels[-1].xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     _mark_epochs(panels[0], rows)
-    _mark_sizes(panels, rows)
+    _mark_sizes(panels, rows, panels[sizes_in])
     _mark_resumes(panels, rows)
     trained, evaluated = ([row for row in rows if row["kind"] == kind] for kind in ("train", "evaluation"))
     every, before = math.ceil(len(trained) / TIPS) or 1, 0
@@ -207,8 +212,8 @@ def _mark_epochs(axes: Axes, rows: Sequence[Row]) -> None:
     top.set_xlabel("epoch", fontsize=SMALL, loc="left", labelpad=2)
 
 
-def _mark_sizes(panels: Sequence[Axes], rows: Sequence[Row]) -> None:
-    """Shade the parts of a run with different image sizes, and name the sizes in the second panel."""
+def _mark_sizes(panels: Sequence[Axes], rows: Sequence[Row], named_in: Axes) -> None:
+    """Shade the parts of a run with different image sizes, and name the sizes in one of the panels."""
     sizes = [
         (row["step"], row["train/image_size"])
         for row in rows
@@ -221,7 +226,7 @@ def _mark_sizes(panels: Sequence[Axes], rows: Sequence[Row]) -> None:
         if i % 2 == 0:
             for axes in panels:
                 axes.axvspan(start, end, color=GRID, alpha=0.4, linewidth=0, zorder=0)
-        panels[1].text(
+        named_in.text(
             (start + end) / 2,
             0.03,
             f"{size} px",
@@ -229,7 +234,7 @@ def _mark_sizes(panels: Sequence[Axes], rows: Sequence[Row]) -> None:
             va="bottom",
             fontsize=SMALL,
             color=INK,
-            transform=panels[1].get_xaxis_transform(),
+            transform=named_in.get_xaxis_transform(),
         )
 
 

@@ -76,14 +76,14 @@ def describe(metrics: Metrics) -> str:
     return "\n".join(filter(None, paragraphs))
 
 
-def describe_failure(metrics: Metrics, train_loss: float | None = None) -> str:
+def describe_failure(metrics: Metrics, losses: Sequence[float] = ()) -> str:
     """Return why a model has learned nothing: it diverged, or gives one answer; an empty text for any other model.
 
-    ``train_loss``: the last one, nats.
+    ``losses``: of the training, in order, nats.
     """
     guess, advice = math.log(len(metrics.classes)), "use a smaller --learning-rate, or train for more steps"
-    if train_loss is not None and train_loss > guess:
-        return f"the training loss ends at {train_loss:.3f}, above the {guess:.3f} of a random guess; {advice}"
+    if losses and losses[-1] > max(guess, losses[0]):
+        return f"the training loss ends at {losses[-1]:.3f}, above the {guess:.3f} of a random guess; {advice}"
     if sum(row.predicted > 0 for row in metrics.per_class) == 1 < sum(row.support > 0 for row in metrics.per_class):
         return f"the model gives one answer: {_never_predicted(metrics).removesuffix('.').lower()}; {advice}"
     return ""

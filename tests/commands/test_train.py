@@ -155,7 +155,8 @@ def test_a_run_leaves_a_complete_folder(run_command, small_set, tmp_path):
 
 
 def test_a_model_that_gives_one_answer_ends_with_a_warning(run_command, small_set):
-    flags = ("--batch-size", 32, "--image-size", 16, "--max-steps", 2, "--learning-rate", 0, "--ema-decay", 0)
+    wild = ("--optimizer", "sgd", "--learning-rate", 1000, "--lr-schedule", "constant", "--max-grad-norm", 0.1)
+    flags = ("--batch-size", 32, "--image-size", 16, "--max-steps", 2, "--ema-decay", 0, "--log-every", 1, *wild)
     out = output_of(run_command("train", "--shards", small_set, "--run-dir", "a run", *flags, *QUICK))
     assert "warning: the " in out.splitlines()[-1]
     assert "use a smaller --learning-rate, or train for more steps" in out.splitlines()[-1]

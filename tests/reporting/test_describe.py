@@ -71,9 +71,10 @@ def test_a_model_that_diverged_or_gives_one_answer_is_named_and_no_other() -> No
     assert "the model gives one answer: every image is predicted as 1" in describe_failure(
         metrics_of_matrix(one_answer)
     )
-    diverged = describe_failure(metrics_of_matrix(good), 0.7)
+    diverged = describe_failure(metrics_of_matrix(good), [0.699, 0.5, 0.7])
     assert diverged.startswith("the training loss ends at 0.700, above the 0.693 of a random guess; use a smaller")
-    assert describe_failure(metrics_of_matrix(good), 0.6) == ""
+    assert describe_failure(metrics_of_matrix(good), [0.5, 0.6]) == ""
+    assert describe_failure(metrics_of_matrix(good), [0.7]) == "", "the first steps of a run"
     assert describe_failure(metrics_of_matrix([[0, 0], [0, 5]])) == "", "a split of one class"
 
 

@@ -99,7 +99,7 @@ def test_the_loop_of_the_docs_continues_on_another_world_size(tmp_path: Path) ->
 
     def run(world_size: int, folder: str, steps: int) -> None:
         (tmp_path / folder).mkdir(exist_ok=True)
-        launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={world_size}", "--master-port=0"]
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
         subprocess.run([*launcher, script, str(steps)], cwd=tmp_path / folder, check=True, timeout=300)
 
     run(1, "whole", 20)

@@ -285,8 +285,8 @@ def _file_kind(path: Path) -> str | None:
         return "archive"
     known = next((kind for signature, kind in _SIGNATURES.items() if head.startswith(signature)), None)
     by_name = _kind(path.name)
-    # Only files of these kinds have no first bytes of their own.
-    return known or (by_name if by_name in ("pickle", "arrow", "image", "text", "archive") and head else None)
+    # A file with a signature is what its signature says.
+    return known or (by_name if by_name not in _SIGNATURES.values() or by_name == "pickle" else None)
 
 
 def _describe(path: Path, kinds: Mapping[str, str | None]) -> str:

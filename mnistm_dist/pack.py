@@ -6,8 +6,8 @@
     python -m mnistm_dist.pack mnist+photos --mnist DIR --photos DIR --out DIR
     python -m mnistm_dist.pack my_images --resize 64 --out shards/mine
 
-PNGs of 8-bit RGB are kept byte for byte, other images converted. The new folder appears complete or not at all;
-shards/README.md describes its files.
+PNGs of 8-bit RGB are kept byte for byte, other images converted. The new folder
+appears complete or not at all; shards/README.md describes its files.
 """
 
 from __future__ import annotations

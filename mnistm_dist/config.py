@@ -34,6 +34,9 @@ LARGEST_IMAGE_SIZE = 1024  # of a training, pixels
 # The types of the fields. Text is converted: "none" to None, "32,48" and "[32,48]" to image sizes.
 T = TypeVar("T")
 Auto = Literal["auto"]
+TrackerName = Literal[
+    "auto", "none", "wandb", "tensorboard", "mlflow", "trackio", "comet_ml", "clearml", "aim", "dvclive", "swanlab"
+]
 OrNone = Annotated[T | None, BeforeValidator(lambda value: None if value == "none" else value)]
 LocalPath = Annotated[str, AfterValidator(local_path)]
 LocalFile = Annotated[Path, AfterValidator(local_path)]
@@ -186,8 +189,8 @@ class RunConfig:
     """Epochs between evaluations on val."""
     log_every: PositiveInt = 10
     """Steps between rows of log.jsonl."""
-    tracker: Literal["auto", "wandb", "none"] = "auto"
-    """Experiment tracker. auto: wandb if an API key or a mode is set."""
+    tracker: TrackerName = "auto"
+    """Experiment tracker; all but wandb by Accelerate, if installed. auto: wandb if an API key or a mode is set."""
     report: bool = True
     """Draw the figures and write report.html at the end. summary.json is written in any case."""
     upload_checkpoint: bool = False

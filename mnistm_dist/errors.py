@@ -72,6 +72,15 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
+def near_path(path: Path) -> str:
+    """Return `` (did you mean X?)`` if the folder of a missing ``path`` holds a close name, else an empty text."""
+    try:
+        siblings = [str(sibling) for sibling in path.parent.iterdir()]
+    except OSError:
+        return ""
+    return did_you_mean(str(path), siblings)
+
+
 def os_error_reason(error: Exception) -> str:
     """Return the reason of an `OSError`, without its number and its path."""
     return getattr(error, "strerror", None) or str(error) or type(error).__name__

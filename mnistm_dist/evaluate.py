@@ -5,10 +5,10 @@
         -m mnistm_dist.evaluate runs/NAME
 
 Writes into RUN, for each split: predictions_SPLIT.csv, mistakes_SPLIT.png,
-confusion_matrix_SPLIT.png, and the metrics in summary.json. While RUN is in
-use, results are printed only, unless --out names a folder for them. Update
-report.html with python -m mnistm_dist.report RUN. On one kind of device the
-predictions are the same bytes at every world size.
+confusion_matrix_SPLIT.png, the metrics in summary.json, and report.html anew.
+While RUN is in use, results are printed only, unless --out names a folder for
+them. On one kind of device the predictions are the same bytes at every world
+size.
 """
 
 import sys
@@ -47,7 +47,15 @@ def main(
         out: Folder to write to. none: RUN.
     """
     from mnistm_dist import config as configuration
-    from mnistm_dist.results import choose_checkpoint, evaluate_checkpoint, print_result, read_summary, write_summary
+    from mnistm_dist.reporting.html import write_report
+    from mnistm_dist.results import (
+        choose_checkpoint,
+        evaluate_checkpoint,
+        next_commands,
+        print_result,
+        read_summary,
+        write_summary,
+    )
     from mnistm_dist.training import distributed
     from mnistm_dist.training.hardware import native_precisions
     from mnistm_dist.training.preemption import exit_promptly
@@ -82,7 +90,12 @@ def main(
                     # The numbers of the other split are of another checkpoint, or of another set.
                     summary = {name: value for name, value in summary.items() if name not in EVALUATED_SPLITS}
                 summary = write_summary(folder, summary | {"checkpoint": entry}, predictions)
-                print_result(console, folder if folder in (run_dir, out) else None, summary, predictions)
+                report = config.run.report and folder == run_dir
+                if report:
+                    write_report([run_dir], run_dir / "report.html", predictions)
+                shown = folder if folder in (run_dir, out) else None
+                commands = next_commands(opened) if folder == run_dir else {}
+                print_result(console, shown, summary, predictions, commands, report=report)
     return 0
 
 

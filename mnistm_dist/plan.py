@@ -7,8 +7,9 @@
 The second one draws the images as the model receives them. The third is for a
 run of the default recipe that has not started. --json prints {"step": S,
 "epoch": E, "ranks": [[key, ...], ...]}; E is the epoch of the step's first
-image. The global batch of a step does not depend on the world size, except in
-the windowed order of a run that has not started: its number of streams does.
+image. Both count from 0, as --step does; the text and log.jsonl count from 1.
+The global batch of a step does not depend on the world size, except in the
+windowed order of a run that has not started: its number of streams does.
 """
 
 from __future__ import annotations
@@ -107,14 +108,17 @@ def main(
     keys = shards.keys("train", ids)
     ranks = [keys[share[0] - positions[0] : share[-1] - positions[0] + 1] for share in shares]
     epoch = schedule.epoch(step)
-    title = f"step {step} of epoch {epoch}: {batch_size} images, {order} order, seed {config.steps.seed}"
+    # As the console, the log and the report count them: from 1.
+    place = f"step {step + 1:,} of {schedule.total_steps:,} (--step {step}), epoch {epoch + 1}"
+    title = f"{place}: {batch_size} images"
     if save:
         save_images(Path(save), config, shards, positions, ids, schedule.image_size(step), title)
     if json_output:
         write_result(json.dumps({"step": step, "epoch": epoch, "ranks": ranks}) + "\n")
         return 0
     texts = (f"rank {rank}: {' '.join(of_rank)}" for rank, of_rank in enumerate(ranks))
-    lines = [title, *(textwrap.fill(text, width=80, subsequent_indent="    ") for text in texts)]
+    head = f"{title}, {order} order, seed {config.steps.seed}"
+    lines = [textwrap.fill(text, width=80, subsequent_indent="    ") for text in (head, *texts)]
     if save:
         lines.append(f"images: {save}")
     write_result("\n".join(lines) + "\n")

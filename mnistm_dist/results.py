@@ -16,13 +16,14 @@ from mnistm_dist.data.transforms import Preprocess
 from mnistm_dist.errors import UserError, escape_control
 from mnistm_dist.files import write_atomic
 from mnistm_dist.reporting.console import Console
-from mnistm_dist.reporting.describe import describe
+from mnistm_dist.reporting.describe import describe, describe_failure
 from mnistm_dist.reporting.predictions import Predictions, mistakes, read_predictions
 from mnistm_dist.reporting.run_logger import log_results
 from mnistm_dist.reporting.tracking import Tracker
 from mnistm_dist.training import checkpoint as checkpoints
 from mnistm_dist.training.environment import device_name
 from mnistm_dist.training.evaluation import SplitOutputs, predict_split, write_predictions
+from mnistm_dist.training.hardware import peak_memory_gb
 from mnistm_dist.training.models import count_parameters, create_model, to_device
 from mnistm_dist.training.run_dir import SUMMARY_NAME, RunDir, writing
 from mnistm_dist.training.schedule import Schedule
@@ -108,6 +109,7 @@ def write_split(run: RunSetup, split: str, outputs: SplitOutputs | None) -> Pred
 def draw_split(run_dir: Path, split: str, predictions: Predictions, reader: Reader) -> None:
     """Draw the figures of a split. Raise `UserError` if the run folder cannot be written."""
     from mnistm_dist.reporting import figures
+    from mnistm_dist.reporting.pictures import write_pictures
     from mnistm_dist.reporting.style import save
 
     wrong = mistakes(predictions)
@@ -117,6 +119,7 @@ def draw_split(run_dir: Path, split: str, predictions: Predictions, reader: Read
     with writing(run_dir):
         save(matrix, run_dir / f"confusion_matrix_{split}.png")
         save(figures.mistakes(images, shown, len(wrong), f"Mistakes, {split}"), run_dir / f"mistakes_{split}.png")
+        write_pictures(run_dir / "mistakes" / f"{split}.png", images, [m.key for m in shown])
 
 
 def finish(run: RunSetup, run_dir: RunDir, state: TrainState, console: Console, tracker: Tracker) -> None:
@@ -144,22 +147,27 @@ def finish(run: RunSetup, run_dir: RunDir, state: TrainState, console: Console, 
     if run.config.run.upload_checkpoint:
         tracker.log_checkpoint(checkpoint.path, [str(entry["chosen"]).split()[0]])
     run_dir.set_state("finished")
-    print_result(console, run.path, summary, predictions, report=run.config.run.report)
+    print_result(console, run.path, summary, predictions, next_commands(run), report=run.config.run.report)
+    losses = [row["train/loss"] for row in run_dir.rows if row["kind"] == "train"]
+    failures = (describe_failure(results.metrics, losses) for results in predictions.values())
+    if failure := next(filter(None, failures), ""):
+        console.warn(failure)
 
 
-def header_rows(run: RunSetup, state: TrainState, schedule: Schedule) -> dict[str, str]:
+def header_rows(run: RunSetup, state: TrainState, schedule: Schedule, tracker: str) -> dict[str, str]:
     """Return the rows of the header that the console shows before training."""
     config, world, manifest = run.config, run.world, run.shards.manifest
-    batch_size, micro_batch = config.steps.batch_size, int(config.steps.micro_batch)
+    batch_size, micro_batch, optim = config.steps.batch_size, int(config.steps.micro_batch), config.optim
     counts = ", ".join(f"{split.count:,} {name}" for name, split in manifest.splits.items())
     steps = f"{schedule.total_steps:,} steps, {config.steps.epochs} epochs"
     if schedule.last_step < schedule.total_steps:
         steps = f"{schedule.last_step:,} of {steps}"
     if state.steps_done:
         steps = f"resuming at step {state.steps_done:,} of {steps}"
+    averaged = f", averaged weights ({optim.ema_decay})" if optim.ema_decay else ""
     return {
-        "run": str(run.path),
-        "recipe": config.recipe,
+        # The first line of a new run has named it.
+        **({"recipe": config.recipe} if config.run.resume else {}),
         "world size": str(world.size),
         "device": device_name(world.device),
         "precision": f"{config.machine.precision}, {config.machine.memory_format}",
@@ -169,7 +177,11 @@ def header_rows(run: RunSetup, state: TrainState, schedule: Schedule) -> dict[st
         "data": f"{config.data.reader} reader, {config.data.order} order",
         "batch": f"{batch_size} = {batch_size // micro_batch} x {micro_batch} (micro-batches x images)",
         "image size": ", ".join(f"{size} px" for size in dict.fromkeys(config.steps.image_size)),
+        "optimizer": f"{optim.optimizer}{averaged}",
+        "learning rate": f"{schedule.peak_learning_rate:g}, {optim.lr_schedule}",
         "training": steps,
+        "seed": str(config.steps.seed),
+        "tracker": tracker,
     }
 
 
@@ -192,6 +204,7 @@ def summary_fields(run: RunSetup, state: TrainState) -> dict[str, Any]:
         "train_seconds": round(seconds, 3),
         "evaluate_seconds": round(history.evaluate_seconds, 3),
         "save_seconds": round(history.save_seconds, 3),
+        "peak_memory_gb": peak_memory_gb(run.world.device),
         "images_per_second": round(images / seconds, 2) if seconds else None,
         "parameters": count_parameters(state.model),
         "data": {
@@ -221,18 +234,29 @@ def write_summary(run_dir: Path, summary: dict[str, Any], results: dict[str, Pre
     return summary
 
 
+def next_commands(run: RunSetup) -> dict[str, str]:
+    """Return what can be done with a finished run, as commands for a shell."""
+    folder, python = shlex.quote(str(run.path)), "python -m mnistm_dist"
+    compared = f"{folder} OTHER_RUN" if run.config.run.report else folder
+    commands = {"predict": f"{python}.predict {folder} IMAGE", "report": f"{python}.report {compared}"}
+    if run.config.run.max_steps:
+        last = checkpoints.checkpoint_dir(run.path, run.config.run.max_steps)
+        commands["resume"] = f"{python}.train --resume {shlex.quote(str(last))}"
+    return commands
+
+
 def print_result(
     console: Console,
     folder: Path | None,
     summary: dict[str, Any],
     results: dict[str, Predictions],
+    commands: dict[str, str],
     *,
-    report: bool = False,
+    report: bool,
 ) -> None:
-    """Print accuracy, the most common confusions and, if there is a ``folder``, the paths of what was written there."""
+    """Print accuracy, the most common confusions, if there is a ``folder`` what was written there, and what is next."""
     text = "\n\n".join(f"{split}: {describe(predictions.metrics)}" for split, predictions in results.items())
     files = {f"predictions, {split}": f"predictions_{split}.csv" for split in results}
     if report:
         files = {"report": "report.html", **files}
-    paths = {name: str(folder / file) for name, file in {"folder": "", **files}.items()} if folder else {}
-    console.result(summary, text, paths)
+    console.result(summary, text, {name: folder / file for name, file in files.items()} if folder else {}, commands)

@@ -93,8 +93,8 @@ def test_a_flag_is_read_in_every_form(flags, field, value):
     assert configuration.fields_of(new_run(*flags.split()))[field] == value
 
 
-def help_of_train() -> str:
-    environment = {"COLUMNS": "80", "PATH": ""}
+def help_of_train(columns: int = 80) -> str:
+    environment = {"COLUMNS": str(columns), "PATH": ""}
     command = [sys.executable, "-m", "mnistm_dist.train", "--help"]
     root = configuration.Path(configuration.__file__).parents[1]
     return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=True).stdout
@@ -106,6 +106,13 @@ def test_help_explains_every_field_in_80_columns():
     for name in configuration.fields_of(Config()):
         # A flag, its values, and the beginning of a sentence.
         assert re.search(rf"^ +--{name.replace('_', '-')}\b.*\n?.* [a-zA-Z$]\w+", text, re.MULTILINE), name
+
+
+def test_help_breaks_no_word_in_80_columns():
+    # A list of choices may go on in the next line.
+    narrow, wide = (set(re.findall(r"[^\s,{}-][^\s,{}]*", help_of_train(columns))) for columns in (80, 1000))
+    assert narrow <= wide
+    assert "32,32,32,32,32,32,48,48,64,64,64)" in help_of_train()
 
 
 def test_the_docstring_of_every_field_is_one_line_since_help_keeps_its_breaks():

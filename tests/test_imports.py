@@ -3,6 +3,7 @@
 import ast
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +109,30 @@ def test_an_unknown_command_is_refused_with_the_list_and_the_nearest_name():
     assert error.startswith("error: evalaute: no such command (did you mean evaluate?)")
     assert done.returncode == 2
     assert [line.split()[0] for line in listed] == list(COMMANDS)
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+@pytest.mark.parametrize(
+    ("line", "completed"),
+    [
+        ("mnistm-dist e", "evaluate export"),
+        ("mnistm-dist train --lea", "--learning-rate"),
+        ("mnistm-dist train --optimizer m", "muon"),
+        ("mnistm-dist predict runs/x --j", "--json"),
+    ],
+)
+def test_bash_completes_commands_flags_and_values(line, completed):
+    script, _ = run_python("-m", "mnistm_dist", "--completion", "bash")
+    words = f"COMP_WORDS=({line}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); _tyro_mnistm_dist"
+    done = subprocess.run(
+        ["bash", "-c", f'{script.stdout}\n{words} && echo "${{COMPREPLY[*]}}"'], capture_output=True, text=True
+    )
+    assert done.stdout.strip() == completed
+
+
+def test_an_unknown_shell_is_refused():
+    done, _ = run_python("-m", "mnistm_dist", "--completion", "csh")
+    assert (done.returncode, done.stderr) == (2, "error: --completion: found 'csh'; should be one of bash, zsh, fish\n")
 
 
 @pytest.mark.parametrize("flag", ["--version", "--help"])

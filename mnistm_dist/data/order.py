@@ -8,16 +8,21 @@ shards in manifest order, samples in their order within the shard.
 No state and no random generator: the id at any position is a closed form, the same on every machine.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mnistm_dist.config import DataConfig, StepsConfig
 from mnistm_dist.data.hashing import derive_key, permute
-from mnistm_dist.data.manifest import Manifest, Split
 from mnistm_dist.errors import UserError
+
+if TYPE_CHECKING:  # the order itself, and `OrderedSampler`, import NumPy only
+    from mnistm_dist.config import DataConfig, StepsConfig
+    from mnistm_dist.data.manifest import Manifest, Split
 
 # They separate the keys of one seed; hashing.uniform has 1, packing/writer.py has 5.
 _TAG_FULL, _TAG_SHARDS, _TAG_WINDOWS = 2, 3, 4

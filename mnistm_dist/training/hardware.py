@@ -1,6 +1,8 @@
 """What this process may use: GPUs, CPU threads and native precisions."""
 
+import resource
 import socket
+import sys
 from collections.abc import Mapping
 from typing import Literal
 
@@ -34,6 +36,15 @@ def check_launcher(environment: Environment) -> None:
             f"Accelerate: its configuration asks for {strategies[0]}, accepted is DDP; use accelerate launch with "
             "--config_file accelerate_config.yaml"
         )
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Return the most memory that this process has used so far, GB: of its GPU, else of the machine."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 1e9, 4)
+    # In bytes on macOS, in KiB on Linux.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 4)
 
 
 def check_world_size(world_size: int, expected: int | None, environment: Environment) -> None:

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from mnistm_dist.errors import PeerFailure, UserError
+from mnistm_dist.errors import PeerFailure, UserError, near_path
 from mnistm_dist.files import explain_os_errors, write_atomic
 from mnistm_dist.training.run_lock import RunLock
 
@@ -31,7 +31,7 @@ def writing(run_dir: Path) -> AbstractContextManager[None]:
 def require_run(path: Path) -> None:
     """Raise `UserError` unless ``path`` is a run folder."""
     if not (path / CONFIG_NAME).is_file():
-        raise UserError(f"{path}: not a run folder (no {CONFIG_NAME}); name one, such as runs/NAME")
+        raise UserError(f"{path}: not a run folder (no {CONFIG_NAME}){near_path(path)}; name one, such as runs/NAME")
 
 
 class RunDir:

@@ -24,6 +24,7 @@ from mnistm_dist.training import checkpoint as checkpoints
 from mnistm_dist.training.checkpoint import Scalars
 from mnistm_dist.training.diagnostics import check_model_learns, profile_steps
 from mnistm_dist.training.evaluation import predict_split
+from mnistm_dist.training.hardware import peak_memory_gb
 from mnistm_dist.training.log_window import LogWindow, NonFiniteLoss
 from mnistm_dist.training.preemption import CONTINUE, EXIT, Preempted, StepBoundary, StopRequest
 from mnistm_dist.training.run_dir import RunDir
@@ -137,13 +138,14 @@ class Trainer:
         self.logger.train_row(
             {
                 "step": self.state.steps_done,
-                "epoch": self.schedule.epoch(step),
+                "epoch": self.schedule.epoch(step) + 1,
                 "train/loss": self.train_loss,
                 "train/learning_rate": self.schedule.learning_rate(step),
                 "train/images_per_second": steps_per_second * self.config.steps.batch_size,
                 # None: the gradient overflowed in fp16, and the scaler skipped the step.
                 "train/gradient_norm": norm if math.isfinite(norm) else None,
                 "train/image_size": self.schedule.image_size(step),
+                "train/peak_memory_gb": peak_memory_gb(self.world.device),
             }
         )
 
@@ -165,7 +167,7 @@ class Trainer:
                 )
             row = {
                 "step": self.state.steps_done,
-                "epoch": self.schedule.epoch(step),
+                "epoch": self.schedule.epoch(step) + 1,
                 "split": "val",
                 "image_size": image_size,
                 "full_image_size": self.schedule.full_image_size,

@@ -66,6 +66,18 @@ def test_a_checkpoint_and_a_split_can_be_chosen(run, run_command):
     assert json.loads((run / "summary.json").read_text())["checkpoint"]["step"] == 10
 
 
+def test_the_report_is_written_anew_with_the_results_of_one_checkpoint(trained_run, run_command, tmp_path):
+    copy = shutil.copytree(trained_run, tmp_path / "run")
+    (copy / "report.html").unlink()
+    out = output_of(run_command("evaluate", copy, "--checkpoint", "last", "--split", "val"))
+    assert f"report            {copy / 'report.html'}" in out
+    page = (copy / "report.html").read_text()
+    assert "Evaluated checkpoint: step 20 (last)" in page
+    # The result on test is that of another checkpoint, unless that was the last one, too.
+    chosen = json.loads((trained_run / "summary.json").read_text())["checkpoint"]["chosen"]
+    assert ("Mistakes, test" in page, "predictions_test.csv: of another checkpoint" in page) == (False, True), chosen
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [

@@ -76,7 +76,8 @@ def test_plan_of_shards_is_that_of_a_new_run_of_the_default_recipe(run_main, sma
 def test_without_json_it_prints_lines_of_80_columns(run_main, small_set):
     text = output_of(run_main(plan.main, "--shards", small_set, "--step", 1, "--batch-size", 12, "--world-size", 2))
     lines = text.splitlines()
-    assert lines[0] == "step 1 of epoch 0: 12 images, full order, seed 0"
+    # Counted as in the console, the log and the report.
+    assert lines[0] == f"step 2 of {-(-11 * TRAIN // 12)} (--step 1), epoch 1: 12 images, full order, seed 0"
     assert sum(line.startswith("rank ") for line in lines) == 2
     assert all(len(line) <= 80 for line in lines)
 

@@ -108,6 +108,7 @@ def test_ranks_run_two_processes_and_measure_the_share_of_communication(common):
         ("plain script, 2 threads", "plain script, 2 threads"),
         ("2 processes", "1 process"),
         ("2 processes", "plain script, 2 threads"),
+        ("2 processes, reproducible", "2 processes"),
         ("bare loop, 2 processes", "2 processes"),
     }
     assert result["conditions"]["details"]["bare loop, 2 processes"]["communication_share"][0] < 1

@@ -56,7 +56,8 @@ def check_world_size(world_size: int, expected: int | None, environment: Environ
             "every node started, and --num_processes (with --config_file accelerate_config.yaml or --multi_gpu)"
         )
     tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
-    if world_size < tasks:
+    # With restarts, nodes may be lost.
+    if world_size < tasks and environment.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
         raise UserError(
             f"world size: found {world_size}, Slurm's step has {tasks} tasks that do not know of each other; "
             "use slurm/train.sh, or set RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT; "

@@ -78,6 +78,7 @@ def test_a_world_of_another_size_than_expected_is_refused():
 def test_a_world_smaller_than_the_slurm_step_is_refused_and_a_larger_one_is_accepted():
     check_world_size(2, None, {"SLURM_STEP_NUM_TASKS": "2"})
     check_world_size(8, None, {"SLURM_STEP_NUM_TASKS": "2"})
+    check_world_size(1, None, {"SLURM_STEP_NUM_TASKS": "2", "TORCHELASTIC_MAX_RESTARTS": "3"})
     with pytest.raises(UserError, match="Slurm's step has 2 tasks"):
         check_world_size(1, None, {"SLURM_STEP_NUM_TASKS": "2"})
 

@@ -75,10 +75,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def near_path(path: Path) -> str:
     """Return `` (did you mean X?)`` if the folder of a missing ``path`` holds a close name, else an empty text."""
     try:
-        siblings = [str(sibling) for sibling in path.parent.iterdir()]
+        siblings = [sibling.name for sibling in path.parent.iterdir()]
     except OSError:
         return ""
-    return did_you_mean(str(path), siblings)
+    close = difflib.get_close_matches(path.name, siblings, 1)
+    return f" (did you mean {path.with_name(close[0])}?)" if close else ""
 
 
 def os_error_reason(error: Exception) -> str:

@@ -10,6 +10,7 @@ with python -m mnistm_dist.report RUN. On one kind of device the predictions are
 the same bytes at every world size.
 """
 
+import os
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
@@ -44,7 +45,7 @@ def main(
     from mnistm_dist.reporting.console import Console
     from mnistm_dist.results import choose_checkpoint, evaluate_checkpoint, print_result, read_summary, write_summary
     from mnistm_dist.training import distributed
-    from mnistm_dist.training.hardware import native_precisions
+    from mnistm_dist.training.hardware import find_device, native_precisions
     from mnistm_dist.training.preemption import exit_with_launcher
     from mnistm_dist.training.run_dir import CONFIG_NAME, require_run
     from mnistm_dist.training.run_lock import RunLock
@@ -57,7 +58,8 @@ def main(
         if shards:
             config = configuration.replace(config, shards=shards)
     machine = replace(config.machine, threads="auto")
-    emulated = machine.precision not in ("auto", *native_precisions())
+    with errors_once_per_node():
+        emulated = machine.precision not in ("auto", *native_precisions(find_device(os.environ)))
     if emulated:
         machine = replace(machine, precision="fp32")
     exit_with_launcher()

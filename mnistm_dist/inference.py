@@ -29,6 +29,7 @@ from mnistm_dist.errors import UserError
 from mnistm_dist.results import choose_checkpoint, read_summary
 from mnistm_dist.training import checkpoint as checkpoints
 from mnistm_dist.training.evaluation import BATCH_SIZE
+from mnistm_dist.training.hardware import native_precisions
 from mnistm_dist.training.models import create_model, to_device
 from mnistm_dist.training.run_dir import CONFIG_NAME, require_run
 
@@ -147,6 +148,4 @@ def load_model(
 
 def native_autocast(precision: str, device: torch.device) -> torch.dtype | None:
     """Return the reduced precision of a run if ``device`` supports it natively, else None (float32)."""
-    if device.type != "cuda" or (precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False)):
-        return None
-    return AUTOCAST_DTYPES.get(precision)
+    return AUTOCAST_DTYPES.get(precision) if precision in native_precisions(device.type) else None

@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -25,14 +25,25 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import Tensor, nn
 
 from mnistm_dist.config import MachineConfig
-from mnistm_dist.errors import NodeError, PeerFailure, RankError, UserError, errors_once_per_node
+from mnistm_dist.errors import (
+    EXIT_PEER_FAILURE,
+    NodeError,
+    PeerFailure,
+    RankError,
+    UserError,
+    errors_once_per_node,
+    print_error,
+)
 from mnistm_dist.training.hardware import (
     Environment,
     Precision,
     check_gpus,
+    check_launcher,
     check_world_size,
     choose_precision,
     default_threads,
+    find_device,
+    first_line,
     native_precisions,
 )
 
@@ -40,6 +51,10 @@ T = TypeVar("T")
 
 # Limit of each wait until the data is open: one node may decode for hours while the others wait.
 SETUP_TIMEOUT = timedelta(hours=12)
+# How much longer NCCL waits for a peer than gloo. Its watchdog aborts the process; gloo's error is one line.
+NCCL_EXTRA_TIMEOUT = timedelta(seconds=60)
+# Interval at which the device is polled; the ranks ask each other about as often whether to stop, or at every step.
+POLL_SECONDS, CONSENSUS_SECONDS = 0.001, 0.01
 # How long the other ranks wait for rank 0 to listen: on a slow disk, processes start minutes apart.
 RENDEZVOUS_SECONDS = 300.0
 # How long a rank that exits with an error waits for the others, which may not know of it. Rank 0 may need 20 seconds to
@@ -128,11 +143,24 @@ class World:
             for tensor in tensors:
                 dist.broadcast(tensor.detach(), src=0)
 
+    def fetch(self, values: Tensor) -> Tensor:
+        """Return ``values`` on the CPU.
+
+        A GPU is polled: if it waits for a silent peer, this raises a `RuntimeError` that `peer_failures` knows, before
+        NCCL aborts the process.
+        """
+        if values.is_cuda:
+            done, started = torch.cuda.current_stream().record_event(), time.monotonic()
+            while not done.query():
+                if time.monotonic() - started > self.collective_timeout.total_seconds():
+                    raise RuntimeError(f"Timed out waiting {self.collective_timeout.total_seconds():.0f}000ms")
+                time.sleep(POLL_SECONDS)
+        return values.cpu()
+
     def with_run_timeout(self) -> World:
-        """Return this world with ``collective_timeout`` as the limit of every wait. All ranks take part."""
-        if self.control is None:
-            return self
-        return replace(self, control=_control_group(self.collective_timeout))
+        """Make ``collective_timeout`` the limit of every wait, and return this world. All ranks take part."""
+        _set_timeout(self.control, self.collective_timeout)
+        return self
 
     def shutdown(self, timeout: timedelta | None = None) -> bool:
         """Destroy the process groups once all ranks are here, or after ``timeout`` (default: ``collective_timeout``).
@@ -143,11 +171,16 @@ class World:
             return True
         try:
             self._barrier(timeout or self.collective_timeout)
-            return True
         except RuntimeError:
+            self.abort()
             return False
-        finally:
-            dist.destroy_process_group()
+        dist.destroy_process_group()
+        return True
+
+    def abort(self) -> None:
+        """Destroy the process groups without waiting for peers, as NCCL would."""
+        if self.device.type == "cuda":
+            dist.distributed_c10d._abort_process_group()
 
     def _barrier(self, timeout: timedelta) -> None:
         """Wait for all ranks.
@@ -173,30 +206,37 @@ class World:
 
 
 class StopConsensus:
-    """The largest action that any rank asks for, known to all ranks one step later.
+    """The largest action that any rank asks for, known to all ranks one exchange later.
 
-    Step s sends this rank's action and reads the answer to step s - 1: no step waits for a message under way, and all
-    ranks read the same answer at the same step.
+    An exchange sends this rank's action and reads the answer to the last one: no step waits for a message under way,
+    and all ranks read the same answer at the same step. There is one at every step; if steps are shorter than
+    `CONSENSUS_SECONDS`, every few steps, as many as the answer says.
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.group = group
         self.pending: tuple[dist.Work, Tensor] | None = None
+        self.action, self.steps, self.every, self.started = 0, 0, 1, time.perf_counter()
 
     def exchange(self, action: int) -> int:
-        """Send ``action``; return the largest of the previous step, 0 at the first. For one process, return ``action``.
-
-        All ranks take part.
+        """Send ``action``; return the largest of the last exchange, 0 if there is none at this step. For one process,
+        return ``action``. All ranks take part.
         """
         if self.group is None:
             return action
-        agreed = 0
+        self.action, self.steps, agreed = max(self.action, action), self.steps + 1, 0
+        if self.steps < self.every:
+            return 0
+        now = time.perf_counter()
+        step_microseconds = int((now - self.started) / self.steps * 1e6)
         if self.pending is not None:
             work, message = self.pending
             work.wait()
-            agreed = int(message)
-        message = torch.tensor([action], dtype=torch.int32)
+            agreed, longest = message.tolist()
+            self.every = max(1, int(CONSENSUS_SECONDS * 1e6 / max(1, longest)))
+        message = torch.tensor([self.action, step_microseconds], dtype=torch.int64)
         self.pending = (dist.all_reduce(message, op=dist.ReduceOp.MAX, group=self.group, async_op=True), message)
+        self.action, self.steps, self.started = 0, 0, now
         return agreed
 
 
@@ -205,18 +245,22 @@ def join(machine: MachineConfig, *, expect_world_size: int | None, collective_ti
 
     Raise `UserError` if the world size is not the expected one, or if the hardware lacks what was asked for.
     """
-    on_gpu = torch.cuda.is_available()
+    check_launcher(os.environ)
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     check_world_size(world_size, expect_world_size, os.environ)
+    device = find_device(os.environ)
+    on_gpu = device == "cuda"
     if on_gpu:
-        check_gpus(local_world_size, torch.cuda.device_count())
+        check_gpus(local_world_size, os.environ)
     if machine.sync_batchnorm and not on_gpu:
         raise UserError(
             "sync_batchnorm: torch supports SyncBatchNorm on GPUs only, found none; use --no-sync-batchnorm"
         )
-    precision = choose_precision(machine.precision, os.environ.get("ACCELERATE_MIXED_PRECISION"), native_precisions())
+    launcher_precision = os.environ.get("ACCELERATE_MIXED_PRECISION")
+    precision = choose_precision(machine.precision, launcher_precision, native_precisions(device))
     threads = default_threads(local_world_size, os.environ) if machine.threads == "auto" else machine.threads
+    timeout = timedelta(seconds=collective_timeout)
     if machine.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -231,30 +275,41 @@ def join(machine: MachineConfig, *, expect_world_size: int | None, collective_ti
             kwargs_handlers=[
                 # Buffers are broadcast once before an evaluation instead of before every forward.
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
-                InitProcessGroupKwargs(timeout=timedelta(seconds=collective_timeout)),
+                InitProcessGroupKwargs(timeout=timeout + (NCCL_EXTRA_TIMEOUT if on_gpu else timedelta())),
             ],
         )
-    except dist.DistError as error:
-        raise NodeError(
+        if accelerator.num_processes != world_size:
+            raise UserError(f"world size: the launcher set {world_size}, Accelerate has {accelerator.num_processes}")
+        torch.set_num_threads(threads)
+        world = World(
+            accelerator=accelerator,
+            rank=accelerator.process_index,
+            size=world_size,
+            local_rank=accelerator.local_process_index,
+            is_main=accelerator.process_index == 0,
+            device=accelerator.device,
+            control=cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout))
+            if world_size > 1
+            else None,
+            precision=precision,
+            threads=threads,
+            collective_timeout=timeout,
+        )
+        if world_size > 1:
+            # NCCL connects at the first collective operation: an error of it comes now, not after decoding.
+            token = torch.ones(1, device=world.device)
+            dist.all_reduce(token)
+            world.fetch(token)
+    except RuntimeError as error:
+        # A rendezvous fails on all ranks alike, a GPU or a connection perhaps on one.
+        kind = NodeError if isinstance(error, dist.DistStoreError | dist.DistNetworkError) else RankError
+        raise kind(
             f"rendezvous at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}: rank "
-            f"{os.environ.get('RANK')} on {socket.gethostname()} failed: {str(error).splitlines()[0].rstrip('.')}; "
+            f"{os.environ.get('RANK')} on {socket.gethostname()} failed: {first_line(error)}; "
             f"check that the port is free and that all {world_size} processes started"
         ) from error
-    torch.set_num_threads(threads)
-    if accelerator.num_processes != world_size:
-        raise UserError(f"world size: the launcher set {world_size}, Accelerate has {accelerator.num_processes}")
-    return World(
-        accelerator=accelerator,
-        rank=accelerator.process_index,
-        size=world_size,
-        local_rank=accelerator.local_process_index,
-        is_main=accelerator.process_index == 0,
-        device=accelerator.device,
-        control=_control_group(SETUP_TIMEOUT) if world_size > 1 else None,
-        precision=precision,
-        threads=threads,
-        collective_timeout=timedelta(seconds=collective_timeout),
-    )
+    _set_timeout(world.control, SETUP_TIMEOUT)
+    return world
 
 
 @contextmanager
@@ -269,6 +324,11 @@ def joined(machine: MachineConfig, *, expect_world_size: int | None, collective_
         yield world
     except UserError as error:
         raise world.shutdown_with_error(error) from error
+    except PeerFailure as error:
+        # Before the abort, which may hang.
+        print_error(str(error))
+        world.abort()
+        raise SystemExit(EXIT_PEER_FAILURE) from error
     world.shutdown()
 
 
@@ -341,13 +401,15 @@ def prepare(
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         prepared, prepared_optimizer = world.accelerator.prepare(model, optimizer)
     if machine.compile:
-        # A compiled copy: with one process, ``prepared`` is ``model`` itself, which evaluation uses uncompiled.
-        prepared = cast(nn.Module, torch.compile(prepared))
+        # Compiled for each image size anew: dynamic sizes are slower. A copy: with one process, ``prepared`` is ``model`` itself, which evaluation uses uncompiled.
+        prepared = cast(nn.Module, torch.compile(prepared, dynamic=False))
     return prepared, prepared_optimizer
 
 
-def _control_group(timeout: timedelta) -> dist.ProcessGroup:
-    return cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout))
+def _set_timeout(group: dist.ProcessGroup | None, timeout: timedelta) -> None:
+    """Limit each wait in a group of gloo from here on."""
+    if group is not None:
+        group._get_backend(torch.device("cpu"))._set_default_timeout(timeout)
 
 
 def _wait(work: dist.Work | None, timeout: timedelta) -> None:

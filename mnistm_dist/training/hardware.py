@@ -1,16 +1,69 @@
 """What this process may use: GPUs, CPU threads and native precisions."""
 
+import os
+import re
 import socket
+import time
+import warnings
 from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Literal
 
 import torch
 
 from mnistm_dist.data.parallel import available_cores
-from mnistm_dist.errors import NodeError, UserError
+from mnistm_dist.errors import NodeError, RankError, UserError
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Environment = Mapping[str, str]
+
+# What NVIDIA's driver creates.
+DRIVER_VERSION, DEVICES = Path("/proc/driver/nvidia/version"), Path("/dev")
+# Of the last this many seconds, or more, the threads of a process waited this share for a core: the cores are busy.
+BUSY_SECONDS, BUSY_SHARE = 10.0, 0.3
+
+
+def find_device(environment: Environment) -> Literal["cuda", "cpu"]:
+    """Return "cuda" if torch can use a GPU and Accelerate's launcher does not ask for the CPU.
+
+    Raise `UserError` if this process may use an NVIDIA GPU and torch cannot, as with a driver older than torch's CUDA.
+    """
+    if environment.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+        return "cpu"
+    with warnings.catch_warnings(record=True) as reasons:
+        warnings.simplefilter("always")
+        if torch.cuda.is_available():
+            return "cuda"
+    hidden = environment.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1")
+    # A job without GPUs may not open their devices.
+    if not hidden and DRIVER_VERSION.exists() and any(os.access(p, os.R_OK) for p in DEVICES.glob("nvidia[0-9]*")):
+        driver = re.search(r"\d+\.\d[.\d]*", DRIVER_VERSION.read_text())
+        raise NodeError(
+            f"GPU: torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use the GPUs of {socket.gethostname()}, "
+            f"whose NVIDIA driver is {driver and driver[0]} ({reasons[0].message if reasons else 'no reason given'}); "
+            "install a newer driver or another torch, or set CUDA_VISIBLE_DEVICES= to use the CPU"
+        )
+    return "cpu"
+
+
+def check_launcher(environment: Environment) -> None:
+    """Raise `UserError` if Accelerate's launcher asks for something else than DDP, or a rank's variables are
+    incomplete."""
+    plugins = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
+    asked = [name for name in plugins if environment.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"]
+    if asked:
+        raise NodeError(
+            f"launcher: Accelerate's configuration asks for {asked[0]}, this package trains with DDP; "
+            "use accelerate launch --config_file accelerate_config.yaml"
+        )
+    variables = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    missing = [name for name in variables if name not in environment]
+    if missing and environment.get("WORLD_SIZE", "1") != "1":
+        raise UserError(
+            f"launcher: WORLD_SIZE is {environment['WORLD_SIZE']}, but {', '.join(missing)} is not set; "
+            "set it in each process, or use accelerate launch or slurm/train.sh"
+        )
 
 
 def check_world_size(world_size: int, expected: int | None, environment: Environment) -> None:
@@ -29,13 +82,31 @@ def check_world_size(world_size: int, expected: int | None, environment: Environ
         )
 
 
-def check_gpus(local_world_size: int, gpus: int) -> None:
-    """Raise `UserError` if this node has more processes than GPUs: NCCL refuses to share one."""
+def check_gpus(local_world_size: int, environment: Environment) -> None:
+    """Start this process's GPU. Raise `UserError` if that fails, or if this node has more processes than GPUs: NCCL
+    refuses to share one."""
+    gpus, local_rank = torch.cuda.device_count(), environment.get("LOCAL_RANK", "0")
     if local_world_size > gpus:
         raise NodeError(
-            f"processes: {local_world_size} on {socket.gethostname()}, torch finds {gpus} GPUs; "
-            "use at most one process per GPU (--num_processes; under Slurm --gpus-per-node and --ntasks-per-node)"
+            f"processes: {local_world_size} on {socket.gethostname()}, torch finds {gpus} GPUs (CUDA_VISIBLE_DEVICES: "
+            f"{environment.get('CUDA_VISIBLE_DEVICES', 'not set')}); use at most one process per GPU (--num_processes; "
+            "under Slurm --gpus-per-node and --ntasks-per-node), and let each process see all GPUs of its node (no "
+            "--gpu-bind, no --virtual-local-rank; of several MIG instances CUDA shows one)"
         )
+    try:
+        torch.ones(1, device=f"cuda:{local_rank}").cpu()
+    except RuntimeError as error:
+        raise RankError(
+            f"GPU {local_rank} of {socket.gethostname()} cannot be used: {first_line(error)}; see nvidia-smi, or set "
+            "CUDA_VISIBLE_DEVICES= to use the CPU"
+        ) from error
+
+
+def first_line(error: RuntimeError) -> str:
+    """Return the first line of an error of torch, and NCCL's own words if it has any: the rest are C++ frames."""
+    text = str(error).strip()
+    detail = re.search(r"^Last error:\s*(.+)", text, re.MULTILINE)
+    return text.partition("\n")[0].rstrip(".") + (f" ({detail[1]})" if detail else "")
 
 
 def default_threads(local_world_size: int, environment: Environment) -> int:
@@ -50,11 +121,44 @@ def default_threads(local_world_size: int, environment: Environment) -> int:
     return max(1, available_cores() // local_world_size)
 
 
-def native_precisions() -> tuple[Precision, ...]:
-    """Return the precisions that this machine does not emulate."""
-    if not torch.cuda.is_available():
-        return ("fp32",)
-    return ("fp32", "fp16", "bf16") if torch.cuda.is_bf16_supported(including_emulation=False) else ("fp32", "fp16")
+class CoreWatch:
+    """Notices if the threads of this process wait for CPU cores, because others use them or a quota is used up."""
+
+    def __init__(self) -> None:
+        self._since, self._warned = (time.perf_counter(), core_wait_seconds()), False
+
+    def warning(self) -> str | None:
+        """Return a warning if the cores were busy since the last call that looked, `BUSY_SECONDS` ago or more; once."""
+        if self._warned or time.perf_counter() - self._since[0] < BUSY_SECONDS:
+            return None
+        before, self._since = self._since, (time.perf_counter(), core_wait_seconds())
+        seconds, waited = (now - then for now, then in zip(self._since, before, strict=True))
+        self._warned = waited > BUSY_SHARE * seconds
+        if not self._warned:
+            return None
+        return (
+            f"the CPU cores are busy: in {seconds:.0f} s, threads of this process waited {waited:.0f} s for a core, so "
+            "steps take longer; stop other processes, or use fewer --threads or processes"
+        )
+
+
+def core_wait_seconds() -> float:
+    """Return for how long the threads of this process were ready to run and had no CPU core, added up; 0 if the system
+    does not count it (Linux does, in schedstat)."""
+    nanoseconds = 0
+    for path in Path("/proc/self/task").glob("*/schedstat"):
+        # A thread may have ended.
+        with suppress(OSError):
+            nanoseconds += int(path.read_text().split()[1])
+    return nanoseconds / 1e9
+
+
+def native_precisions(device: str) -> tuple[Precision, ...]:
+    """Return the precisions that ``device``, "cuda" or "cpu", does not emulate. A CPU has bf16 if it has AMX tiles."""
+    if device == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return ("fp32", "fp16", "bf16") if has_bf16 else ("fp32", "fp16")
+    return ("fp32", "bf16") if torch.cpu._is_amx_tile_supported() else ("fp32",)
 
 
 def choose_precision(requested: str, launcher: str | None, native: tuple[Precision, ...]) -> Precision:

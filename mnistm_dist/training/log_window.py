@@ -55,7 +55,7 @@ class LogWindow:
         if not self._on_device:
             return
         table = torch.stack([losses for _, losses in self._on_device])
-        means = self.world.gather_columns(table).double().cpu().numpy().mean(axis=1)
+        means = self.world.fetch(self.world.gather_columns(table).double()).numpy().mean(axis=1)
         for (step, _), mean in zip(self._on_device, means, strict=True):
             if not np.isfinite(mean):
                 raise NonFiniteLoss(step)

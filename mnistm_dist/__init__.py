@@ -9,9 +9,10 @@ if TYPE_CHECKING:
 
     import torch
 
+    from mnistm_dist.data.sampler import OrderedSampler
     from mnistm_dist.inference import TrainedModel
 
-__all__ = ["load_model"]
+__all__ = ["OrderedSampler", "load_model"]
 __version__ = "0.1.0"
 
 
@@ -25,3 +26,11 @@ def load_model(
     from mnistm_dist import inference
 
     return inference.load_model(run, checkpoint, device)
+
+
+def __getattr__(name: str) -> object:
+    if name == "OrderedSampler":
+        from mnistm_dist.data.sampler import OrderedSampler
+
+        return OrderedSampler
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,6 +1,7 @@
 """The command line: tyro reads the flags, pydantic converts and checks their values, results go to stdout."""
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import io
@@ -8,7 +9,7 @@ import os
 import re
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -22,7 +23,9 @@ from mnistm_dist.config import (
     MAY_CHANGE_AT_RESUME,
     RECIPES,
     Config,
+    LocalPath,
     build,
+    checked,
     fields_of,
     flag_error,
     read_recipe,
@@ -46,8 +49,24 @@ Exit codes: 0 finished; 2 user error; 75 saved and stopped at a signal, resume
 with --resume RUN; 130 a second Ctrl-C; 1 anything else. A launcher replaces
 these by its own."""
 
+SHELLS = ("bash", "zsh", "fish")
 _REGISTRY = ConstructorRegistry()
+# Stands for the commas of a default value in --help, at which tyro would break a line.
+_COMMA = "\N{SINGLE LOW-9 QUOTATION MARK}"
 _METAVARS = {int: "INT", float: "FLOAT", str: "STR", Path: "PATH", type(None): "none"}
+
+
+@checked
+@dataclass(frozen=True, kw_only=True)
+class TrainFlags(Config):
+    """The flags of ``mnistm_dist.train``: the configuration of a run, and what else one launch may do."""
+
+    print_config: bool = False
+    """Print the configuration of the run as YAML, and exit."""
+    seeds: str = "none"
+    """Train one run after another with these seeds, such as 0,1,2, in RUN/seed-N, and compare them."""
+    dry_run: bool = False
+    """Print configuration, steps, memory and time, estimated from ten discarded steps per image size, and exit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +78,19 @@ class TrainRequest:
     """The recipe that ``--recipe`` names."""
     config: Config
     """The configuration of a new run: defaults, recipe, flags."""
+    print_config: bool = False
+    dry_run: bool = False
+    seeds: tuple[int, ...] = ()
+
+    def of_seed(self, seed: int) -> "TrainRequest":
+        """Return the request of one of the `seeds`: a run of its own in ``RUN/seed-N``."""
+        run_dir = f"{self.config.run.run_dir}/seed-{seed}"
+        _, argv = _tyro(_only_seeds, self.argv, "train", return_unknown_args=True, add_help=False)
+        return dataclasses.replace(
+            self,
+            argv=[*argv, "--seed", str(seed), "--run-dir", run_dir],
+            config=replace(self.config, seed=seed, run_dir=run_dir),
+        )
 
     def resumed(self, stored: Config) -> Config:
         """Return the configuration to resume a run with: its ``stored`` one, with the changes that a resume may make.
@@ -67,9 +99,10 @@ class TrainRequest:
         or a flag asks for another order, model or schedule.
         """
         # These hold for one launch only.
-        before = replace(stored, resume=None, max_steps=None, expect_world_size=None, profile_steps=0)
+        before = replace(stored, resume=None, expect_world_size=None, profile_steps=0)
         recipe = read_recipe(self.recipe) if self.recipe is not None else {}
-        asked = fields_of(_parse_config(self.argv, replace(before, **recipe)))
+        flags = _parse_flags(self.argv, replace(before, **recipe))
+        asked = fields_of(build(flags.recipe, fields_of(flags)))
         kept = fields_of(before)
         changed = {name: value for name, value in asked.items() if value not in ("auto", kept[name])}
         # Only a flag may change the micro-batch.
@@ -89,7 +122,18 @@ def parse_train_flags(argv: list[str]) -> TrainRequest:
     recipe = named or DEFAULT_RECIPE
     with errors_once_per_node():
         base = build(recipe, read_recipe(recipe))
-    return TrainRequest(argv=argv, recipe=named or None, config=_parse_config(argv, base))
+    flags = _parse_flags(argv, base)
+    seeds = [] if flags.seeds == "none" else flags.seeds.split(",")
+    if not all(seed.isdecimal() for seed in seeds) or (seeds and flags.run.run_dir is None):
+        raise UserError(f"--seeds: found {flags.seeds!r}; should be numbers such as 0,1,2, with --run-dir RUN")
+    return TrainRequest(
+        argv=argv,
+        recipe=named or None,
+        config=build(recipe, fields_of(flags)),
+        print_config=flags.print_config,
+        dry_run=flags.dry_run,
+        seeds=tuple(dict.fromkeys(map(int, seeds))),
+    )
 
 
 def command(function: Callable[..., int]) -> Callable[[list[str]], int]:
@@ -112,7 +156,32 @@ def command(function: Callable[..., int]) -> Callable[[list[str]], int]:
             raise flag_error(error) from error
         return function(*args, **kwargs)
 
-    return main
+    # For `completion`: the function whose parameters are the flags.
+    return functools.update_wrapper(main, function, assigned=())
+
+
+def completion(commands: Mapping[str, Callable[..., Any]], shell: str) -> str:
+    """Return the script that completes ``mnistm-dist``: the commands, by name, and their flags.
+
+    Raises `UserError` for a shell that is not supported.
+    """
+    if shell not in SHELLS:
+        raise UserError(f"--completion: found {shell!r}; should be one of {', '.join(SHELLS)}")
+    markers = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+    functions = {
+        name: TrainFlags if name == "train" else tyro.conf.configure(*markers)(inspect.unwrap(main))
+        for name, main in commands.items()
+    }
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        tyro.extras.subcommand_cli_from_dict(
+            functions,
+            prog="mnistm-dist",
+            args=["--tyro-print-completion", shell],
+            config=(tyro.conf.OmitArgPrefixes,),
+            registry=_REGISTRY,
+        )
+    return out.getvalue()
 
 
 def write_result(text: str) -> None:
@@ -137,14 +206,18 @@ def _only_recipe(*, recipe: str = "") -> str:
     return recipe
 
 
-def _parse_config(argv: list[str], base: Config) -> Config:
-    """Return ``base`` with the fields that flags set."""
+def _only_seeds(*, seeds: str = "none") -> str:
+    """The target of the pass that takes ``--seeds`` out of the flags of training."""
+    return seeds
+
+
+def _parse_flags(argv: list[str], base: Config) -> TrainFlags:
+    """Return ``base`` with the fields that flags set, as text."""
     # tyro has --compile and --no-compile; --compile=True and --compile=False are accepted, too.
     switches = "|".join(name.replace("_", "[-_]") for name, value in fields_of(base).items() if isinstance(value, bool))
     argv = [re.sub(rf"(?i)^--({switches})=true$", r"--\1", word) for word in argv]
     argv = [re.sub(rf"(?i)^--({switches})=false$", r"--no-\1", word) for word in argv]
-    config = _tyro(Config, argv, "train", TRAIN_HELP, default=base)
-    return build(config.recipe, fields_of(config))
+    return _tyro(TrainFlags, argv, "train", TRAIN_HELP, default=TrainFlags(**vars(base)))
 
 
 def _tyro(target: Any, argv: list[str], name: str, head: str = "", **options: Any) -> Any:
@@ -165,7 +238,8 @@ def _tyro(target: Any, argv: list[str], name: str, head: str = "", **options: An
             _, *lines = re.sub("[│╰╯]", " ", err.getvalue()).split("\n")  # a title, then parts between rules
             message = re.sub(r"\.? ?[-─]{3,}", ";", " ".join(" ".join(lines).split()))
             raise UserError(message.strip("; ")) from None
-        text = out.getvalue()
+        # tyro quotes them, too.
+        text = re.sub(f"'(\\S*{_COMMA}\\S*)'", r"\1", out.getvalue()).replace(_COMMA, ",")
         if text.startswith("usage: "):
             # tyro would join the lines of the head, and does not wrap the usage.
             usage, *rest = map(str.rstrip, text.splitlines())
@@ -183,14 +257,14 @@ def _text_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     Switches, plain choices and lists of positional arguments are left to tyro.
     """
     metavar = _metavar(info.type)
-    if not metavar or info.type_origin is Literal or info.type == tuple[str, ...]:
+    if not metavar or info.type_origin is Literal or info.type == tuple[LocalPath, ...]:
         return None
     return PrimitiveConstructorSpec(
         nargs=1,
         metavar=metavar,
         instance_from_str=lambda args: args[0],
         is_instance=lambda _: True,
-        str_from_instance=lambda value: [_text(value)],
+        str_from_instance=lambda value: [_text(value).replace(",", _COMMA)],
     )
 
 
@@ -201,7 +275,8 @@ def _metavar(kind: Any) -> str:
         return "|".join(members)
     if origin in (Annotated, tuple):
         return _metavar(members[0]) + (",..." if origin is tuple else "")
-    return _METAVARS.get(kind) or "|".join(map(_metavar, members))
+    parts = [_metavar(member) for member in members]
+    return _METAVARS.get(kind) or ("|".join(parts) if all(parts) else "")
 
 
 def _text(value: Any) -> str:

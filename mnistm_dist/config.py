@@ -6,6 +6,7 @@ a field is its text in ``--help``. Its type says which values are accepted: pyda
 they come from YAML or from a flag.
 """
 
+import os
 import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     ConfigDict,
     Field,
@@ -25,14 +27,20 @@ from pydantic import (
 )
 
 from mnistm_dist.errors import UserError, did_you_mean, escape_control
-from mnistm_dist.files import explain_os_errors
+from mnistm_dist.files import explain_os_errors, local_path
 
 LARGEST_IMAGE_SIZE = 1024  # of a training, pixels
 
 # The types of the fields. Text is converted: "none" to None, "32,48" and "[32,48]" to image sizes.
 T = TypeVar("T")
 Auto = Literal["auto"]
+TrackerName = Literal[
+    "auto", "none", "wandb", "tensorboard", "mlflow", "trackio", "comet_ml", "clearml", "aim", "dvclive", "swanlab"
+]
 OrNone = Annotated[T | None, BeforeValidator(lambda value: None if value == "none" else value)]
+LocalPath = Annotated[str, AfterValidator(local_path)]
+LocalFile = Annotated[Path, AfterValidator(local_path)]
+ShardsPath = Annotated[str, AfterValidator(os.path.expanduser)]  # or a URL
 Probability = Annotated[float, Field(ge=0, le=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 ImageSizes = Annotated[
@@ -48,19 +56,19 @@ checked = with_config(ConfigDict(extra="forbid", allow_inf_nan=False, str_min_le
 class DataConfig:
     """Which images, in which order, and how they are read."""
 
-    shards: OrNone[str] = None
+    shards: OrNone[ShardsPath] = None
     """Packed set: a folder, or an https:// or s3:// URL. none: the bundled sample, in shards/sample."""
     order: Literal["auto", "full", "windowed"] = "auto"
     """full: any image can follow any other; windowed: for large sets. auto: windowed above 8 GiB decoded."""
     shuffle_streams: Auto | PositiveInt = "auto"
-    """Streams of the windowed order: divides batch_size, a multiple of the world size. auto: the largest up to 16."""
+    """Streams of the windowed order: divides batch_size. auto: the largest up to 16, a multiple of the world size."""
     shuffle_window: PositiveInt = 1024
     """Images in a shuffle window of the windowed order, per stream."""
     reader: Literal["auto", "resident", "streaming"] = "auto"
     """resident: decoded once per node, then memory-mapped; streaming: bounded memory, windowed order only."""
     workers: Auto | NonNegativeInt = "auto"
     """Decoding threads. auto: all cores of the node to decode a resident set; as many as threads while streaming."""
-    cache_dir: OrNone[str] = None
+    cache_dir: OrNone[LocalPath] = None
     """Folder for decoded and fetched sets. none: $MNISTM_DIST_CACHE, node-local under Slurm, or the user's cache."""
 
 
@@ -131,6 +139,8 @@ class StepsConfig:
     """Images per step, over all processes."""
     micro_batch: Auto | PositiveInt = "auto"
     """Images per forward pass (the batch of BatchNorm). auto: batch_size / world size of the first launch."""
+    max_world: OrNone[PositiveInt] = None
+    """Choose an automatic micro_batch for up to this many processes. none: the first launch's; 8 if reproducible."""
     image_size: ImageSizes = (64,)
     """Image sizes of equal parts of the run, pixels: 32,48 trains half of the epochs at each."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -154,6 +164,8 @@ class MachineConfig:
     """Compute BatchNorm's statistics over all processes (GPUs only), no longer over one micro-batch."""
     deterministic: bool = False
     """Use deterministic kernels only: slower on GPUs, no difference on CPUs."""
+    reproducible: bool = False
+    """Train the same bits on any number of processes. auto then means one thread and a micro-batch for max_world."""
 
 
 @checked
@@ -161,12 +173,12 @@ class MachineConfig:
 class RunConfig:
     """The run folder, checkpoints and logs. Nothing here changes the trained weights."""
 
-    run_dir: OrNone[str] = None
+    run_dir: OrNone[LocalPath] = None
     """Run folder. none: runs/RECIPE-TIME."""
-    resume: OrNone[str] = None
+    resume: OrNone[LocalPath] = None
     """auto: resume the latest complete checkpoint of --run-dir, or start. Else a run folder or a checkpoint of it."""
     max_steps: OrNone[PositiveInt] = None
-    """Stop after this many steps. The schedule stays that of the full run."""
+    """Stop after this many steps; the schedule stays that of the full run. A resume keeps it. none: no limit."""
     checkpoint_every: NonNegativeInt = 500
     """Steps between checkpoints. 0: only at the end of each epoch."""
     checkpoint_minutes: NonNegativeFloat = 10.0
@@ -177,8 +189,8 @@ class RunConfig:
     """Epochs between evaluations on val."""
     log_every: PositiveInt = 10
     """Steps between rows of log.jsonl."""
-    tracker: Literal["auto", "wandb", "none"] = "auto"
-    """Experiment tracker. auto: wandb if an API key or a mode is set."""
+    tracker: TrackerName = "auto"
+    """Experiment tracker; all but wandb by Accelerate, if installed. auto: wandb if an API key or a mode is set."""
     report: bool = True
     """Draw the figures and write report.html at the end. summary.json is written in any case."""
     upload_checkpoint: bool = False
@@ -189,7 +201,7 @@ class RunConfig:
     """Before the first step, check that the initial loss is ln(classes) and that one batch can be overfitted."""
     profile_steps: NonNegativeInt = 0
     """Steps to trace with torch.profiler after a warm-up. The trace is written to RUN/profile/."""
-    signals: str = "SIGTERM,SIGUSR1"
+    stop_signals: str = "SIGTERM,SIGUSR1,SIGHUP"
     """Signals at which the run saves and exits with code 75, separated by commas. Ctrl-C always does."""
     collective_timeout: Annotated[float, Field(ge=1)] = 600.0
     """Seconds after which a collective operation fails if another process does not take part."""
@@ -215,8 +227,10 @@ DEFAULT_RECIPE = "fast"
 SECTIONS = {name: [field.name for field in fields(value)] for name, value in vars(Config()).items() if name != "recipe"}
 SECTION_OF = {name: section for section, names in SECTIONS.items() for name in names}
 assert len(SECTION_OF) == sum(map(len, SECTIONS.values())), "a field name is used in two sections"
-# All other fields decide the trained weights. shards: another copy of the same set.
-MAY_CHANGE_AT_RESUME = {*SECTIONS["run"], "shards", "reader", "workers", "cache_dir", "micro_batch", "threads"}
+# The fields that decide the trained weights. shards: another copy of the same set; its identity is checked.
+LEARNING = SECTION_OF.keys() - SECTIONS["run"] - {"shards", "reader", "workers", "cache_dir", "max_world"}
+# precision: on another kind of device only, which is not known before the processes join.
+MAY_CHANGE_AT_RESUME = SECTION_OF.keys() - LEARNING | {"micro_batch", "threads", "precision"}
 _ADAPTER = TypeAdapter(Config)
 
 
@@ -262,8 +276,8 @@ def read_recipe(recipe: str, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
     Raises:
         UserError: there is no such recipe, a field of it is not accepted, or it inherits from itself.
     """
-    bundled = recipe in RECIPES
-    path = Path(__file__).with_name("recipes") / f"{recipe}.yaml" if bundled else Path(*heirs[:1]).parent / recipe
+    bundled, heir_dir = recipe in RECIPES, Path(*heirs[:1]).parent
+    path = Path(__file__).with_name("recipes") / f"{recipe}.yaml" if bundled else heir_dir / local_path(recipe)
     origin = f"{heirs[0]}: recipe {recipe}" if heirs else f"recipe {recipe}"
     if path.resolve() in heirs:
         raise UserError(f"{origin}: inherits from itself; remove a recipe: line")
@@ -313,7 +327,7 @@ def invalid_value(error: ValidationError) -> tuple[tuple[str, ...], str]:
     path = first["loc"][:2]
     # A value that fits no member of a union has an error for each of them.
     messages = [e["msg"] for e in errors if e["loc"][:2] == path and e["input"] is first["input"]]
-    noise = r"^(Input|String|Tuple) |, (unable|got) .*|dictionary or an instance of "
+    noise = r"^(Input|String|Tuple|Value error, \S*:) |, (unable|got) .*|dictionary or an instance of "
     problem = " or ".join(re.sub(noise, "", message) for message in messages).replace(" or should be ", " or ")
     return tuple(map(str, path)), f"found {first['input']!r:.120}; {problem}"
 
@@ -321,6 +335,6 @@ def invalid_value(error: ValidationError) -> tuple[tuple[str, ...], str]:
 def flag_error(error: ValidationError) -> UserError:
     """Return the first invalid value as an error that names its flag."""
     path, problem = invalid_value(error)
-    # The last part may be a member of a union.
-    flag = [part for part in path if part.isidentifier()][-1].replace("_", "-")
-    return UserError(f"--{flag}: {problem}")
+    # The last part may be a member of a union; an argument without a flag is a number.
+    flags = [f"--{part.replace('_', '-')}" for part in path if part.isidentifier()]
+    return UserError(f"{flags[-1] if flags else 'argument'}: {problem}")

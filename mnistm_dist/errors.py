@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 
 EXIT_PEER_FAILURE = 1  # another process of the run has failed
@@ -45,8 +46,7 @@ class RankError(UserError):
 
 
 class PeerFailure(Exception):
-    """Another process of the run has failed. The message is one line; every remaining process prints it and exits with
-    `EXIT_PEER_FAILURE`."""
+    """Another process of the run has failed. The message is one line; every remaining process prints it."""
 
 
 @contextmanager
@@ -78,6 +78,15 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
+def near_path(path: Path) -> str:
+    """Return `` (did you mean X?)`` if the folder of a missing ``path`` holds a close name, else an empty text."""
+    try:
+        siblings = [str(sibling) for sibling in path.parent.iterdir()]
+    except OSError:
+        return ""
+    return did_you_mean(str(path), siblings)
+
+
 def os_error_reason(error: Exception) -> str:
     """Return the reason of an `OSError`, without its number and its path."""
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
@@ -92,12 +101,27 @@ def import_optional(name: str, needed_by: str, extra: str) -> ModuleType:
         raise UserError(f'{needed_by} needs {package}: pip install "mnistm-dist[{extra}]"') from error
 
 
+# The launcher's variables, and their names in Open MPI and in MPICH.
+_MPI_VARIABLES = {
+    "RANK": ("OMPI_COMM_WORLD_RANK", "PMI_RANK"),
+    "WORLD_SIZE": ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"),
+    "LOCAL_RANK": ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID"),
+    "LOCAL_WORLD_SIZE": ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"),
+}
+
+
 def run_cli(main: Callable[[list[str]], int], argv: list[str] | None = None) -> int:
     """Run the ``main`` of a command and return its exit code. Torch should be imported in ``main``.
 
     A `UserError` is one line on stderr and exit code 2, as is a path that cannot be opened. Other exceptions are bugs
     and pass through.
     """
+    for name, of_mpi in _MPI_VARIABLES.items():
+        for value in filter(None, map(os.environ.get, of_mpi)):
+            os.environ.setdefault(name, value)
+    # A closed stream (``>&-``) is None, and the next file that is opened would get its number.
+    sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115
+    sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
     # OpenMP reads it when torch is imported.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
@@ -111,6 +135,9 @@ def run_cli(main: Callable[[list[str]], int], argv: list[str] | None = None) -> 
             raise
         print_error(f"{os.fsdecode(error.filename)}: cannot be opened ({error.strerror}); name another path")
         return EXIT_USER_ERROR
+    except PeerFailure as error:
+        print_error(str(error))
+        return EXIT_PEER_FAILURE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED

@@ -5,33 +5,38 @@
         -m mnistm_dist.evaluate runs/NAME
 
 Writes into RUN, for each split: predictions_SPLIT.csv, mistakes_SPLIT.png,
-confusion_matrix_SPLIT.png, and the metrics in summary.json. Update report.html
-with python -m mnistm_dist.report RUN. On one kind of device the predictions are
-the same bytes at every world size.
+confusion_matrix_SPLIT.png, the metrics in summary.json, and report.html anew.
+While RUN is in use, results are printed only, unless --out names a folder for
+them. On one kind of device the predictions are the same bytes at every world
+size.
 """
 
 import os
 import sys
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Literal
 
 from tyro.conf import arg
 
 from mnistm_dist.cli import command
-from mnistm_dist.config import OrNone
+from mnistm_dist.config import LocalFile, LocalPath, OrNone, ShardsPath
 from mnistm_dist.errors import errors_once_per_node, run_cli
+from mnistm_dist.files import FolderBusy, explain_os_errors
+from mnistm_dist.reporting.console import Console
 
 
 @command
 def main(
-    run: Annotated[str, arg(metavar="RUN")],
+    run: Annotated[LocalPath, arg(metavar="RUN")],
     /,
     *,
-    shards: OrNone[str] = None,
+    shards: OrNone[ShardsPath] = None,
     split: OrNone[Literal["val", "test"]] = None,
-    checkpoint: str = "chosen",
+    checkpoint: LocalPath = "chosen",
+    out: OrNone[LocalFile] = None,
 ) -> int:
     """Evaluate a checkpoint of a run.
 
@@ -40,15 +45,22 @@ def main(
         shards: Packed set. none: the one that the run was trained on.
         split: Evaluate only this split. none: all that the set has.
         checkpoint: best, last, or the path of a checkpoint. chosen: the one that the run has chosen.
+        out: Folder to write to. none: RUN.
     """
     from mnistm_dist import config as configuration
-    from mnistm_dist.reporting.console import Console
-    from mnistm_dist.results import choose_checkpoint, evaluate_checkpoint, print_result, read_summary, write_summary
+    from mnistm_dist.reporting.html import write_report
+    from mnistm_dist.results import (
+        choose_checkpoint,
+        evaluate_checkpoint,
+        next_commands,
+        print_result,
+        read_summary,
+        write_summary,
+    )
     from mnistm_dist.training import distributed
     from mnistm_dist.training.hardware import find_device, native_precisions
-    from mnistm_dist.training.preemption import exit_with_launcher
+    from mnistm_dist.training.preemption import exit_promptly
     from mnistm_dist.training.run_dir import CONFIG_NAME, require_run
-    from mnistm_dist.training.run_lock import RunLock
     from mnistm_dist.training.setup import EVALUATED_SPLITS, open_evaluation
 
     run_dir = Path(run)
@@ -62,15 +74,15 @@ def main(
         emulated = machine.precision not in ("auto", *native_precisions(find_device(os.environ)))
     if emulated:
         machine = replace(machine, precision="fp32")
-    exit_with_launcher()
+    exit_promptly()
     timeout = config.run.collective_timeout
     with distributed.joined(machine, expect_world_size=None, collective_timeout=timeout) as world:
         console = Console(enabled=world.is_main)
         if emulated:
             console.warn(f"precision: {config.machine.precision} is not native here; evaluating in fp32")
-        lock = world.run_on_all_ranks(lambda: RunLock(run_dir) if world.is_main else nullcontext())
-        with lock, console.library_warnings(), distributed.peer_failures(timeout):
-            opened = open_evaluation(config, world, console, run_dir, split)
+        with ExitStack() as stack, console.library_warnings(), distributed.peer_failures(timeout):
+            folder = world.run_on_main(lambda: choose_folder(run_dir, out, console, stack))
+            opened = open_evaluation(config, world, console, folder, split)
             has_test = "test" in opened.shards.manifest.splits
             chosen, entry = opened.world.run_on_main(lambda: choose_checkpoint(run_dir, checkpoint, has_test=has_test))
             predictions = evaluate_checkpoint(opened, chosen, console)
@@ -79,9 +91,33 @@ def main(
                 if summary.get("checkpoint") != entry or shards:
                     # The numbers of the other split are of another checkpoint, or of another set.
                     summary = {name: value for name, value in summary.items() if name not in EVALUATED_SPLITS}
-                summary = write_summary(run_dir, summary | {"checkpoint": entry}, predictions)
-                print_result(console, run_dir, summary, predictions)
+                summary = write_summary(folder, summary | {"checkpoint": entry}, predictions)
+                report = config.run.report and folder == run_dir
+                if report:
+                    write_report([run_dir], run_dir / "report.html", predictions)
+                shown = folder if folder in (run_dir, out) else None
+                commands = next_commands(opened) if folder == run_dir else {}
+                print_result(console, shown, summary, predictions, commands, report=report)
     return 0
+
+
+def choose_folder(run_dir: Path, out: Path | None, console: Console, stack: ExitStack) -> Path:
+    """Return the folder to write to: ``out``, or the run's, locked; a temporary one if another process holds the run's.
+
+    ``stack`` releases it. Raises `UserError` if it cannot be written.
+    """
+    from mnistm_dist.training.run_lock import RunLock
+
+    if out is not None:
+        with explain_os_errors(out):
+            out.mkdir(parents=True, exist_ok=True)
+        return out
+    try:
+        stack.enter_context(RunLock(run_dir))
+    except FolderBusy:
+        console.line(f"{run_dir}: in use by another process; results are printed only (--out FOLDER writes them)")
+        return Path(stack.enter_context(TemporaryDirectory()))
+    return run_dir
 
 
 if __name__ == "__main__":

@@ -17,12 +17,12 @@ several sizes and batches.
 
 import os
 import sys
-from pathlib import Path
 from typing import Annotated, Literal
 
 from tyro.conf import arg
 
 from mnistm_dist.cli import command
+from mnistm_dist.config import LocalFile, LocalPath
 from mnistm_dist.errors import UserError, import_optional, run_cli
 from mnistm_dist.files import atomic_path, explain_os_errors
 
@@ -36,13 +36,13 @@ IMAGES = 50
 
 @command
 def main(
-    run: Annotated[str, arg(metavar="RUN")],
+    run: Annotated[LocalPath, arg(metavar="RUN")],
     /,
     *,
     to: Literal["onnx", "torch"],
-    out: Annotated[Path, arg(metavar="FILE")],
+    out: Annotated[LocalFile, arg(metavar="FILE")],
     force: bool = False,
-    checkpoint: str = "chosen",
+    checkpoint: LocalPath = "chosen",
 ) -> int:
     """Export a trained model. Raises `UserError` if the exported file does not give the model's probabilities.
 

@@ -2,12 +2,16 @@
 
 import contextlib
 import os
+import re
 import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from mnistm_dist.errors import UserError, os_error_reason
+
+AnyPath = TypeVar("AnyPath", str, Path)
 
 
 @contextlib.contextmanager
@@ -19,6 +23,13 @@ def explain_os_errors(
         yield
     except OSError as error:
         raise UserError(f"{subject}: cannot be {verb} ({os_error_reason(error)}); {advice}") from error
+
+
+def local_path(path: AnyPath) -> AnyPath:
+    """Return a path with ``~`` expanded. Raises `UserError` for a URL: it would become a folder of the name ``s3:``."""
+    if re.match(r"[A-Za-z][\w+.-]+:/", str(path)):
+        raise UserError(f"{path}: should be a local path, not a URL")
+    return type(path)(os.path.expanduser(path))  # noqa: PTH111  # Path.expanduser fails without a home
 
 
 def fsync_path(path: Path) -> None:

@@ -15,14 +15,13 @@ import shlex
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 from tyro.conf import arg
 
 from mnistm_dist.cli import command, write_result
-from mnistm_dist.config import OrNone, checked
+from mnistm_dist.config import LocalFile, LocalPath, OrNone, checked
 from mnistm_dist.errors import UserError, run_cli
 
 if TYPE_CHECKING:
@@ -40,8 +39,8 @@ class Synthesis:
         blends: For mnist+photos and sample: training images per digit, each over another patch.
     """
 
-    mnist: OrNone[str] = None
-    photos: OrNone[str] = None
+    mnist: OrNone[LocalPath] = None
+    photos: OrNone[LocalPath] = None
     blends: Annotated[int, Field(ge=1, le=1_000)] = 1
 
 
@@ -57,7 +56,7 @@ class Target:
         seed: Seed of the order of storage and of synthesis.
     """
 
-    out: Annotated[Path | None, arg(metavar="DIR")] = None
+    out: Annotated[LocalFile | None, arg(metavar="DIR")] = None
     split_size: OrNone[PositiveInt] = None
     num_shards: PositiveInt = 64
     seed: NonNegativeInt = 0
@@ -65,14 +64,14 @@ class Target:
 
 @command
 def main(
-    source: Annotated[str | None, arg(metavar="SOURCE")] = None,
+    source: Annotated[LocalPath | None, arg(metavar="SOURCE")] = None,
     /,
     *,
     target: Target,
     synthesis: Synthesis,
     layout: OrNone[str] = None,
     download: Annotated[str | None, arg(metavar="official|URL")] = None,
-    cache_dir: OrNone[Path] = None,
+    cache_dir: OrNone[LocalFile] = None,
     layouts: bool = False,
 ) -> int:
     """Pack a source.

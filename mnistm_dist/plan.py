@@ -7,7 +7,9 @@
 The second one draws the images as the model receives them. The third is for a
 run of the default recipe that has not started. --json prints {"step": S,
 "epoch": E, "ranks": [[key, ...], ...]}; E is the epoch of the step's first
-image. The global batch of a step is the same at every world size.
+image. Both count from 0, as --step does; the text and log.jsonl count from 1.
+The global batch of a step does not depend on the world size, except in the
+windowed order of a run that has not started: its number of streams does.
 """
 
 from __future__ import annotations
@@ -23,7 +25,18 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from tyro.conf import arg
 
 from mnistm_dist.cli import command, write_result
-from mnistm_dist.config import DEFAULT_RECIPE, Config, OrNone, build, checked, load, read_recipe, replace
+from mnistm_dist.config import (
+    DEFAULT_RECIPE,
+    Config,
+    LocalPath,
+    OrNone,
+    ShardsPath,
+    build,
+    checked,
+    load,
+    read_recipe,
+    replace,
+)
 from mnistm_dist.errors import UserError, run_cli
 
 if TYPE_CHECKING:
@@ -38,13 +51,13 @@ class NewRun:
     """Instead of RUN: a run that has not started. none: the value of the default recipe.
 
     Args:
-        shards: Packed set: a folder or a URL.
+        shards: Packed set: a folder or a URL. With RUN: another copy of its set.
         batch_size: Images per step, over all processes.
         seed: Seed of the order and of augmentation.
         order: Training order.
     """
 
-    shards: OrNone[str] = None
+    shards: OrNone[ShardsPath] = None
     batch_size: OrNone[PositiveInt] = None
     seed: OrNone[NonNegativeInt] = None
     order: OrNone[Literal["auto", "full", "windowed"]] = None
@@ -52,13 +65,13 @@ class NewRun:
 
 @command
 def main(
-    run: Annotated[str | None, arg(metavar="RUN")] = None,
+    run: Annotated[LocalPath | None, arg(metavar="RUN")] = None,
     /,
     *,
     step: Annotated[int, Field(ge=0, le=2**40)],
     world_size: PositiveInt = 1,
     json_output: Annotated[bool, arg(name="json")] = False,
-    save: Annotated[Annotated[str, Field(pattern=r"\.(png|svg|pdf)$")] | None, arg(metavar="FILE.png")] = None,
+    save: Annotated[Annotated[LocalPath, Field(pattern=r"\.(png|svg|pdf)$")] | None, arg(metavar="FILE.png")] = None,
     new_run: NewRun,
 ) -> int:
     """Show the images of a step.
@@ -72,9 +85,11 @@ def main(
     """
     config = choose_config(run, new_run)
     # Heavy imports come after the flags, so that --help and a mistyped flag answer at once.
+    import numpy as np
+
     from mnistm_dist.data.cache import choose_cache_dir
     from mnistm_dist.data.fetch import open_shards
-    from mnistm_dist.data.order import accumulation_share, choose_reading, create_order, step_positions
+    from mnistm_dist.data.order import choose_micro_batch, choose_reading, create_order, step_positions
     from mnistm_dist.training.schedule import Schedule
 
     shards = open_shards(str(config.data.shards), cache_dir=choose_cache_dir(config.data.cache_dir))
@@ -84,20 +99,26 @@ def main(
     schedule = Schedule.of(config, shards.split("train").count)
     if run is not None and step >= schedule.total_steps:
         raise UserError(f"--step {step}: {run} has {schedule.total_steps:,} steps; use 0 to {schedule.total_steps - 1}")
-    share = accumulation_share(batch_size=batch_size, world_size=world_size)
-    positions = step_positions(step, batch_size=batch_size)
+    reproducible = config.machine.reproducible
+    micro_batch = choose_micro_batch(config.steps, world_size=world_size, reproducible=reproducible)
+    sizes = {"batch_size": batch_size, "micro_batch": micro_batch, "world_size": world_size}
+    shares = [step_positions(step, **sizes, rank=rank) for rank in range(world_size)]
+    positions = np.concatenate(shares)
     ids = create_order(config.data, config.steps, shards.manifest).ids(positions)
     keys = shards.keys("train", ids)
-    ranks = [keys[start : start + share] for start in range(0, batch_size, share)]
+    ranks = [keys[share[0] - positions[0] : share[-1] - positions[0] + 1] for share in shares]
     epoch = schedule.epoch(step)
-    title = f"step {step} of epoch {epoch}: {batch_size} images, {order} order, seed {config.steps.seed}"
+    # As the console, the log and the report count them: from 1.
+    place = f"step {step + 1:,} of {schedule.total_steps:,} (--step {step}), epoch {epoch + 1}"
+    title = f"{place}: {batch_size} images"
     if save:
         save_images(Path(save), config, shards, positions, ids, schedule.image_size(step), title)
     if json_output:
         write_result(json.dumps({"step": step, "epoch": epoch, "ranks": ranks}) + "\n")
         return 0
     texts = (f"rank {rank}: {' '.join(of_rank)}" for rank, of_rank in enumerate(ranks))
-    lines = [title, *(textwrap.fill(text, width=80, subsequent_indent="    ") for text in texts)]
+    head = f"{title}, {order} order, seed {config.steps.seed}"
+    lines = [textwrap.fill(text, width=80, subsequent_indent="    ") for text in (head, *texts)]
     if save:
         lines.append(f"images: {save}")
     write_result("\n".join(lines) + "\n")
@@ -107,11 +128,12 @@ def main(
 def choose_config(run: str | None, new_run: NewRun) -> Config:
     """Return the configuration of a run, or of a new one. Raises `UserError` if not exactly one of them is named."""
     given = {name: value for name, value in vars(new_run).items() if value is not None}
-    if run is not None and given:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+    own = [name for name in given if name != "shards"]
+    if run is not None and own:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in own)
         raise UserError(f"{flags}: {run} has its own; leave this out, or name --shards instead of a run")
     if run is not None:
-        return load(Path(run) / "config.yaml")
+        return replace(load(Path(run) / "config.yaml"), **given)
     if "shards" not in given:
         raise UserError("plan: name a run folder, or a packed set with --shards")
     return build(DEFAULT_RECIPE, read_recipe(DEFAULT_RECIPE) | given)

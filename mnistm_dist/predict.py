@@ -24,6 +24,7 @@ from pydantic import PositiveInt
 from tyro.conf import arg
 
 from mnistm_dist.cli import command, write_result
+from mnistm_dist.config import LocalPath
 from mnistm_dist.errors import UserError, escape_control, run_cli
 
 if TYPE_CHECKING:
@@ -32,19 +33,17 @@ if TYPE_CHECKING:
 
 # Exit code if some files could not be read and others could.
 EXIT_SKIPPED = 1
-# Decimals of a written probability, as in ``predictions_SPLIT.csv``.
-DECIMALS = 6
 
 
 @command
 def main(
-    run: Annotated[str, arg(metavar="RUN")],
-    images: Annotated[tuple[str, ...], arg(metavar="IMAGE|FOLDER")],
+    run: Annotated[LocalPath, arg(metavar="RUN")],
+    images: Annotated[tuple[LocalPath, ...], arg(metavar="IMAGE|FOLDER")],
     /,
     *,
     json_output: Annotated[bool, arg(name="json")] = False,
     csv_output: Annotated[bool, arg(name="csv")] = False,
-    checkpoint: str = "chosen",
+    checkpoint: LocalPath = "chosen",
     batch_size: PositiveInt = 250,
 ) -> int:
     """Classify image files. Raises `UserError` if none can be read.
@@ -98,6 +97,8 @@ def predict_files(
     """
     import torch
 
+    from mnistm_dist.training.evaluation import DECIMALS
+
     rows = []
     for start in range(0, len(files), batch_size):
         batch = []
@@ -119,6 +120,8 @@ def predict_files(
 
 def format_csv(rows: list[dict[str, Any]], classes: tuple[str, ...]) -> str:
     """Return a header and a row per file, as in ``predictions_SPLIT.csv``."""
+    from mnistm_dist.training.evaluation import DECIMALS
+
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["file", "predicted", "probability", *(f"p{name}" for name in classes)])

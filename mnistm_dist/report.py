@@ -13,12 +13,12 @@ from typing import Annotated
 from tyro.conf import arg
 
 from mnistm_dist.cli import command
-from mnistm_dist.config import OrNone
+from mnistm_dist.config import LocalFile, LocalPath, OrNone
 from mnistm_dist.errors import UserError, run_cli
 
 
 @command
-def main(runs: Annotated[tuple[str, ...], arg(metavar="RUN")], /, *, out: OrNone[Path] = None) -> int:
+def main(runs: Annotated[tuple[LocalPath, ...], arg(metavar="RUN")], /, *, out: OrNone[LocalFile] = None) -> int:
     """Write the report.
 
     Args:

@@ -5,6 +5,7 @@
 
 import functools
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +13,23 @@ import numpy as np
 import torch
 
 from mnistm_dist.data.loader import Reader
-from mnistm_dist.data.order import accumulation
 from mnistm_dist.data.transforms import Preprocess
 from mnistm_dist.errors import UserError, escape_control
 from mnistm_dist.files import write_atomic
 from mnistm_dist.reporting.console import Console
-from mnistm_dist.reporting.describe import describe
+from mnistm_dist.reporting.describe import describe, describe_failure
 from mnistm_dist.reporting.predictions import Predictions, mistakes, read_predictions
 from mnistm_dist.reporting.run_logger import log_results
 from mnistm_dist.reporting.tracking import Tracker
 from mnistm_dist.training import checkpoint as checkpoints
 from mnistm_dist.training.environment import device_name
 from mnistm_dist.training.evaluation import SplitOutputs, predict_split, write_predictions
+from mnistm_dist.training.hardware import peak_memory_gb
 from mnistm_dist.training.models import count_parameters, create_model, to_device
-from mnistm_dist.training.run_dir import RunDir, writing
+from mnistm_dist.training.run_dir import SUMMARY_NAME, RunDir, writing
 from mnistm_dist.training.schedule import Schedule
 from mnistm_dist.training.setup import RunSetup
 from mnistm_dist.training.train_state import TrainState
-
-SUMMARY_NAME = "summary.json"
 
 
 def choose_checkpoint(run_dir: Path, which: str, *, has_test: bool) -> tuple[checkpoints.Checkpoint, dict[str, Any]]:
@@ -46,7 +45,9 @@ def choose_checkpoint(run_dir: Path, which: str, *, has_test: bool) -> tuple[che
         last = checkpoints.latest(run_dir, warnings.append)
         if last is None:
             reason = f" ({warnings[0]})" if warnings else ""
-            raise UserError(f"{run_dir}: no complete checkpoint{reason}; train with --resume {run_dir}")
+            raise UserError(
+                f"{run_dir}: no complete checkpoint{reason}; train with --resume {shlex.quote(str(run_dir))}"
+            )
         checkpoint, chosen, best = last, "last", last.scalars.history.best
         if which == "best" and best is None:
             raise UserError(
@@ -109,6 +110,7 @@ def write_split(run: RunSetup, split: str, outputs: SplitOutputs | None) -> Pred
 def draw_split(run_dir: Path, split: str, predictions: Predictions, reader: Reader) -> None:
     """Draw the figures of a split. Raise `UserError` if the run folder cannot be written."""
     from mnistm_dist.reporting import figures
+    from mnistm_dist.reporting.pictures import write_pictures
     from mnistm_dist.reporting.style import save
 
     wrong = mistakes(predictions)
@@ -118,10 +120,14 @@ def draw_split(run_dir: Path, split: str, predictions: Predictions, reader: Read
     with writing(run_dir):
         save(matrix, run_dir / f"confusion_matrix_{split}.png")
         save(figures.mistakes(images, shown, len(wrong), f"Mistakes, {split}"), run_dir / f"mistakes_{split}.png")
+        write_pictures(run_dir / "mistakes" / f"{split}.png", images, [m.key for m in shown])
 
 
 def finish(run: RunSetup, run_dir: RunDir, state: TrainState, console: Console, tracker: Tracker) -> None:
-    """Evaluate the chosen checkpoint on val and test; write figures, summary and report. All ranks take part."""
+    """Evaluate the chosen checkpoint on val and test; write figures, summary, report and state, then print the result.
+
+    All ranks take part.
+    """
     # matplotlib and Jinja2 take a second to import, and a prediction does not need them.
     from mnistm_dist.reporting.curves import learning_curve
     from mnistm_dist.reporting.html import write_report
@@ -141,14 +147,18 @@ def finish(run: RunSetup, run_dir: RunDir, state: TrainState, console: Console, 
     log_results(tracker, summary, sorted(run.path.glob("*.png")), predictions, state.steps_done)
     if run.config.run.upload_checkpoint:
         tracker.log_checkpoint(checkpoint.path, [str(entry["chosen"]).split()[0]])
-    print_result(console, run.path, summary, predictions, report=run.config.run.report)
+    run_dir.set_state("finished")
+    print_result(console, run.path, summary, predictions, next_commands(run), report=run.config.run.report)
+    losses = [row["train/loss"] for row in run_dir.rows if row["kind"] == "train"]
+    failures = (describe_failure(results.metrics, losses) for results in predictions.values())
+    if failure := next(filter(None, failures), ""):
+        console.warn(failure)
 
 
-def header_rows(run: RunSetup, state: TrainState, schedule: Schedule) -> dict[str, str]:
+def header_rows(run: RunSetup, state: TrainState, schedule: Schedule, tracker: str) -> dict[str, str]:
     """Return the rows of the header that the console shows before training."""
     config, world, manifest = run.config, run.world, run.shards.manifest
-    micro_batch = int(config.steps.micro_batch)
-    k = accumulation(batch_size=config.steps.batch_size, world_size=world.size, micro_batch=micro_batch)
+    batch_size, micro_batch, optim = config.steps.batch_size, int(config.steps.micro_batch), config.optim
     counts = ", ".join(f"{split.count:,} {name}" for name, split in manifest.splits.items())
     steps = f"{schedule.total_steps:,} steps, {config.steps.epochs} epochs"
     if schedule.last_step < schedule.total_steps:
@@ -158,9 +168,10 @@ def header_rows(run: RunSetup, state: TrainState, schedule: Schedule) -> dict[st
     tf32 = " (convolutions in TF32)" if in_tf32 else ""
     if state.steps_done:
         steps = f"resuming at step {state.steps_done:,} of {steps}"
+    averaged = f", averaged weights ({optim.ema_decay})" if optim.ema_decay else ""
     return {
-        "run": str(run.path),
-        "recipe": config.recipe,
+        # The first line of a new run has named it.
+        **({"recipe": config.recipe} if config.run.resume else {}),
         "world size": str(world.size),
         "device": device_name(world.device),
         "precision": f"{config.machine.precision}{tf32}, {config.machine.memory_format}",
@@ -168,9 +179,13 @@ def header_rows(run: RunSetup, state: TrainState, schedule: Schedule) -> dict[st
         "model": f"pruned ResNet18, {count_parameters(state.model):,} parameters",
         "shards": f"{run.shards.root} ({manifest.lineage}: {counts})",
         "data": f"{config.data.reader} reader, {config.data.order} order",
-        "batch": f"{config.steps.batch_size} = {world.size} x {k} x {micro_batch} (processes x micro-batches x images)",
+        "batch": f"{batch_size} = {batch_size // micro_batch} x {micro_batch} (micro-batches x images)",
         "image size": ", ".join(f"{size} px" for size in dict.fromkeys(config.steps.image_size)),
+        "optimizer": f"{optim.optimizer}{averaged}",
+        "learning rate": f"{schedule.peak_learning_rate:g}, {optim.lr_schedule}",
         "training": steps,
+        "seed": str(config.steps.seed),
+        "tracker": tracker,
     }
 
 
@@ -193,6 +208,7 @@ def summary_fields(run: RunSetup, state: TrainState) -> dict[str, Any]:
         "train_seconds": round(seconds, 3),
         "evaluate_seconds": round(history.evaluate_seconds, 3),
         "save_seconds": round(history.save_seconds, 3),
+        "peak_memory_gb": peak_memory_gb(run.world.device),
         "images_per_second": round(images / seconds, 2) if seconds else None,
         "parameters": count_parameters(state.model),
         "data": {
@@ -222,12 +238,29 @@ def write_summary(run_dir: Path, summary: dict[str, Any], results: dict[str, Pre
     return summary
 
 
+def next_commands(run: RunSetup) -> dict[str, str]:
+    """Return what can be done with a finished run, as commands for a shell."""
+    folder, python = shlex.quote(str(run.path)), "python -m mnistm_dist"
+    compared = f"{folder} OTHER_RUN" if run.config.run.report else folder
+    commands = {"predict": f"{python}.predict {folder} IMAGE", "report": f"{python}.report {compared}"}
+    if run.config.run.max_steps:
+        last = checkpoints.checkpoint_dir(run.path, run.config.run.max_steps)
+        commands["resume"] = f"{python}.train --resume {shlex.quote(str(last))}"
+    return commands
+
+
 def print_result(
-    console: Console, run_dir: Path, summary: dict[str, Any], results: dict[str, Predictions], *, report: bool = False
+    console: Console,
+    folder: Path | None,
+    summary: dict[str, Any],
+    results: dict[str, Predictions],
+    commands: dict[str, str],
+    *,
+    report: bool,
 ) -> None:
-    """Print accuracy, the most common confusions and the paths of what was written."""
+    """Print accuracy, the most common confusions, if there is a ``folder`` what was written there, and what is next."""
     text = "\n\n".join(f"{split}: {describe(predictions.metrics)}" for split, predictions in results.items())
-    paths = {f"predictions, {split}": str(run_dir / f"predictions_{split}.csv") for split in results}
+    files = {f"predictions, {split}": f"predictions_{split}.csv" for split in results}
     if report:
-        paths = {"report": str(run_dir / "report.html"), **paths}
-    console.result(summary, text, {"run folder": str(run_dir), **paths})
+        files = {"report": "report.html", **files}
+    console.result(summary, text, {name: folder / file for name, file in files.items()} if folder else {}, commands)

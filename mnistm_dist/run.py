@@ -8,21 +8,26 @@
 """
 
 import dataclasses
+import functools
+import os
 import shlex
-from collections.abc import Iterator
+import statistics
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
-from mnistm_dist.cli import TrainRequest
-from mnistm_dist.config import Config
+from mnistm_dist.cli import TrainRequest, write_result
+from mnistm_dist.config import Config, dump
 from mnistm_dist.errors import EXIT_PREEMPTED, errors_once_per_node
+from mnistm_dist.estimate import images_left, print_estimate
 from mnistm_dist.reporting.console import Console
 from mnistm_dist.reporting.run_logger import RunLogger
 from mnistm_dist.reporting.tracking import Tracker, open_tracker
-from mnistm_dist.results import finish, header_rows
+from mnistm_dist.results import finish, header_rows, read_summary
 from mnistm_dist.training import distributed
 from mnistm_dist.training.checkpoint import Checkpoint
-from mnistm_dist.training.preemption import Preempted, StopRequest, exit_with_launcher, parse_signals
-from mnistm_dist.training.resume import agree_on_start, choose_start, restore_state
+from mnistm_dist.training.preemption import Preempted, StopRequest, exit_promptly, parse_signals
+from mnistm_dist.training.resume import agree_on_start, check_resume, choose_start, restore_state
 from mnistm_dist.training.schedule import Schedule
 from mnistm_dist.training.setup import RunSetup, acquire_run_dir, open_run, write_start
 from mnistm_dist.training.train_state import create_train_state
@@ -35,44 +40,84 @@ def launch(request: TrainRequest, *, process_ends: bool) -> int:
     ``process_ends``: whether this process ends with the run, as that of a command does.
     """
     with errors_once_per_node():
-        start = choose_start(request)
-    if start is None:
+        requests = [request.of_seed(seed) for seed in request.seeds] or [request]
+        starts = [(one, start) for one in requests if (start := choose_start(one)) is not None]
+    run_dirs = [Path(str(one.config.run.run_dir)) for one in requests if request.seeds]
+    if not starts:
+        compare_seeds(run_dirs, Console(enabled=os.environ.get("RANK", "0") == "0"))
         return 0
-    config, checkpoint = start
-    timeout, stop = config.run.collective_timeout, StopRequest()
-    stop.install(parse_signals(config.run.signals))
+    _, (config, checkpoint) = starts[0]
+    if request.print_config:
+        if os.environ.get("RANK", "0") == "0":
+            write_result(dump(config))
+        return 0
+    timeout, stop = config.run.collective_timeout, StopRequest(parse_signals(config.run.stop_signals))
     try:
-        exit_with_launcher()
+        exit_promptly()
         with distributed.joined(
             config.machine, expect_world_size=config.run.expect_world_size, collective_timeout=timeout
         ) as world:
             console = Console(enabled=world.is_main)
             with console.library_warnings(), distributed.peer_failures(timeout):
-                return train(config, checkpoint, world, console, stop)
+                if request.dry_run:
+                    print_estimate(open_run(config, world, console), console, checkpoint.step if checkpoint else 0)
+                    return 0
+                for one, (config, checkpoint) in starts:
+                    code = train(config, checkpoint, world, console, stop, one.argv)
+                    if code:
+                        return code
+                world.run_on_main(lambda: compare_seeds(run_dirs, console))
+                return 0
     finally:
         stop.close(process_ends=process_ends)
 
 
+def compare_seeds(run_dirs: Sequence[Path], console: Console) -> None:
+    """Print mean and spread of the accuracy of runs that differ in their seed, if any, and write their comparison."""
+    summaries = [read_summary(run_dir) for run_dir in run_dirs]
+    for split in ("val", "test"):
+        scores = [100 * summary[split]["accuracy"] for summary in summaries if split in summary]
+        if len(scores) > 1:
+            spread = f"standard deviation {statistics.stdev(scores):.2f}, {min(scores):.2f} to {max(scores):.2f}"
+            console.line(f"{split}: mean {statistics.fmean(scores):.2f} % of {len(scores)} seeds, {spread}")
+    if len(run_dirs) > 1:
+        from mnistm_dist.reporting.html import write_report
+
+        page = run_dirs[0].parent / "report.html"
+        write_report(run_dirs, page)
+        console.line(f"comparison: {page}")
+
+
 def train(
-    config: Config, checkpoint: Checkpoint | None, world: distributed.World, console: Console, stop: StopRequest
+    config: Config,
+    checkpoint: Checkpoint | None,
+    world: distributed.World,
+    console: Console,
+    stop: StopRequest,
+    argv: list[str],
 ) -> int:
     """Steps 2 to 5 of a run. Return the exit code. All ranks take part."""
     checkpoint = agree_on_start(config, checkpoint, world)
     run = open_run(config, world, console)
     world = run.world
+    if checkpoint is not None:
+        world.run_on_all_ranks(lambda: check_resume(checkpoint, run, console.warn))
     run_dir = world.run_on_all_ranks(lambda: acquire_run_dir(run, checkpoint))
+    stop.install()
     with run_dir, distributed.peer_failures(run.config.run.collective_timeout):
         classes, schedule = run.shards.manifest.classes, Schedule.of(run.config, run.shards.split("train").count)
-        state = create_train_state(run.config, world, len(classes))
+        state = create_train_state(run.config, world, len(classes), run.shares)
         if checkpoint is not None:
-            world.run_on_all_ranks(lambda: restore_state(state, checkpoint, run, console.warn))
-        world.run_on_all_ranks(lambda: write_start(run, run_dir, state, resumed=checkpoint is not None))
+            world.run_on_all_ranks(lambda: restore_state(state, checkpoint, run))
+        resumed = checkpoint is not None
+        world.run_on_all_ranks(lambda: write_start(run, run_dir, state, console.line, resumed=resumed, argv=argv))
         try:
             with tracking(run, console) as tracker:
-                console.header("mnistm_dist", header_rows(run, state, schedule))
-                logger = RunLogger(console, tracker, run_dir.log, classes)
+                console.header(f"run {run.path}", header_rows(run, state, schedule, tracker.name))
+                left = functools.partial(images_left, run, schedule)
+                logger = RunLogger(console, tracker, run_dir.log, classes, left)
                 trainer = Trainer(run, run_dir, state, schedule, logger, stop)
-                if run.config.run.sanity_checks and checkpoint is None:
+                if run.config.run.sanity_checks and not resumed:
                     trainer.check_model()
                 trainer.fit()
                 finish(run, run_dir, state, console, tracker)
@@ -80,7 +125,6 @@ def train(
             resume = f"python -m mnistm_dist.train --resume {shlex.quote(str(run.path))}"
             console.line(f"{preempted.reason}: saved at step {state.steps_done}. Resume with: {resume}")
             return EXIT_PREEMPTED
-        run_dir.set_state("finished")
     return 0
 
 

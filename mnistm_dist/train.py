@@ -19,7 +19,9 @@ def main(argv: list[str]) -> int:
     request = parse_train_flags(argv)
     config = request.config
     what = f"resume {config.run.resume}" if config.run.resume else f"recipe {config.recipe}"
-    Console(enabled=os.environ.get("RANK", "0") == "0").line(f"mnistm_dist {__version__}: {what}")
+    # Of the configuration, stdout holds nothing else.
+    is_first = os.environ.get("RANK", "0") == "0" and not request.print_config
+    Console(enabled=is_first).line(f"mnistm_dist {__version__}: {what}")
     # After the flags and the first line: torch takes seconds to import.
     from mnistm_dist.run import launch
 

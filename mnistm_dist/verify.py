@@ -13,11 +13,12 @@ from typing import Annotated
 from tyro.conf import arg
 
 from mnistm_dist.cli import command
+from mnistm_dist.config import LocalPath
 from mnistm_dist.errors import UserError, run_cli
 
 
 @command
-def main(shards: Annotated[str, arg(metavar="SHARDS")], /) -> int:
+def main(shards: Annotated[LocalPath, arg(metavar="SHARDS")], /) -> int:
     """Check a packed set. Raises `UserError` if it is damaged.
 
     Args:

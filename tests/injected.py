@@ -10,16 +10,19 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+from torch import nn
 
 from mnistm_dist import results as scoring
 from mnistm_dist.data import resident
 from mnistm_dist.data.loader import Batch, Reader
 from mnistm_dist.errors import UserError
 from mnistm_dist.reporting import figures, html
-from mnistm_dist.training import checkpoint, evaluation, preemption
+from mnistm_dist.training import checkpoint, distributed, evaluation, preemption, train_state
 from mnistm_dist.training import trainer as loop
 
 CLONE_NEWNS, MS_RDONLY, MS_REC, MS_PRIVATE = 0x20000, 1, 0x4000, 0x40000
@@ -70,6 +73,21 @@ def a_second_a_look() -> None:
     """Let the clock of the training loop advance by a second at each reading, and not otherwise."""
     seconds = itertools.count()
     preemption.time = SimpleNamespace(monotonic=lambda: float(next(seconds)))  # type: ignore[attr-defined]
+
+
+# Joining
+
+
+def die_before_the_control_group() -> None:
+    """Kill rank 1 between joining and the creation of the control group."""
+    original = distributed._control_group
+
+    def create(timeout: timedelta) -> Any:
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(timeout)
+
+    distributed._control_group = create
 
 
 # User errors
@@ -153,6 +171,21 @@ def in_phase() -> None:
         return original(*arguments, **extra)
 
     setattr(owner, name, hit)
+
+
+# Models
+
+
+def add_dropout() -> None:
+    """Give the model dropout of half of its features."""
+    original = train_state.create_model
+
+    def with_dropout(num_classes: int, seed: int) -> Any:
+        model = original(num_classes, seed)
+        model.fc[2] = nn.Sequential(model.fc[2], nn.Dropout(0.5))
+        return model
+
+    train_state.create_model = with_dropout
 
 
 # Records

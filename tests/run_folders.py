@@ -96,7 +96,7 @@ def log_rows(
             {
                 "kind": "train",
                 "step": step,
-                "epoch": (step - 1) // steps_per_epoch,
+                "epoch": (step - 1) // steps_per_epoch + 1,
                 "train/loss": 0.12 + 2.2 * math.exp(-6 * share) + abs(rng.normal(0, 0.05)),
                 "train/learning_rate": 4e-3 * math.sin(math.pi * share) ** 2,
                 "train/images_per_second": 700.0 + rng.normal(0, 20),
@@ -110,7 +110,7 @@ def log_rows(
                 {
                     "kind": "evaluation",
                     "step": step,
-                    "epoch": step // steps_per_epoch - 1,
+                    "epoch": step // steps_per_epoch,
                     "split": "val",
                     "val/loss": 0.1 + 1.8 * math.exp(-6 * share),
                     "val/accuracy": final_accuracy - 0.5 * math.exp(-6 * share),

@@ -93,8 +93,8 @@ def test_a_flag_is_read_in_every_form(flags, field, value):
     assert configuration.fields_of(new_run(*flags.split()))[field] == value
 
 
-def help_of_train() -> str:
-    environment = {"COLUMNS": "80", "PATH": ""}
+def help_of_train(columns: int = 80) -> str:
+    environment = {"COLUMNS": str(columns), "PATH": ""}
     command = [sys.executable, "-m", "mnistm_dist.train", "--help"]
     root = configuration.Path(configuration.__file__).parents[1]
     return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=True).stdout
@@ -106,6 +106,13 @@ def test_help_explains_every_field_in_80_columns():
     for name in configuration.fields_of(Config()):
         # A flag, its values, and the beginning of a sentence.
         assert re.search(rf"^ +--{name.replace('_', '-')}\b.*\n?.* [a-zA-Z$]\w+", text, re.MULTILINE), name
+
+
+def test_help_breaks_no_word_in_80_columns():
+    # A list of choices may go on in the next line.
+    narrow, wide = (set(re.findall(r"[^\s,{}-][^\s,{}]*", help_of_train(columns))) for columns in (80, 1000))
+    assert narrow <= wide
+    assert "32,32,32,32,32,32,48,48,64,64,64)" in help_of_train()
 
 
 def test_the_docstring_of_every_field_is_one_line_since_help_keeps_its_breaks():
@@ -223,10 +230,12 @@ def test_a_resume_continues_as_the_run_began():
     assert resumed(stored, "--micro-batch", "32").steps.micro_batch == 32
 
 
-def test_a_resume_may_repeat_the_max_steps_of_the_launch_before():
+def test_a_resume_keeps_max_steps_and_may_repeat_or_change_it():
     flags = ["--max-steps", "7", "--expect-world-size", "2"]
     stored = new_run(*flags)
-    assert (resumed(stored).run.max_steps, resumed(stored, *flags).run) == (None, stored.run)
+    assert (resumed(stored).run.max_steps, resumed(stored).run.expect_world_size) == (7, None)
+    assert resumed(stored, *flags).run == stored.run
+    assert [resumed(stored, "--max-steps", n).run.max_steps for n in ("9", "none")] == [9, None]
 
 
 @pytest.mark.parametrize(

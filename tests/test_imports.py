@@ -3,6 +3,7 @@
 import ast
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -98,7 +99,7 @@ def test_help_answers_in_under_half_a_second_of_cpu_in_80_columns(command):
 
 def test_before_main_no_command_has_imported_torch_or_changed_the_environment():
     modules = ", ".join([*(f"mnistm_dist.{command}" for command in COMMANDS), "benchmarks.__main__"])
-    code = f"import os, sys; before = dict(os.environ); import {modules}; print('torch' in sys.modules, before == os.environ)"
+    code = f"import os, sys; was = dict(os.environ); import {modules}; print('torch' in sys.modules, was == os.environ)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent)
     assert done.stdout.split() == ["False", "True"], done.stderr
 
@@ -133,6 +134,30 @@ def test_an_unknown_command_is_refused_with_the_list_and_the_nearest_name():
     assert error.startswith("error: evalaute: no such command (did you mean evaluate?)")
     assert done.returncode == 2
     assert [line.split()[0] for line in listed] == list(COMMANDS)
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+@pytest.mark.parametrize(
+    ("line", "completed"),
+    [
+        ("mnistm-dist e", "evaluate export"),
+        ("mnistm-dist train --lea", "--learning-rate"),
+        ("mnistm-dist train --optimizer m", "muon"),
+        ("mnistm-dist predict runs/x --j", "--json"),
+    ],
+)
+def test_bash_completes_commands_flags_and_values(line, completed):
+    script, _ = run_python("-m", "mnistm_dist", "--completion", "bash")
+    words = f"COMP_WORDS=({line}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); _tyro_mnistm_dist"
+    done = subprocess.run(
+        ["bash", "-c", f'{script.stdout}\n{words} && echo "${{COMPREPLY[*]}}"'], capture_output=True, text=True
+    )
+    assert done.stdout.strip() == completed
+
+
+def test_an_unknown_shell_is_refused():
+    done, _ = run_python("-m", "mnistm_dist", "--completion", "csh")
+    assert (done.returncode, done.stderr) == (2, "error: --completion: found 'csh'; should be one of bash, zsh, fish\n")
 
 
 @pytest.mark.parametrize("flag", ["--version", "--help"])

@@ -22,7 +22,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from mnistm_dist.errors import UserError
-from mnistm_dist.files import explain_os_errors, file_lock
+from mnistm_dist.files import explain_os_errors, file_lock, local_path
 
 CACHE_VARIABLE = "MNISTM_DIST_CACHE"  # the environment variable that names the cache folder
 _ELSEWHERE = f"name another folder with --cache-dir or ${CACHE_VARIABLE}"
@@ -31,15 +31,16 @@ _ELSEWHERE = f"name another folder with --cache-dir or ${CACHE_VARIABLE}"
 def choose_cache_dir(named: str | Path | None) -> Path:
     """Return the cache folder: ``named`` if given.
 
-    Otherwise ``$MNISTM_DIST_CACHE``; in a Slurm job a node-local folder (below ``$SLURM_TMPDIR``, ``$TMPDIR`` or
-    ``/tmp``); else ``$XDG_CACHE_HOME/mnistm_dist`` or ``~/.cache/mnistm_dist``.
+    Otherwise ``$MNISTM_DIST_CACHE``; in a Slurm job, or without a home, a node-local folder (below
+    ``$SLURM_TMPDIR``, ``$TMPDIR`` or ``/tmp``); else ``$XDG_CACHE_HOME/mnistm_dist`` or ``~/.cache/mnistm_dist``.
     """
     if named := named or os.environ.get(CACHE_VARIABLE):
-        return Path(named).expanduser()
-    if "SLURM_JOB_ID" in os.environ:
+        return Path(local_path(str(named)))
+    user_cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111
+    if "SLURM_JOB_ID" in os.environ or user_cache.startswith("~"):
         local = os.environ.get("SLURM_TMPDIR") or os.environ.get("TMPDIR") or tempfile.gettempdir()
         return Path(local) / f"mnistm_dist-{os.getuid()}"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mnistm_dist"
+    return Path(user_cache) / "mnistm_dist"
 
 
 @contextmanager

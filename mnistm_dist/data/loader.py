@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mnistm_dist.config import DataConfig
-from mnistm_dist.data.order import Order, accumulation, step_positions
+from mnistm_dist.data.order import Order, step_positions
 from mnistm_dist.data.parallel import Progress, available_cores
 from mnistm_dist.data.resident import Resident, open_resident
 from mnistm_dist.data.shards import ShardSet
@@ -86,16 +86,14 @@ def train_batches(
     They do not depend on the reader or its workers. Raises `UserError` if batch, micro-batch and world size do not fit,
     and, while streaming, for shards that were damaged after the launch.
     """
-    k = accumulation(batch_size=batch_size, world_size=world_size, micro_batch=micro_batch)
+    share = {"batch_size": batch_size, "micro_batch": micro_batch, "world_size": world_size, "rank": rank}
+    images_per_step = len(step_positions(0, **share))
 
     def blocks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        block_steps = max(1, _BLOCK_POSITIONS // (k * micro_batch))
+        block_steps = max(1, _BLOCK_POSITIONS // images_per_step)
         for first in range(start_step, stop_step, block_steps):
             positions = np.stack(
-                [
-                    step_positions(step, batch_size=batch_size, world_size=world_size, rank=rank)
-                    for step in range(first, min(first + block_steps, stop_step))
-                ]
+                [step_positions(step, **share) for step in range(first, min(first + block_steps, stop_step))]
             )
             yield positions, order.ids(positions.ravel()).reshape(positions.shape)
 
@@ -103,7 +101,7 @@ def train_batches(
     left, right = tee(blocks())
     steps = ((p, i) for positions, ids in left for p, i in zip(positions, ids, strict=True))
     for (positions, ids), (images, labels) in zip(steps, reader.iter_steps(order, right), strict=True):
-        parts = [slice(first, first + micro_batch) for first in range(0, k * micro_batch, micro_batch)]
+        parts = [slice(first, first + micro_batch) for first in range(0, images_per_step, micro_batch)]
         yield [
             Batch(images=images[at], labels=labels[at], positions=positions[at], ids=ids[at], count=micro_batch)
             for at in parts

@@ -1,66 +1,82 @@
 """The endless training order: (seed, position) -> sample id.
 
 The order is epoch 0's permutation, then epoch 1's, and so on, without a gap. Position ``p`` is in epoch ``p // N``.
-Step ``s`` takes the positions ``[s*B, (s+1)*B)``, where B is the global batch; rank r of W takes the r-th contiguous
-slice of them. A sample's id is its place in storage order: shards in manifest order, samples in their order within the
-shard.
+Step ``s`` takes the positions ``[s*B, (s+1)*B)``, where B is the global batch, in M = B / micro-batch micro-batches;
+rank r of W computes those from ``r * M // W`` up to ``(r + 1) * M // W``. A sample's id is its place in storage order:
+shards in manifest order, samples in their order within the shard.
 
 No state and no random generator: the id at any position is a closed form, the same on every machine.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mnistm_dist.config import DataConfig, StepsConfig
 from mnistm_dist.data.hashing import derive_key, permute
-from mnistm_dist.data.manifest import Manifest, Split
 from mnistm_dist.errors import UserError
+
+if TYPE_CHECKING:  # the order itself, and `OrderedSampler`, import NumPy only
+    from mnistm_dist.config import DataConfig, StepsConfig
+    from mnistm_dist.data.manifest import Manifest, Split
 
 # They separate the keys of one seed; hashing.uniform has 1, packing/writer.py has 5.
 _TAG_FULL, _TAG_SHARDS, _TAG_WINDOWS = 2, 3, 4
 # A training split of more decoded bytes is streamed in windowed order by default.
 RESIDENT_BYTES = 8 << 30
 MAX_AUTO_STREAMS = 16
+# The number of processes for which a reproducible run chooses its micro-batch.
+REPRODUCIBLE_WORLD = 8
 
 
-def step_positions(step: int, *, batch_size: int, world_size: int = 1, rank: int = 0) -> np.ndarray:
-    """Return the positions of one rank in one step: the rank-th contiguous slice of ``[step*B, (step+1)*B)``.
+def micro_batch_share(*, batch_size: int, micro_batch: int, world_size: int, rank: int) -> range:
+    """Return which of the M = batch_size / micro_batch micro-batches of a step one rank computes.
 
-    int64, shape (batch_size / world_size,). Raises `UserError` if the world size does not divide the batch.
+    They are contiguous, the ranks follow one another, and no rank has more than one more than another. Raises
+    `UserError` if the micro-batch does not divide the batch, or if there are more processes than micro-batches.
     """
-    share = accumulation_share(batch_size=batch_size, world_size=world_size)
-    start = step * batch_size + rank * share
-    return np.arange(start, start + share, dtype=np.int64)
-
-
-def accumulation_share(*, batch_size: int, world_size: int) -> int:
-    """Return how many images of a step one rank takes. Raises `UserError` if the world size does not divide the
-    batch."""
-    if batch_size % world_size:
+    count, rest = divmod(batch_size, micro_batch)
+    if rest:
         raise UserError(
-            f"batch_size {batch_size} is not a multiple of the {world_size} processes; the nearest that fit are "
-            f"{_nearest_multiples(batch_size, world_size)}"
+            f"micro_batch {micro_batch} does not divide batch_size {batch_size}; the nearest that fit are micro_batch "
+            f"{_nearest_divisors(batch_size, micro_batch)} or batch_size {_nearest_multiples(batch_size, micro_batch)} "
+            "(a resume can change only --micro-batch)"
         )
-    return batch_size // world_size
+    if world_size > count:
+        raise UserError(
+            f"micro_batch {micro_batch}: a batch of {batch_size} has {count} of them for {world_size} processes; use "
+            f"--micro-batch {auto_micro_batch(batch_size=batch_size, world_size=world_size)} or smaller, a larger "
+            "--batch-size, or fewer processes"
+        )
+    return range(rank * count // world_size, (rank + 1) * count // world_size)
 
 
-def accumulation(*, batch_size: int, world_size: int, micro_batch: int) -> int:
-    """Return how many micro-batches of ``micro_batch`` images one rank has in a step: ``B / (W * micro_batch)``.
+def auto_micro_batch(*, batch_size: int, world_size: int) -> int:
+    """Return the largest micro-batch that gives each of ``world_size`` processes one: batch_size / world_size if that
+    is a whole number."""
+    return max(m for m in range(1, max(1, batch_size // world_size) + 1) if batch_size % m == 0)
 
-    Raises `UserError` with the nearest values that fit if that is not a whole number.
+
+def choose_micro_batch(steps: StepsConfig, *, world_size: int, reproducible: bool) -> int:
+    """Resolve ``micro_batch``. With ``reproducible``, auto does not depend on the number of processes."""
+    largest_world = steps.max_world or (REPRODUCIBLE_WORLD if reproducible else world_size)
+    automatic = auto_micro_batch(batch_size=steps.batch_size, world_size=largest_world)
+    return automatic if steps.micro_batch == "auto" else steps.micro_batch
+
+
+def step_positions(
+    step: int, *, batch_size: int, micro_batch: int = 1, world_size: int = 1, rank: int = 0
+) -> np.ndarray:
+    """Return the positions of one rank in one step, int64: its `micro_batch_share` of ``[step*B, (step+1)*B)``.
+
+    Raises `UserError` if batch, micro-batch and world size do not fit.
     """
-    share = accumulation_share(batch_size=batch_size, world_size=world_size)
-    if share % micro_batch:
-        raise UserError(
-            f"micro_batch {micro_batch} does not divide the {share} images that each of {world_size} processes takes "
-            f"of a batch of {batch_size}; the nearest that fit are micro_batch {_nearest_divisors(share, micro_batch)} "
-            f"or batch_size {_nearest_multiples(batch_size, world_size * micro_batch)} (a resume can change only "
-            "--micro-batch)"
-        )
-    return share // micro_batch
+    share = micro_batch_share(batch_size=batch_size, micro_batch=micro_batch, world_size=world_size, rank=rank)
+    return step * batch_size + np.arange(share.start * micro_batch, share.stop * micro_batch, dtype=np.int64)
 
 
 def _nearest_multiples(value: int, divisor: int) -> str:
@@ -116,8 +132,8 @@ class WindowedOrder:
     3. The epoch's shards, shuffled and laid end to end, are cut into segments of those lengths, one for each stream.
     4. A segment is permuted in windows of ``window`` samples, so a reader holds a window or two of each stream.
 
-    The number of streams belongs to the configuration, not to the launch: W divides S and S divides B. Raises
-    `UserError` if S does not divide B.
+    The number of streams belongs to the configuration, not to the launch. Where a rank's share of a step begins or ends
+    within a stream, both ranks read that stream. Raises `UserError` if S does not divide B.
     """
 
     shard_counts: Sequence[int]
@@ -228,19 +244,16 @@ def choose_reading(config: DataConfig, manifest: Manifest, *, batch_size: int, w
     fitting = auto_streams(batch_size=batch_size, world_size=world_size)
     if streams == "auto":
         streams = fitting
-    elif order == "windowed" and (streams % world_size or batch_size % streams):
-        raise UserError(
-            f"shuffle_streams {streams} does not fit {world_size} processes and a batch of {batch_size}: the number of "
-            f"processes must divide it and it must divide the batch; {fitting} fits"
-        )
+    elif order == "windowed" and batch_size % streams:
+        raise UserError(f"shuffle_streams {streams} does not divide the batch of {batch_size}; {fitting} fits")
     return order, reader, streams
 
 
 def auto_streams(*, batch_size: int, world_size: int) -> int:
-    """Return the largest number of streams up to 16, or up to a larger world size, that the world size divides and that
-    divides the batch; 1 if the world size does not divide the batch."""
-    limit = max(MAX_AUTO_STREAMS, world_size)
-    return next((s for s in range(limit, 0, -1) if s % world_size == 0 and batch_size % s == 0), 1)
+    """Return the largest number of streams up to 16, or up to a larger world size, that divides the batch; if possible
+    one that the world size divides, so that no two ranks read the same stream."""
+    divisors = [s for s in range(max(MAX_AUTO_STREAMS, world_size), 0, -1) if batch_size % s == 0]
+    return next((s for s in divisors if s % world_size == 0), divisors[0])
 
 
 def create_order(data: DataConfig, steps: StepsConfig, manifest: Manifest) -> Order:

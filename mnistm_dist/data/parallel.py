@@ -4,6 +4,7 @@ import math
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -11,6 +12,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from pathlib import Path, PurePath
+from types import ModuleType
 from typing import TypeVar
 
 from mnistm_dist.errors import UserError
@@ -61,9 +63,9 @@ def workers_for(count: int) -> int:
 def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], *, workers: int) -> Iterator[Result]:
     """Yield ``map(function, items)``, computed in ``workers`` processes, in the order of the items.
 
-    At most `_IN_FLIGHT` items per worker are held at once. ``function`` must be defined at the top of a module; its
-    exceptions are raised here. With fewer than two workers it runs in this process. Raises `UserError` if a worker was
-    killed.
+    At most `_IN_FLIGHT` items per worker are held at once. ``function`` must be defined at the top of a module that is
+    imported, not in the script itself; its exceptions are raised here. With fewer than two workers it runs in this
+    process. Raises `UserError` if a worker was killed.
     """
     if workers < 2:
         yield from map(function, items)
@@ -97,11 +99,16 @@ def read_ahead(items: Iterable[Item], count: Callable[[Item], int]) -> Iterator[
 
 
 def _submit(pool: ProcessPoolExecutor, function: Callable[[Item], Result], item: Item) -> Future[Result]:
+    # It may start a worker, which would import the caller's script: run it again if it has no `if __name__ ==
+    # "__main__":`, fail if it came from stdin.
+    script, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
     try:
         return pool.submit(function, item)
     except (OSError, ValueError) as error:
-        # It starts a worker, and a broken pool closes the pipes for that.
+        # A broken pool closes the pipes for a worker that is started.
         raise BrokenProcessPool(str(error)) from error
+    finally:
+        sys.modules["__main__"] = script
 
 
 def _start_worker() -> None:

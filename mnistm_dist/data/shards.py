@@ -27,7 +27,7 @@ from pydantic import TypeAdapter, ValidationError
 from mnistm_dist.data.image_io import decode_png
 from mnistm_dist.data.manifest import MANIFEST_NAME, REPAIR, Manifest, SetFile, Sha256, Split, open_index, parse
 from mnistm_dist.data.parallel import Progress, available_cores
-from mnistm_dist.errors import UserError, os_error_reason
+from mnistm_dist.errors import UserError, near_path, os_error_reason
 from mnistm_dist.files import explain_os_errors, write_atomic
 
 # Status of a file: as claimed, shorter than claimed, other bytes than claimed, not there, or extra: a tar or index that
@@ -68,11 +68,17 @@ class ShardSet:
     def open(path: str | Path) -> "ShardSet":
         """Read and validate the manifest of the set in the folder ``path``; no shard is opened. Raises `UserError`."""
         root = Path(path)
-        where, advice = root / MANIFEST_NAME, "python -m mnistm_dist.pack SOURCE --out DIR makes a packed set"
+        where, advice = root / MANIFEST_NAME, "name a packed set with --shards; python -m mnistm_dist.pack makes one"
         with explain_os_errors(root, verb="read", advice=advice):
             if where.is_file():
                 return ShardSet(root=root, manifest=parse(where.read_bytes(), str(where)))
-            found = "a file" if root.is_file() else f"no {MANIFEST_NAME} in it" if root.exists() else "no such folder"
+            found = (
+                "a file"
+                if root.is_file()
+                else f"no {MANIFEST_NAME} in it"
+                if root.exists()
+                else f"no such folder{near_path(root)}"
+            )
         raise UserError(f"{root}: {found}; {advice}")
 
     def split(self, name: str) -> Split:

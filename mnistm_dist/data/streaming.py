@@ -65,7 +65,7 @@ class Streaming:
         """Yield images and labels of one step after another.
 
         ``blocks``: positions and their ids in ``order``, both int64 (steps, images of a step). Each step is one rank's
-        share, that is, whole streams. Raises `UserError` if the order is not windowed, and for damaged shards.
+        share. Raises `UserError` if the order is not windowed, and for damaged shards.
         """
         if not isinstance(order, WindowedOrder):
             raise UserError("reader streaming requires order windowed: use --order windowed, or --reader resident")

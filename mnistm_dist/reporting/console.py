@@ -22,7 +22,7 @@ from rich.console import Console as RichConsole
 from rich.console import RenderableType
 from rich.constrain import Constrain
 from rich.panel import Panel
-from rich.progress import BarColumn, Progress, Task, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -35,7 +35,7 @@ LONGEST_WARNING = 300  # characters of a library's warning that are shown
 REFRESH_SECONDS = 0.5  # between two drawings of a bar in a terminal; each costs milliseconds
 # Between two plain lines of a bar, at first and at most; it grows with the time that the bar is open.
 FIRST_LINE_SECONDS, LAST_LINE_SECONDS = 5.0, 60.0
-EVALUATION = "{:>5}  {:>6}  {:>5}  {:>10}  {:>6}  {:>8}  {}"  # a row of the table of evaluations
+EVALUATION = "{:>5}  {:>8}  {:>10}  {:>8}  {:>12}  {}"  # a row of the table of evaluations
 
 
 class LossyStream:
@@ -77,6 +77,19 @@ class Bars(Progress):
             yield Text(f"  {bar_text(task)}", style="cyan", no_wrap=True, overflow="ellipsis")
 
 
+class TimeLeftColumn(ProgressColumn):
+    """The time that is left, of a total that is known."""
+
+    def render(self, task: Task) -> Text:
+        return Text(time_left(task), style="cyan")
+
+
+def time_left(task: Task) -> str:
+    """Return ``3:05 left``: what the work itself estimates, or what follows from its recent speed."""
+    seconds = task.time_remaining if task.fields["left"] is None else task.fields["left"]
+    return f"{duration(seconds)} left" if seconds else ""
+
+
 def bar_text(task: Task) -> str:
     """Return ``1,200/55,000 images  1,204 images/s``, or the note of the bar instead of the speed."""
     return f"{_amount(task)}  {task.fields['note'] or _rate(task, task.speed or 0.0)}".rstrip()
@@ -106,10 +119,13 @@ class Bar:
     def __init__(self, console: Console, task: Task) -> None:
         self._console, self._task, self._drawn = console, task, time.monotonic()
 
-    def __call__(self, done: int, total: int = 0, note: str = "") -> None:
-        """Set how much is done of ``total``; 0: as before, or unknown. ``note`` is shown instead of the speed."""
+    def __call__(self, done: int, total: int = 0, note: str = "", left: float | None = None) -> None:
+        """Set how much is done of ``total``; 0: as before, or unknown.
+
+        ``note`` is shown instead of the speed; ``left``: seconds, instead of what follows from the speed.
+        """
         console, task, now = self._console, self._task, time.monotonic()
-        console.bars.update(task.id, total=total or None, completed=done, note=note)
+        console.bars.update(task.id, total=total or None, completed=done, note=note, left=left)
         line_seconds = min(max(FIRST_LINE_SECONDS, (task.elapsed or 0.0) / 50), LAST_LINE_SECONDS)
         if now - self._drawn < (REFRESH_SECONDS if console.live else line_seconds):
             return
@@ -117,8 +133,8 @@ class Bar:
         if console.live:
             console.bars.refresh()
         else:
-            left = "" if task.time_remaining is None else f"  {duration(task.time_remaining)} left"
-            console.line(f"{task.description} {bar_text(task)}{left}")
+            share = f" {task.percentage:.0f} %" if task.total else ""
+            console.line(f"{task.description}{share}  {bar_text(task)}  {time_left(task)}".rstrip())
 
 
 class Console:
@@ -144,7 +160,8 @@ class Console:
         self.bars = Bars(
             TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=None),
-            TimeRemainingColumn(),
+            TextColumn("{task.percentage:3.0f} %"),
+            TimeLeftColumn(),
             console=self._rich,
             auto_refresh=False,
             transient=True,
@@ -187,7 +204,12 @@ class Console:
         If the context exits without an error and no other bar is open, one line with time and speed is left.
         """
         # The unit: its scale, decimals and name.
-        fields: Any = {"unit": (1e-6, 1, "MB") if unit == "bytes" else (1, 0, unit), "first": start, "note": ""}
+        fields: Any = {
+            "unit": (1e-6, 1, "MB") if unit == "bytes" else (1, 0, unit),
+            "first": start,
+            "note": "",
+            "left": None,
+        }
         self.bars.start()
         self.bars.add_task(escape_control(description), total=total, completed=start, **fields)
         task = self.bars.tasks[-1]
@@ -205,29 +227,36 @@ class Console:
         """Add a row to the table of evaluations.
 
         Args:
-            row: ``epoch`` (from 0, shown from 1), ``step``, ``split`` (default: val), ``SPLIT/loss``,
-                ``SPLIT/accuracy``; optional: ``train/loss``, ``image_size`` and ``full_image_size`` (pixels; a smaller
-                size is noted), ``best`` (whether it is the best so far).
+            row: ``epoch``, ``step``, ``val/loss``, ``val/accuracy``; optional: ``train/loss``, ``image_size`` and
+                ``full_image_size`` (pixels; a smaller size is noted), ``best`` (whether it is the best so far).
         """
         if not self._has_evaluations:
             self._has_evaluations = True
-            head = EVALUATION.format("epoch", "step", "split", "train loss", "loss", "accuracy", "")
+            head = EVALUATION.format("epoch", "step", "train loss", "val loss", "val accuracy", "")
             self.line(head.rstrip(), "bold underline")
-        split, size, train_loss = row.get("split", "val"), row.get("image_size"), row.get("train/loss")
+        size, train_loss = row.get("image_size"), row.get("train/loss")
         at_size = f"at {size} px" if size is not None and size < row.get("full_image_size", size) else ""
         text = EVALUATION.format(
-            row["epoch"] + 1,
+            row["epoch"],
             f"{row['step']:,}",
-            split,
             "" if train_loss is None else f"{train_loss:.4f}",
-            f"{row[f'{split}/loss']:.4f}",
-            f"{100 * row[f'{split}/accuracy']:.2f} %",
+            f"{row['val/loss']:.4f}",
+            f"{100 * row['val/accuracy']:.2f} %",
             f"{'best' if row.get('best') else ''} {at_size}".lstrip(),
         )
         self.line(text.rstrip(), "green" if row.get("best") else "")
 
-    def result(self, summary: Mapping[str, Any], text: str, paths: Mapping[str, str]) -> None:
-        """Show the result: accuracy of each split with its interval, the time, a text, and what was written."""
+    def result(
+        self, summary: Mapping[str, Any], text: str, paths: Mapping[str, Path], commands: Mapping[str, str]
+    ) -> None:
+        """Show the result: accuracy of each split with its interval, the time, a text, and what was written.
+
+        Args:
+            summary: as in ``summary.json``.
+            text: a paragraph per line.
+            paths: what was written; in a terminal, links.
+            commands: what to do next, quoted for a shell; never wrapped, so that they can be copied.
+        """
         rows = {
             split: describe_accuracy(score["correct"], score["total"], score["interval95"])
             for split in ("val", "test")
@@ -242,8 +271,13 @@ class Console:
             # A number and its % stay on one line.
             for line in textwrap.wrap(paragraph.replace(" %", "\N{NO-BREAK SPACE}%"), TEXT_WIDTH):
                 self.line(line.replace("\N{NO-BREAK SPACE}", " "))
-        if paths:
-            self.header("written", paths)
+        width = max(map(len, [*paths, *commands]), default=0)
+        for title, lines in (("written", paths), ("next", commands)):
+            for i, (name, value) in enumerate(lines.items()):
+                link = f"link {value.resolve().as_uri()}" if isinstance(value, Path) and self.live else ""
+                head = f"{'' if i else title:<9}{name:<{width}}  "
+                clock = "" if self.live else f"{time.strftime('%H:%M:%S')} "
+                self._rich.print(Text(clock + head).append(escape_control(str(value)), link), soft_wrap=True)
 
     @contextmanager
     def library_warnings(self) -> Iterator[None]:

@@ -1,5 +1,6 @@
 """Results as text: how numbers are written, and sentences that summarise a confusion matrix."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -62,18 +63,30 @@ def describe_checkpoint(checkpoint: Mapping[str, Any]) -> str:
 
 
 def describe(metrics: Metrics) -> str:
-    """Summarise a confusion matrix, one paragraph per line.
+    """Summarise the errors in a confusion matrix, one paragraph per line.
 
     The sentences hold for any matrix: classes without images, ties, no errors, a constant prediction.
     """
     paragraphs = (
-        f"{describe_accuracy(metrics.correct, metrics.total, metrics.interval95)}.",
         _support(metrics),
         _confusions(metrics),
         _classes(metrics) if metrics.confusions else "",
         _never_predicted(metrics),
     )
     return "\n".join(filter(None, paragraphs))
+
+
+def describe_failure(metrics: Metrics, losses: Sequence[float] = ()) -> str:
+    """Return why a model has learned nothing: it diverged, or gives one answer; an empty text for any other model.
+
+    ``losses``: of the training, in order, nats.
+    """
+    guess, advice = math.log(len(metrics.classes)), "use a smaller --learning-rate, or train for more steps"
+    if losses and losses[-1] > max(guess, losses[0]):
+        return f"the training loss ends at {losses[-1]:.3f}, above the {guess:.3f} of a random guess; {advice}"
+    if sum(row.predicted > 0 for row in metrics.per_class) == 1 < sum(row.support > 0 for row in metrics.per_class):
+        return f"the model gives one answer: {_never_predicted(metrics).removesuffix('.').lower()}; {advice}"
+    return ""
 
 
 def _support(metrics: Metrics) -> str:

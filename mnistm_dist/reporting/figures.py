@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.transforms import blended_transform_factory
 
 from mnistm_dist.reporting.describe import percent, plural
 from mnistm_dist.reporting.metrics import CalibrationBin, Metrics
 from mnistm_dist.reporting.predictions import Mistake
-from mnistm_dist.reporting.style import COLUMN_INCHES, GRID, INK, MUTED, SERIES, SMALL, new_figure, styled
+from mnistm_dist.reporting.style import COLUMN_INCHES, GRID, INK, MUTED, SERIES, SMALL, PageFigure, new_figure, styled
 
 TILES_ACROSS = 6
 MOST_MISTAKES = 36  # that a figure shows
@@ -118,7 +119,7 @@ def batch_grid(images: Sequence[np.ndarray], captions: Sequence[str], title: str
 
 
 @styled
-def per_class(metrics: Metrics, title: str = "Precision and recall of each class") -> Figure:
+def per_class(metrics: Metrics, title: str = "Precision and recall of each class") -> PageFigure:
     """Draw the precision and the recall of each class as dots; the axis begins below the lowest."""
     width = len(metrics.classes)
     figure = new_figure(height=0.8 + 0.24 * width)
@@ -157,6 +158,11 @@ def per_class(metrics: Metrics, title: str = "Precision and recall of each class
     )
     for i, scores in enumerate(metrics.per_class):
         note = "no images" if not scores.support else "never predicted" if not scores.predicted else ""
+        shares = [
+            f"{name} {percent(v)}" for name in ("recall", "precision") if (v := getattr(scores, name)) is not None
+        ]
+        text = f"class {scores.name}: {', '.join([plural(scores.support, 'image'), *shares])}"
+        figure.add_tip(axes.get_yaxis_transform(), (0, i + 0.5, 1, i - 0.5), text)
         axes.annotate(
             note, (0, i), (6, 0), ("axes fraction", "data"), "offset points", va="center", fontsize=SMALL, color=MUTED
         )
@@ -168,7 +174,7 @@ def per_class(metrics: Metrics, title: str = "Precision and recall of each class
 
 
 @styled
-def calibration(bins: Sequence[CalibrationBin], error: float, title: str = "Calibration") -> Figure:
+def calibration(bins: Sequence[CalibrationBin], error: float, title: str = "Calibration") -> PageFigure:
     """Draw accuracy against confidence, and below it the number of images at each confidence.
 
     Args:
@@ -188,6 +194,10 @@ def calibration(bins: Sequence[CalibrationBin], error: float, title: str = "Cali
     )
     upper.set(xlim=(0, 100), ylim=(0, 100), ylabel="accuracy, %", title=f"{title}: ECE {100 * error:.2f} %")
     upper.legend(loc="upper left")
+    over = blended_transform_factory(upper.transData, figure.transFigure)
+    for row in filled:
+        text = f"{plural(row.count, 'image')}: confidence {percent(row.confidence)}, accuracy {percent(row.accuracy)}"
+        figure.add_tip(over, (100 * row.lower, 0, 100 * row.lower + 100 / len(bins), 1), text)
     counts = [row.count for row in filled]
     lower.bar(left, counts, color=MUTED, alpha=0.6, **bars)
     # Most images are in the last bin: only a logarithmic axis shows the others, and a bin of one image.

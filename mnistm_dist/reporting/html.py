@@ -3,29 +3,35 @@
 The templates hold the markup; this module prepares the values that they show.
 """
 
-import base64
 import dataclasses
+import os
+import re
 import statistics
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
+import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from mnistm_dist import __version__
-from mnistm_dist.config import Config
+from mnistm_dist.config import Config, read_recipe
+from mnistm_dist.errors import UserError
 from mnistm_dist.files import explain_os_errors, write_atomic
 from mnistm_dist.reporting import figures
-from mnistm_dist.reporting.curves import learning_curve, learning_curves
+from mnistm_dist.reporting.curves import learning_curve, learning_curves, machine_curve
 from mnistm_dist.reporting.describe import describe, describe_checkpoint, duration, number, percent, plural
-from mnistm_dist.reporting.metrics import calibration_bins
+from mnistm_dist.reporting.metrics import Metrics, calibration_bins
+from mnistm_dist.reporting.pictures import read_pictures
 from mnistm_dist.reporting.predictions import Predictions, mistakes, paired_difference
 from mnistm_dist.reporting.runs import SPLITS, RunRecord, differing_fields, flatten, read_runs, seed_groups
 from mnistm_dist.reporting.style import to_svg
 
 SPLIT_NAMES = {"val": "validation", "test": "test"}
-MISTAKES_LISTED = 20  # rows of a table of mistakes, at most
+LIKELIEST = 3  # classes that a mistake shows, besides the true one
 
 
 def write_report(
@@ -64,6 +70,7 @@ def write_report(
     several = len(runs) > 1
     missing = [f"{run.name}: {line}" if several else line for run in runs for line in run.missing]
     name, values = ("comparison", comparison_values(runs)) if several else ("run", run_values(runs[0]))
+    values["links"] = {run.name: _links(run.path, out) for run in runs}
     page = environment.get_template(f"{name}.html.j2").render(values, missing=missing, version=__version__)
     with explain_os_errors(out, advice="free some space or choose another --out"):
         write_atomic(out, page)
@@ -86,6 +93,15 @@ def value_text(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def _links(run_dir: Path, out: Path) -> dict[str, str]:
+    """Return the address of every file of a run folder by its name, relative to the page."""
+    files = sorted(
+        path.relative_to(run_dir) for path in [*run_dir.glob("[!.]*.*"), *run_dir.glob("checkpoints/step-*")]
+    )
+    base = out.resolve().parent
+    return {str(file): quote(os.path.relpath(run_dir.resolve() / file, base)) for file in files}
+
+
 def run_values(run: RunRecord) -> dict[str, Any]:
     """Return the values of ``run.html.j2``."""
     evaluations = [row for row in run.rows if row["kind"] == "evaluation" and row.get("val/accuracy") is not None]
@@ -94,7 +110,8 @@ def run_values(run: RunRecord) -> dict[str, Any]:
     sections = {
         "results": ("Results", run.metrics),
         "curve": ("Learning curve", run.rows),
-        **{f"mistakes-{m['split']}": (f"Mistakes, {m['name']}", m["rows"] or m["image"]) for m in wrong},
+        **{f"mistakes-{m['split']}": (f"Mistakes, {m['name']}", m["rows"]) for m in wrong},
+        "run": ("Run", run.rows or run.environment),
         "config": ("Configuration", run.config),
         "architecture": ("Architecture", run.architecture),
         "data": ("Data", run.summary.data),
@@ -104,15 +121,19 @@ def run_values(run: RunRecord) -> dict[str, Any]:
         "run": run,
         "title": run.name,
         "subtitle": _subtitle(run, resumes),
+        "facts": _facts(run),
         "tiles": _tiles(run),
         "sections": {anchor: title for anchor, (title, content) in sections.items() if content},
         "checkpoint": run.summary.checkpoint and describe_checkpoint(run.summary.checkpoint.model_dump()),
         "splits": [_split(run, split) for split in run.metrics],
         "curve": to_svg(learning_curve(run.rows), "curve", "Learning curve") if run.rows else None,
+        "machine_curve": to_svg(machine_curve(run.rows), "machine", "Throughput, gradient norm and memory")
+        if run.rows
+        else None,
         "evaluations": evaluations,
         "full_size": max((row.get("image_size") or 0 for row in evaluations), default=0),
         "mistakes": wrong,
-        "config": _config(run.config),
+        "config": _config(run.config, str(run.environment.get("command", ""))),
         "command_title": ("Command of the last launch" if resumes else "To reproduce this run")
         + (f", on {processes} processes" if isinstance(processes, int) and processes > 1 else ""),
     }
@@ -126,7 +147,30 @@ def _subtitle(run: RunRecord, resumes: int) -> str:
     recipe = run.summary.recipe or run.config.get("recipe", "unknown")
     at_step = "" if step is None else f"step {step:,}"
     resumed = f"resumed {plural(resumes, 'time')}" if resumes else ""
-    return " · ".join(filter(None, (f"recipe {recipe}", state, at_step, run.state.reason, resumed)))
+    moment = _facts(run).get("ended", "")
+    return " · ".join(filter(None, (f"recipe {recipe}", state, at_step, run.state.reason, resumed, moment)))
+
+
+def _facts(run: RunRecord) -> dict[str, str]:
+    """Return when, how long and where the run was."""
+    summary, environment = run.summary, run.environment
+    times = [row["time"] for row in run.rows if "time" in row]
+    parts = {"training": summary.train_seconds, "evaluation": summary.evaluate_seconds, "saving": summary.save_seconds}
+    spent = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items() if seconds)
+    facts: dict[str, Any] = {
+        name: time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(moment))
+        for name, moment in zip(("started", "ended"), (min(times), max(times)) if times else (), strict=False)
+    }
+    if times:
+        # Of all launches, with the time between them.
+        facts["duration"] = duration(max(times) - min(times)) + (f" ({spent})" if spent else "")
+    size, threads = environment.get("world_size"), environment.get("threads")
+    facts["machine"] = ", ".join(
+        str(environment[name]) for name in ("host", "device", "platform") if name in environment
+    )
+    facts["processes"] = f"{size}, {threads} threads each" if size and threads else ""
+    facts["peak memory"] = f"{summary.peak_memory_gb:.2f} GB" if summary.peak_memory_gb else ""
+    return {name: text for name, text in facts.items() if text}
 
 
 def _tiles(run: RunRecord) -> list[tuple[str, str]]:
@@ -156,37 +200,63 @@ def _split(run: RunRecord, split: str) -> dict[str, Any]:
         "name": name,
         "metrics": metrics,
         "text": describe(metrics).splitlines(),
-        "matrix": to_svg(
-            figures.confusion_matrix(metrics, f"Confusion matrix, {name}"),
-            f"matrix-{split}",
-            f"Confusion matrix, {name}",
-        ),
+        "split": split,
+        "matrix": _matrix(metrics),
         "classes": to_svg(figures.per_class(metrics), f"classes-{split}", f"Precision and recall, {name}"),
         "calibration": calibration and to_svg(calibration, f"calibration-{split}", "Accuracy at each confidence"),
     }
 
 
 def _mistakes(run: RunRecord, split: str) -> dict[str, Any]:
-    path = run.path / f"mistakes_{split}.png"
-    image = base64.b64encode(path.read_bytes()).decode("ascii") if path.is_file() else None
-    rows = mistakes(run.predictions[split]) if split in run.predictions else []
-    return {
-        "split": split,
-        "name": SPLIT_NAMES[split],
-        "image": image and f"data:image/png;base64,{image}",
-        "rows": rows[:MISTAKES_LISTED],
-        "total": len(rows),
-    }
+    predictions, pictures = run.predictions.get(split), read_pictures(run.path / "mistakes" / f"{split}.png")
+    wrong = mistakes(predictions) if predictions else []
+    rows = []
+    for row in wrong[: figures.MOST_MISTAKES]:
+        assert predictions is not None
+        probabilities = predictions.probabilities[row.id]
+        likeliest = [int(i) for i in np.argsort(-probabilities, kind="stable")[:LIKELIEST]]
+        shown = dict.fromkeys([*likeliest, int(predictions.labels[row.id])])
+        classes = [(predictions.classes[i], float(probabilities[i])) for i in shown]
+        rows.append({"mistake": row, "picture": pictures.get(row.key), "classes": classes})
+    return {"split": split, "name": SPLIT_NAMES[split], "rows": rows, "total": len(wrong)}
 
 
-def _config(config: Mapping[str, Any]) -> dict[str, list[tuple[str, str, bool]]]:
-    """Return name and value of every field and whether it differs from the default, by section."""
+def _matrix(metrics: Metrics) -> dict[str, list[list[tuple[str, float]]]]:
+    """Return the text and the shade, -1 to 1, of every cell: as counts, and in percent of its row and its column.
+
+    Correct ones have the shade of their share, errors that of their share of the largest error, negative.
+    """
+    counts = np.array(metrics.confusion_matrix)
+    right = np.eye(len(counts), dtype=bool)
+    modes = {}
+    for name, total in (("counts", 1), ("rows", counts.sum(axis=1, keepdims=True)), ("columns", counts.sum(axis=0))):
+        shares = counts / np.maximum(total, 1)
+        shades = np.where(right, shares / (shares[right].max() or 1), -shares / (shares[~right].max(initial=0) or 1))
+        texts = np.vectorize("{:,.0f}".format if name == "counts" else lambda share: f"{100 * share:.1f}")(shares)
+        modes[name] = [list(zip(*row, strict=True)) for row in zip(texts.tolist(), shades.tolist(), strict=True)]
+    return modes
+
+
+def _config(config: Mapping[str, Any], command: str) -> dict[str, list[tuple[str, str, str]]]:
+    """Return name, value and origin of every field, by section.
+
+    The origin is ``yours`` (a flag), ``recipe``, ``auto`` (chosen at the launch), or empty: the default.
+    """
+    try:
+        recipe = read_recipe(str(config.get("recipe")))
+    except UserError:
+        recipe = {}
     defaults = flatten(dataclasses.asdict(Config()))
-    sections: dict[str, list[tuple[str, str, bool]]] = {}
+    sections: dict[str, list[tuple[str, str, str]]] = {}
     for name, value in config.items():
         section, _, field = name.rpartition(".")
-        differs = value_text(value) != value_text(defaults.get(name, value))
-        sections.setdefault(section, []).append((field, value_text(value), differs))
+        base = recipe.get(field, defaults.get(name, value))
+        origin = "recipe" if field in recipe else ""
+        if value_text(value) != value_text(base):
+            origin = "auto" if base in ("auto", None) else "yours"
+        if re.search(rf"--(no-)?{field.replace('_', '[-_]')}\b(?!-)", command):
+            origin = "yours"
+        sections.setdefault(section, []).append((field, value_text(value), origin))
     return sections
 
 
@@ -205,9 +275,10 @@ def comparison_values(runs: Sequence[RunRecord]) -> dict[str, Any]:
             for split in SPLITS
             if len(group) > 1 and any(split in run.metrics for run in group)
         ],
-        "curves": to_svg(learning_curves(logged, epochs_per_step=epochs), "curves", "Learning curves")
-        if logged
-        else None,
+        "curves": [
+            to_svg(figure, f"curves-{i}", "Learning curves")
+            for i, figure in enumerate(learning_curves(logged, epochs) if logged else ())
+        ],
     }
     titles = {"fields": "Differences", "accuracy": "Accuracy", "seeds": "Seeds", "curves": "Learning curves"}
     sections = {anchor: title for anchor, title in titles.items() if anchor == "fields" or values[anchor]}
@@ -224,16 +295,18 @@ def _accuracy(runs: Sequence[RunRecord], split: str) -> dict[str, Any]:
     """Return the accuracies on one split, with the differences to the first run as numbers and in sentences."""
     scored = [run for run in runs if split in run.metrics]
     reference, rows, text = scored[0], [], []
+    (seeds,) = (group for group in seed_groups(runs) if reference in group)
     for run in scored:
         both = split in run.predictions and split in reference.predictions and run is not reference
         difference = paired_difference(run.predictions[split], reference.predictions[split]) if both else None
         rows.append((run, run.metrics[split], difference))
         if difference is not None:
             better = run.name if difference.difference > 0 else reference.name
+            verdict = f"{better} is better" if difference.significant else "not significant"
             text.append(
                 f"Only {run.name} correct: {difference.only_correct:,}; only {reference.name}: "
-                f"{difference.only_reference_correct:,} (p = {difference.p_value:.2g}): "
-                f"{f'{better} is better' if difference.significant else 'not significant'}."
+                f"{difference.only_reference_correct:,} "
+                + ("(the seed alone differs)." if run in seeds else f"(p = {difference.p_value:.2g}): {verdict}.")
             )
         elif run is not reference:
             text.append(f"{run.name} and {reference.name} cannot be paired: no predictions, or of other images.")

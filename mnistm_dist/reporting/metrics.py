@@ -39,7 +39,7 @@ class ClassScores:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Confusion:
+class ConfusionCell:
     """One cell off the diagonal of the confusion matrix."""
 
     true: str
@@ -105,7 +105,7 @@ class Metrics:
         )
 
     @property
-    def confusions(self) -> tuple[Confusion, ...]:
+    def confusions(self) -> tuple[ConfusionCell, ...]:
         """The nonzero cells off the diagonal, the largest first, equal ones in the order of the classes."""
         cells = [
             (-count, i, j)
@@ -114,7 +114,7 @@ class Metrics:
             if count and i != j
         ]
         return tuple(
-            Confusion(
+            ConfusionCell(
                 true=self.classes[i],
                 predicted=self.classes[j],
                 count=-negative,

@@ -1,7 +1,8 @@
 """What a training logs: its rows go to ``log.jsonl``, the console and the tracker; its results go to the tracker."""
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,13 @@ from mnistm_dist.reporting.console import Bar, Console
 from mnistm_dist.reporting.describe import number
 from mnistm_dist.reporting.metrics import measure
 from mnistm_dist.reporting.predictions import Predictions, mistakes
+from mnistm_dist.reporting.time_left import TimeLeft
 from mnistm_dist.reporting.tracking import Table, Tracker
 
 MOST_MISTAKES = 500  # rows of a tracker's table of mistakes, at most
+
+# After so many steps: the images that are left to train and to evaluate, by image size in pixels.
+ImagesLeft = Callable[[int], tuple[Mapping[int, int], Mapping[int, int]]]
 
 
 class RunLogger:
@@ -24,6 +29,7 @@ class RunLogger:
         tracker: of this process; on ranks other than 0 it does nothing.
         write_row: appends a row to ``log.jsonl``.
         classes: names of the classes.
+        images_left: for the time left; by default it follows from the steps alone.
     """
 
     def __init__(
@@ -32,8 +38,10 @@ class RunLogger:
         tracker: Tracker,
         write_row: Callable[[dict[str, Any]], None],
         classes: tuple[str, ...],
+        images_left: ImagesLeft | None = None,
     ) -> None:
         self.console, self.tracker, self.write_row, self.classes = console, tracker, write_row, classes
+        self._images_left, self._time_left, self._evaluation_seconds = images_left, TimeLeft(), 0.0
 
     @contextmanager
     def training(self, last_step: int, steps_done: int) -> Iterator[None]:
@@ -46,11 +54,13 @@ class RunLogger:
         self.write_row({"kind": "train", **row})
         scalars = {name: value for name, value in row.items() if "/" in name and value is not None}
         self.tracker.log(scalars, step=row["step"])
+        self._time_left.trained(row["train/image_size"], 1 / row["train/images_per_second"])
+        left = self._time_left.seconds(*self._images_left(row["step"])) if self._images_left else None
         note = (
-            f"epoch {row['epoch'] + 1}  loss {row['train/loss']:.4f}  lr {row['train/learning_rate']:.2e}  "
+            f"epoch {row['epoch']}  loss {row['train/loss']:.4f}  lr {row['train/learning_rate']:.2e}  "
             f"{number(row['train/images_per_second'])} images/s  {row['train/image_size']} px"
         )
-        self._bar(row["step"], note=note)
+        self._bar(row["step"], note=note, left=left)
 
     def evaluation_row(self, row: dict[str, Any], labels: np.ndarray, probabilities: np.ndarray) -> None:
         """Log an evaluation.
@@ -66,11 +76,16 @@ class RunLogger:
         logged = {name: row[name] for name in ("step", "epoch", "split", "image_size")}
         self.write_row({"kind": "evaluation", **logged, **scores})
         self.tracker.log(scores, step=row["step"])
+        self._time_left.evaluated(row["image_size"], self._evaluation_seconds / len(labels))
         self.console.evaluation({**row, **scores})
 
-    def evaluating(self, split: str, count: int) -> AbstractContextManager[Bar]:
+    @contextmanager
+    def evaluating(self, split: str, count: int) -> Iterator[Bar]:
         """Show the progress of an evaluation of ``count`` images while the block runs."""
-        return self.console.progress(f"evaluating {split}", count)
+        started = time.monotonic()
+        with self.console.progress(f"evaluating {split}", count) as bar:
+            yield bar
+        self._evaluation_seconds = time.monotonic() - started
 
     def exclude_time(self, seconds: float) -> None:
         """Exclude the last ``seconds`` from the estimated time left."""

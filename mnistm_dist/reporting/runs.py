@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, FiniteFloat, NonNegativeInt, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic needs this one below Python 3.12
 
-from mnistm_dist.errors import UserError, escape_control, os_error_reason
+from mnistm_dist.errors import UserError, escape_control, near_path, os_error_reason
 from mnistm_dist.reporting.metrics import Metrics
 from mnistm_dist.reporting.predictions import Predictions, read_predictions
 
@@ -64,6 +64,9 @@ class Summary(BaseModel):
     steps: NonNegativeInt | None = None
     epochs: FiniteFloat | None = None
     train_seconds: FiniteFloat | None = None
+    evaluate_seconds: FiniteFloat | None = None
+    save_seconds: FiniteFloat | None = None
+    peak_memory_gb: FiniteFloat | None = None
     images_per_second: FiniteFloat | None = None
     parameters: NonNegativeInt | None = None
     checkpoint: EvaluatedCheckpoint | None = None
@@ -88,6 +91,8 @@ Row = TypedDict(
     {
         "kind": Required[str],
         "step": Required[NonNegativeInt],
+        # Unix seconds.
+        "time": FiniteFloat,
         "epoch": NonNegativeInt,
         "image_size": NonNegativeInt | None,
         "val/loss": FiniteFloat | None,
@@ -95,6 +100,9 @@ Row = TypedDict(
         # NaN is valid: the row of the step at which a run failed has it.
         "train/loss": float | None,
         "train/learning_rate": FiniteFloat | None,
+        "train/images_per_second": FiniteFloat | None,
+        "train/gradient_norm": FiniteFloat | None,
+        "train/peak_memory_gb": FiniteFloat | None,
         "train/image_size": NonNegativeInt | None,
     },
     total=False,
@@ -150,12 +158,16 @@ def read_run(path: Path, version: str, predictions: Mapping[str, Predictions] | 
         UserError: the folder does not exist, or is no run folder.
     """
     if not path.is_dir():
-        raise UserError(f"{path}: no such run folder; name a folder that training wrote, such as runs/NAME")
+        raise UserError(
+            f"{path}: no such run folder{near_path(path)}; name a folder that training wrote, such as runs/NAME"
+        )
     if not any((path / name).exists() for name in FILES):
         raise UserError(f"{path}: not a run folder; a run folder holds {', '.join(FILES)}")
     missing: list[str] = []
     state = _read(path / "state.json", State, missing) or State()
     summary = _read(path / "summary.json", Summary, missing) or Summary()
+    # The predictions of a split that a complete summary does not have are those of another checkpoint.
+    scored = SPLITS if missing or not summary.checkpoint else tuple(name for name in SPLITS if getattr(summary, name))
     config = flatten(_read(path / "config.yaml", dict[str, Any], missing) or {})
     environment = _read(path / "environment.json", dict[str, Any], missing) or {}
     rows = _rows(path / "log.jsonl", missing)
@@ -165,7 +177,9 @@ def read_run(path: Path, version: str, predictions: Mapping[str, Predictions] | 
     for split in SPLITS:
         file, stored = path / f"predictions_{split}.csv", getattr(summary, split)
         results = (predictions or {}).get(split)
-        if results is None and file.exists():
+        if results is None and file.exists() and split not in scored:
+            missing.append(f"{file.name}: of another checkpoint than summary.json, left out.")
+        elif results is None and file.exists():
             try:
                 results = read_predictions(file)
             except UserError as error:
@@ -194,6 +208,25 @@ def read_run(path: Path, version: str, predictions: Mapping[str, Predictions] | 
         metrics=metrics,
         missing=tuple(missing),
     )
+
+
+def overview(path: Path) -> dict[str, Any]:
+    """Return recipe, state, step, accuracy on val and seconds of a run, for a list of many; None: not known."""
+    missing: list[str] = []
+    state, summary = (_read(path / f"{schema.__name__.lower()}.json", schema, missing) for schema in (State, Summary))
+    config = _read(path / "config.yaml", dict[str, Any], missing) or {}
+    rows = _rows(path / "log.jsonl", missing)
+    accuracies = [row["val/accuracy"] for row in rows if row.get("val/accuracy") is not None]
+    times = [row["time"] for row in rows if "time" in row]
+    assert state is None or isinstance(state, State)
+    assert summary is None or isinstance(summary, Summary)
+    return {
+        "recipe": config.get("recipe"),
+        "state": state.state if state else "unknown",
+        "step": state.step if state else None,
+        "val_accuracy": summary.val.accuracy if summary and summary.val else accuracies[-1] if accuracies else None,
+        "seconds": summary.train_seconds if summary else times[-1] - times[0] if times else None,
+    }
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

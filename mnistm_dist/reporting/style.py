@@ -14,6 +14,7 @@ import matplotlib
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.transforms import Transform
 
 from mnistm_dist.files import atomic_path
 
@@ -69,9 +70,22 @@ STYLE: Any = {  # Any: matplotlib types its keys as one literal of hundreds of n
 styled = matplotlib.rc_context(STYLE)
 
 
-def new_figure(height: float, width: float = COLUMN_INCHES, gap: float = 0.04, title: str = "") -> Figure:
+class PageFigure(Figure):
+    """A figure with tips: texts that a page shows while the pointer is over a part of it."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.tips: list[tuple[Transform, tuple[float, float, float, float], str]] = []
+
+    def add_tip(self, transform: Transform, box: tuple[float, float, float, float], text: str) -> None:
+        """Add a tip over ``box``: left, bottom, right and top in the coordinates of ``transform``."""
+        self.tips.append((transform, box, text))
+
+
+def new_figure(height: float, width: float = COLUMN_INCHES, gap: float = 0.04, title: str = "") -> PageFigure:
     """Return an empty figure with constrained layout; sizes and the gap around its axes are in inches."""
-    figure = Figure((width, height), layout=ConstrainedLayoutEngine(w_pad=gap, h_pad=gap, wspace=0.01, hspace=0.01))
+    layout = ConstrainedLayoutEngine(w_pad=gap, h_pad=gap, wspace=0.01, hspace=0.01)
+    figure = PageFigure((width, height), layout=layout)
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontsize=9.5, fontweight="bold")
     return figure
@@ -85,8 +99,8 @@ def save(figure: Figure, path: Path) -> None:
         figure.savefig(temporary, dpi=PRINT_DPI, metadata={"Software": None} if path.suffix == ".png" else {})
 
 
-def to_svg(figure: Figure, name: str, description: str) -> Markup:
-    """Return a figure as an ``<svg>`` element whose colours are the CSS variables of `THEME`.
+def to_svg(figure: PageFigure, name: str, description: str) -> Markup:
+    """Return a figure as an ``<svg>`` element with its tips, whose colours are the CSS variables of `THEME`.
 
     Args:
         figure: the figure.
@@ -103,4 +117,14 @@ def to_svg(figure: Figure, name: str, description: str) -> Markup:
     # The page sets the width; the view box keeps the aspect ratio.
     head, _, body = text[text.index("<svg") :].partition(">")
     head = re.sub(r' (width|height)="[^"]*"', "", head)
+    # After the figure was saved, since this lays it out. SVG has 72 units per inch, and y points down.
+    units = 72 / figure.dpi
+    tips = []
+    for transform, (left, bottom, right, top), tip in figure.tips:
+        corners = units * transform.transform([(left, bottom), (right, top)])
+        (x, y), (width, height) = corners.min(axis=0), abs(corners[1] - corners[0])
+        y = units * figure.bbox.height - y - height
+        box = f'x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}"'
+        tips.append(f"<rect {box}><title>{escape(tip)}</title></rect>")
+    body = body.replace("</svg>", f'<g class="tips">{"".join(tips)}</g></svg>')
     return Markup(f'{head} role="img" aria-label="{escape(description)}">{body}')

@@ -1,12 +1,13 @@
 """Experiment trackers beside a run: they never stop, delay or slow training.
 
 1. `Tracker` is the interface, and the no-op twin: on ranks other than 0, and with ``--tracker none``.
-2. `WandbTracker` logs to Weights & Biases. Another tracker is another subclass, opened in `open_tracker`.
+2. `WandbTracker` logs to Weights & Biases, `AccelerateTracker` to any tracker that Accelerate has a class for.
 3. `BackgroundTracker` runs a tracker in a thread of its own, with a bounded queue and a bounded end.
 
 A tracker holds a copy: the run folder is complete without it.
 """
 
+import importlib
 import netrc
 import os
 import queue
@@ -14,9 +15,16 @@ import textwrap
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import methodcaller
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import urlsplit
+
+import numpy as np
+from PIL import Image
+
+from mnistm_dist.config import TrackerName
+from mnistm_dist.reporting.runs import flatten
 
 PROJECT = "mnistm-dist"  # W&B project, unless WANDB_PROJECT names another
 # Our own step metric: steps done, over all launches of a run. W&B's own counter drops repeated steps.
@@ -33,6 +41,9 @@ Table = tuple[list[str], list[list[Any]]]
 
 class Tracker:
     """Logs a run somewhere; this class does nothing."""
+
+    name = "none"
+    """As the header of a run shows it."""
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
         """Log scalars, which must not be changed afterwards; ``step``: steps done."""
@@ -132,6 +143,8 @@ class WandbTracker(BackgroundTracker):
         init: arguments of ``wandb.init``. Without a mode the run is offline if the server cannot be reached.
     """
 
+    name = "W&B"
+
     def __init__(self, reason: str, say: Callable[[str], None], **init: Any) -> None:
         self._reason, self._init = reason, init
         super().__init__(say)
@@ -198,6 +211,58 @@ class WandbTracker(BackgroundTracker):
         )
 
 
+class AccelerateTracker(BackgroundTracker):
+    """Logs by one of Accelerate's own tracker classes: scalars, the configuration, and, where it can, the figures.
+
+    Args:
+        name: its name in Accelerate, such as ``tensorboard``.
+        say: shows one line; called from the thread, too.
+        init: arguments of the class.
+        config: the configuration, flat.
+    """
+
+    # Whatever the library of a tracker raises.
+    failures = (Exception,)
+
+    def __init__(
+        self, name: str, say: Callable[[str], None], init: Mapping[str, Any], config: Mapping[str, Any]
+    ) -> None:
+        self.name, self._init, self._config = name, init, config
+        super().__init__(say)
+
+    def open(self) -> Any:
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+        tracker = LOGGER_TYPE_TO_CLASS[self.name](**self._init)
+        tracker.start()
+        values = {name: v if isinstance(v, bool | int | float) else str(v) for name, v in self._config.items()}
+        tracker.store_init_configuration(values)
+        return tracker
+
+    def close(self, opened: Any, exit_code: int, state: str) -> None:
+        if self.name == "mlflow" and exit_code:
+            # Accelerate's class would end it as finished.
+            importlib.import_module("mlflow").end_run("KILLED" if state == "preempted" else "FAILED")
+        opened.finish()
+
+    def log(self, values: Mapping[str, Any], step: int) -> None:
+        self.submit(methodcaller("log", dict(values), step=step))
+
+    def log_results(
+        self, summary: Mapping[str, Any], figures: Mapping[str, Path], tables: Mapping[str, Table], step: int
+    ) -> None:
+        splits = [
+            (split, scores) for split, scores in summary.items() if isinstance(scores, dict) and "accuracy" in scores
+        ]
+        self.log({f"result/{split}_accuracy": scores["accuracy"] for split, scores in splits}, step)
+        for name, path in figures.items():
+            if self.name == "tensorboard":
+                image = {name: np.asarray(Image.open(path).convert("RGB"))[None]}
+                self.submit(methodcaller("log_images", image, step=step, dataformats="NHWC"))
+            elif self.name == "mlflow":
+                self.submit(methodcaller("log_artifact", str(path), "figures"))
+
+
 def one_line(error: Exception) -> str:
     """Return the message of an error in one short line, without W&B's advice to wait longer."""
     text = textwrap.shorten(str(error).partition("Consider increasing")[0], 160, placeholder=" ...")
@@ -205,7 +270,7 @@ def one_line(error: Exception) -> str:
 
 
 def open_tracker(
-    tracker: Literal["auto", "wandb", "none"],
+    tracker: TrackerName,
     *,
     run_dir: Path,
     config: Mapping[str, Any],
@@ -223,6 +288,13 @@ def open_tracker(
         group: common to all launches of a run, so that W&B shows a chain of requeued jobs together.
         say: shows one line; called from another thread, too.
     """
+    if tracker not in ("auto", "none", "wandb"):
+        init: dict[str, Any] = {"run_name": PROJECT}
+        if tracker in ("tensorboard", "aim"):
+            init = {"run_name": name, "logging_dir": str(run_dir / tracker)}
+        elif tracker == "mlflow":
+            init = {"experiment_name": PROJECT, "run_name": name, "tags": {"group": group or name}}
+        return AccelerateTracker(tracker, say, init, flatten(config))
     mode, reason = choose_mode(tracker, os.environ)
     if mode == "none":
         return Tracker()
@@ -240,7 +312,7 @@ def open_tracker(
     )
 
 
-def choose_mode(tracker: Literal["auto", "wandb", "none"], environ: Mapping[str, str]) -> tuple[str, str]:
+def choose_mode(tracker: TrackerName, environ: Mapping[str, str]) -> tuple[str, str]:
     """Return how to use W&B (``none``, ``online`` or ``offline``), and why not online if there is no API key."""
     wandb_mode, key = environ.get("WANDB_MODE", "").lower(), has_api_key(environ)
     if tracker == "none" or wandb_mode == "disabled" or (tracker == "auto" and not wandb_mode and not key):

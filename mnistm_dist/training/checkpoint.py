@@ -19,13 +19,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mnistm_dist.config import LEARNING, Config, fields_of
 from mnistm_dist.errors import UserError, os_error_reason
 from mnistm_dist.files import fsync_path, write_atomic
+from mnistm_dist.training.environment import device_name
 from mnistm_dist.training.train_state import Record, TrainingHistory, TrainState
 
 FORMAT: Literal[1] = 1
@@ -35,15 +37,16 @@ MODEL, TRAINING, STATE = "model.safetensors", "training_state.safetensors", "sta
 class Scalars(Record):
     """What a checkpoint holds beside its tensors."""
 
+    # Checkpoints of earlier versions hold two of the values under names of their own.
+    model_config = ConfigDict(extra="ignore")
+
     history: TrainingHistory
     shards: str
     """Identity of the packed set."""
     classes: list[str] = Field(min_length=1)
     """Names, in the order of the model's outputs."""
-    micro_batch: int = Field(gt=0)
-    """Images per forward."""
-    threads: int = Field(gt=0)
-    """CPU threads per process."""
+    learning: dict[str, Any] = Field(default_factory=dict)
+    """What decides the trained weights: `learning_values`."""
     scaler: dict[str, Any] | None
     """State of the gradient scaler; None unless the precision is fp16."""
     averaged: bool
@@ -77,6 +80,12 @@ class Checkpoint:
     scalars: Scalars
 
 
+def learning_values(config: Config, device: torch.device) -> dict[str, Any]:
+    """Return what decides the trained weights, as JSON has it: fields of the configuration, and the kind of device."""
+    values = {name: value for name, value in fields_of(config).items() if name in LEARNING}
+    return json.loads(json.dumps({**values, "device": "cpu" if device.type == "cpu" else device_name(device)}))
+
+
 def save(run_dir: Path, state: TrainState, scalars: Scalars) -> Path:
     """Write the state and return the checkpoint's folder. Rank 0 only.
 
@@ -98,9 +107,6 @@ def save(run_dir: Path, state: TrainState, scalars: Scalars) -> Path:
         # Through json, since every float must be read back as it was.
         write_atomic(temporary / STATE, json.dumps(document.model_dump(), indent=1))
         fsync_path(temporary)
-        if final.exists():
-            # A torn checkpoint of this step, or one after the checkpoint that was resumed.
-            _remove(final)
         temporary.rename(final)
         fsync_path(final.parent)
     except (OSError, SafetensorError) as error:
@@ -143,20 +149,17 @@ def restore(checkpoint: Checkpoint, state: TrainState) -> None:
 
 def prune(run_dir: Path, *, keep: int, best_step: int | None) -> None:
     """Remove all checkpoints but the ``keep`` newest and the one of ``best_step``, and what killed runs left behind."""
-    folder = run_dir / "checkpoints"
-    checkpoints = sorted(path for path in folder.iterdir() if path.name.startswith("step-"))
-    for path in checkpoints[: max(0, len(checkpoints) - keep)]:
+    for path in checkpoint_dirs(run_dir)[:-keep]:
         if best_step is None or path != checkpoint_dir(run_dir, best_step):
             _remove(path)
-    for leftover in folder.glob(".*"):
+    for leftover in (run_dir / "checkpoints").glob(".step-*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def remove_after(run_dir: Path, step: int) -> None:
-    """Remove the checkpoints of later steps: torn ones, and those after the checkpoint that a run resumes from."""
-    for path in (run_dir / "checkpoints").glob("step-*"):
-        if path.name > checkpoint_dir(run_dir, step).name:
-            _remove(path)
+def checkpoint_dirs(run_dir: Path, *, after: int = 0) -> list[Path]:
+    """Return the folders of the checkpoints after a step, in order. A user's copy (``step-00000640-mine``) is none."""
+    paths = sorted((run_dir / "checkpoints").glob("step-" + "[0-9]" * 8))
+    return [path for path in paths if path > checkpoint_dir(run_dir, after)]
 
 
 def checkpoint_dir(run_dir: Path, step: int) -> Path:
@@ -174,7 +177,7 @@ def latest(run_dir: Path, warn: Callable[[str], None]) -> Checkpoint | None:
 
     ``warn`` is called for each torn one, which is skipped.
     """
-    for path in sorted((run_dir / "checkpoints").glob("step-*/"), reverse=True):
+    for path in reversed(checkpoint_dirs(run_dir)):
         try:
             return open_checkpoint(path)
         except UserError as error:
@@ -200,7 +203,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     except (OSError, ValueError, KeyError, AttributeError) as error:
         reason = " ".join(os_error_reason(error).split())[:200]
         raise UserError(
-            f"checkpoint {path}: torn, incomplete or changed ({reason}); use another checkpoint of the run"
+            f"checkpoint {path}: torn, changed or removed ({reason}); use another checkpoint of the run"
         ) from error
     return Checkpoint(path=path, step=document.step, scalars=document.scalars)
 
@@ -214,7 +217,9 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read as safetensors ({error})") from error
+        raise UserError(
+            f"{path}: cannot be read ({os_error_reason(error)}); use another checkpoint (a live run removes old ones)"
+        ) from error
 
 
 def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from mnistm_dist.errors import UserError
+
 # Accepted distance of the initial loss from ln(classes): BatchNorm in the head spreads the untrained logits.
 INITIAL_LOSS_TOLERANCE = 0.7
 # Steps of Adam on one batch, and the loss that they must reach.
@@ -20,16 +22,12 @@ SKIPPED_STEPS, WARM_UP_STEPS = 4, 1
 OPERATORS_SHOWN = 40
 
 
-class SanityCheckFailed(RuntimeError):
-    """A sanity check failed before training."""
-
-
 def check_model_learns(model: nn.Module, images: Tensor, labels: Tensor, num_classes: int) -> tuple[float, float]:
     """Check that the initial loss is ln(classes) and that one batch can be overfitted; ``model`` is not changed.
 
     A wrong label column, a dead layer or a broken normalisation shows here in seconds: Karpathy, "A Recipe for Training
     Neural Networks" (2019). ``images`` float (B, 3, H, W), normalised; ``labels`` int64 (B,). Return the first and the
-    last loss. Raise `SanityCheckFailed` with the value that is off.
+    last loss. Raise `UserError` with the value that is off.
     """
     probe_model = copy.deepcopy(model).train()
     optimizer = torch.optim.Adam(probe_model.parameters(), lr=2e-3)
@@ -41,11 +39,15 @@ def check_model_learns(model: nn.Module, images: Tensor, labels: Tensor, num_cla
         optimizer.step()
         losses.append(float(loss.detach()))
     if not abs(losses[0] - math.log(num_classes)) < INITIAL_LOSS_TOLERANCE:
-        raise SanityCheckFailed(
-            f"the initial loss is {losses[0]:.3f}; expected about ln({num_classes}) = {math.log(num_classes):.3f}"
+        raise UserError(
+            f"sanity checks: the initial loss is {losses[0]:.3f}, expected about ln({num_classes}) = "
+            f"{math.log(num_classes):.3f}; check the model, the labels and the normalisation, or use --no-sanity-checks"
         )
     if not losses[-1] < OVERFIT_LOSS:
-        raise SanityCheckFailed(f"one batch cannot be overfitted: loss {losses[-1]:.3f} after {OVERFIT_STEPS} steps")
+        raise UserError(
+            f"sanity checks: one batch cannot be overfitted: loss {losses[-1]:.3f} after {OVERFIT_STEPS} steps; check "
+            "the model and the labels, or use --no-sanity-checks"
+        )
     return losses[0], losses[-1]
 
 

@@ -12,7 +12,7 @@ import re
 import socket
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,24 +21,18 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
 from torch import Tensor, nn
+from torch.nn import functional
 
 from mnistm_dist.config import MachineConfig
-from mnistm_dist.errors import (
-    EXIT_PEER_FAILURE,
-    NodeError,
-    PeerFailure,
-    RankError,
-    UserError,
-    errors_once_per_node,
-    print_error,
-)
+from mnistm_dist.errors import NodeError, PeerFailure, RankError, UserError, errors_once_per_node
 from mnistm_dist.training.hardware import (
     Environment,
     Precision,
     check_gpus,
     check_launcher,
+    check_reproducible,
     check_world_size,
     choose_precision,
     default_threads,
@@ -126,16 +120,32 @@ class World:
         dist.gather_object(value, values, dst=0, group=self.control)
         return values
 
-    def gather_columns(self, values: Tensor) -> Tensor:
-        """Return float (n, k) of every rank as (n, world size * k), in rank order, on every rank.
+    def gather_rows(self, values: Tensor, counts: Sequence[int]) -> Tensor:
+        """Return every rank's ``values``, float (counts[rank], n), as (sum(counts), n), in rank order, on every rank.
 
         All ranks take part.
         """
         if self.size == 1:
             return values
-        gathered = [torch.empty_like(values) for _ in range(self.size)]
-        dist.all_gather(gathered, values.contiguous())
-        return torch.cat(gathered, dim=1)
+        longest = max(counts)
+        padded = functional.pad(values, (0, 0, 0, longest - len(values)))
+        rows = self.all_gather(padded, out=values.new_empty(self.size * longest, *values.shape[1:]))
+        return torch.cat([part[:count] for part, count in zip(rows.split(longest), counts, strict=True)])
+
+    def all_gather(self, part: Tensor, out: Tensor) -> Tensor:
+        """Concatenate every rank's ``part``, all of one shape, in ``out`` and return it. All ranks take part."""
+        # torch 2.14 renamed all_gather_into_tensor; 2.10 does not know its new name.
+        dist.all_gather(list(out.split(len(part))), part.contiguous())
+        return out
+
+    def all_to_all(self, parts: Tensor, counts: Sequence[int]) -> Tensor:
+        """Send the s-th of equal parts of a flat tensor to rank s; return what each rank sent, in rank order.
+
+        ``counts``: how many elements each rank sends. All ranks take part.
+        """
+        received = parts.new_empty(sum(counts))
+        dist.all_to_all_single(received, parts, list(counts), [len(parts) // self.size] * self.size)
+        return received
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Copy rank 0's values into ``tensors`` on every rank. All ranks take part."""
@@ -171,16 +181,13 @@ class World:
             return True
         try:
             self._barrier(timeout or self.collective_timeout)
+            complete = True
         except RuntimeError:
-            self.abort()
-            return False
-        dist.destroy_process_group()
-        return True
-
-    def abort(self) -> None:
-        """Destroy the process groups without waiting for peers, as NCCL would."""
-        if self.device.type == "cuda":
-            dist.distributed_c10d._abort_process_group()
+            complete = False
+        if complete or self.device.type == "cpu":
+            # Otherwise NCCL would wait for the missing peer before the error is printed. The process's end aborts it.
+            dist.destroy_process_group()
+        return complete
 
     def _barrier(self, timeout: timedelta) -> None:
         """Wait for all ranks.
@@ -245,6 +252,10 @@ def join(machine: MachineConfig, *, expect_world_size: int | None, collective_ti
 
     Raise `UserError` if the world size is not the expected one, or if the hardware lacks what was asked for.
     """
+    if dist.is_initialized():
+        # accelerate's debug_launcher, which leaves these variables to its process group.
+        rank, size = str(dist.get_rank()), str(dist.get_world_size())
+        os.environ.update(RANK=rank, LOCAL_RANK=rank, LOCAL_WORLD_SIZE=size)
     check_launcher(os.environ)
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -261,10 +272,12 @@ def join(machine: MachineConfig, *, expect_world_size: int | None, collective_ti
     precision = choose_precision(machine.precision, launcher_precision, native_precisions(device))
     threads = default_threads(local_world_size, os.environ) if machine.threads == "auto" else machine.threads
     timeout = timedelta(seconds=collective_timeout)
-    if machine.deterministic:
+    if machine.reproducible:
+        threads = check_reproducible(machine, precision)
+    if machine.deterministic or (machine.reproducible and on_gpu):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    if world_size > 1:
+    if world_size > 1 and not dist.is_initialized():
         wait_for_rank_0(os.environ, min(collective_timeout, RENDEZVOUS_SECONDS))
     # Otherwise Accelerate sets it to 1 for several processes on CPU, and each process prints a warning.
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
@@ -272,6 +285,9 @@ def join(machine: MachineConfig, *, expect_world_size: int | None, collective_ti
         accelerator = Accelerator(
             cpu=not on_gpu,
             mixed_precision="no" if precision == "fp32" else precision,
+            # A configuration file of Accelerate may ask for both, which are --compile and --micro-batch here.
+            dynamo_backend="no",
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             kwargs_handlers=[
                 # Buffers are broadcast once before an evaluation instead of before every forward.
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
@@ -281,6 +297,8 @@ def join(machine: MachineConfig, *, expect_world_size: int | None, collective_ti
         if accelerator.num_processes != world_size:
             raise UserError(f"world size: the launcher set {world_size}, Accelerate has {accelerator.num_processes}")
         torch.set_num_threads(threads)
+        # Creating a group waits for all ranks.
+        control = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout)) if world_size > 1 else None
         world = World(
             accelerator=accelerator,
             rank=accelerator.process_index,
@@ -288,9 +306,7 @@ def join(machine: MachineConfig, *, expect_world_size: int | None, collective_ti
             local_rank=accelerator.local_process_index,
             is_main=accelerator.process_index == 0,
             device=accelerator.device,
-            control=cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout))
-            if world_size > 1
-            else None,
+            control=control,
             precision=precision,
             threads=threads,
             collective_timeout=timeout,
@@ -300,13 +316,13 @@ def join(machine: MachineConfig, *, expect_world_size: int | None, collective_ti
             token = torch.ones(1, device=world.device)
             dist.all_reduce(token)
             world.fetch(token)
-    except RuntimeError as error:
-        # A rendezvous fails on all ranks alike, a GPU or a connection perhaps on one.
-        kind = NodeError if isinstance(error, dist.DistStoreError | dist.DistNetworkError) else RankError
+    except dist.DistError as error:
+        # A rendezvous fails on all ranks alike, NCCL perhaps on one.
+        kind = RankError if isinstance(error, dist.DistBackendError) else NodeError
         raise kind(
             f"rendezvous at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}: rank "
             f"{os.environ.get('RANK')} on {socket.gethostname()} failed: {first_line(error)}; "
-            f"check that the port is free and that all {world_size} processes started"
+            f"check that the port is free and that all {world_size} processes started and live"
         ) from error
     _set_timeout(world.control, SETUP_TIMEOUT)
     return world
@@ -318,17 +334,12 @@ def joined(machine: MachineConfig, *, expect_world_size: int | None, collective_
 
     All ranks take part.
     """
-    with errors_once_per_node():
+    with errors_once_per_node(), peer_failures(collective_timeout):
         world = join(machine, expect_world_size=expect_world_size, collective_timeout=collective_timeout)
     try:
         yield world
     except UserError as error:
         raise world.shutdown_with_error(error) from error
-    except PeerFailure as error:
-        # Before the abort, which may hang.
-        print_error(str(error))
-        world.abort()
-        raise SystemExit(EXIT_PEER_FAILURE) from error
     world.shutdown()
 
 
@@ -388,8 +399,8 @@ def wait_for_rank_0(environment: Environment, timeout: float) -> None:
 def prepare(
     world: World, model: nn.Module, optimizer: torch.optim.Optimizer, machine: MachineConfig
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Move model and optimizer to the device and wrap the model in DDP if there are several processes. All ranks take
-    part.
+    """Move model and optimizer to the device; wrap the model in DDP if there are several processes and it is to sum the
+    gradients. All ranks take part.
 
     Return the model to call in training; the one passed in stays unwrapped and shares its parameters. Its memory format
     must be set before.
@@ -399,9 +410,11 @@ def prepare(
     with warnings.catch_warnings():
         # torch 2.14 renamed the argument; Accelerate 1.15 still passes the old name.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-        prepared, prepared_optimizer = world.accelerator.prepare(model, optimizer)
+        prepared = world.accelerator.prepare_model(model, evaluation_mode=machine.reproducible)
+        prepared_optimizer = world.accelerator.prepare_optimizer(optimizer)
     if machine.compile:
-        # Compiled for each image size anew: dynamic sizes are slower. A copy: with one process, ``prepared`` is ``model`` itself, which evaluation uses uncompiled.
+        # A compiled copy: with one process, ``prepared`` is ``model`` itself, which evaluation uses uncompiled. Each
+        # image size is compiled by itself: dynamic sizes are slower.
         prepared = cast(nn.Module, torch.compile(prepared, dynamic=False))
     return prepared, prepared_optimizer
 

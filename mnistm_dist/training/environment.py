@@ -5,7 +5,6 @@ import platform
 import shlex
 import socket
 import subprocess
-import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -18,15 +17,16 @@ from mnistm_dist.training.distributed import World
 PACKAGES = ("torch", "torchvision", "accelerate", "webdataset", "wandb", "numpy", "pillow", "safetensors")
 
 
-def describe_environment(world: World) -> dict[str, str | int | None]:
-    """Return the content of ``environment.json``: a flat mapping without secrets."""
+def describe_environment(world: World, argv: list[str]) -> dict[str, str | int | None]:
+    """Return the content of ``environment.json``: a flat mapping without secrets. ``argv``: the flags of the run."""
     device = world.device
     return {
         "mnistm_dist": mnistm_dist.__version__,
         "git_commit": git_commit(),
-        "command": command_line(),
+        "command": shlex.join(["python", "-m", "mnistm_dist.train", *argv]),
         "python": platform.python_version(),
-        **{name: metadata.version(name) for name in PACKAGES},
+        # None for a package without metadata.
+        **{name: next((found.version for found in metadata.distributions(name=name)), None) for name in PACKAGES},
         "cuda": torch.version.cuda,
         "platform": platform.platform(),
         "host": socket.gethostname(),
@@ -39,11 +39,6 @@ def describe_environment(world: World) -> dict[str, str | int | None]:
         "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
         "slurm_nodes": os.environ.get("SLURM_JOB_NODELIST"),
     }
-
-
-def command_line() -> str:
-    """Return the command of this process, quoted for a shell."""
-    return shlex.join(["python", "-m", "mnistm_dist.train", *sys.argv[1:]])
 
 
 def device_name(device: torch.device) -> str:

@@ -2,7 +2,9 @@
 
 import os
 import re
+import resource
 import socket
+import sys
 import time
 import warnings
 from collections.abc import Mapping
@@ -12,16 +14,47 @@ from typing import Literal
 
 import torch
 
+from mnistm_dist.config import MachineConfig
 from mnistm_dist.data.parallel import available_cores
 from mnistm_dist.errors import NodeError, RankError, UserError
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Environment = Mapping[str, str]
-
+# What a configuration file of Accelerate may ask for in place of DDP.
+STRATEGIES = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
 # What NVIDIA's driver creates.
 DRIVER_VERSION, DEVICES = Path("/proc/driver/nvidia/version"), Path("/dev")
 # Of the last this many seconds, or more, the threads of a process waited this share for a core: the cores are busy.
 BUSY_SECONDS, BUSY_SHARE = 10.0, 0.3
+
+
+def check_launcher(environment: Environment) -> None:
+    """Raise `UserError` if the variables of a launcher are incomplete, or ask for another strategy than DDP."""
+    if "LOCAL_RANK" in environment or environment.get("WORLD_SIZE", "1") != "1" or environment.get("RANK", "0") != "0":
+        numbers = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+        wrong = [name for name in numbers if not environment.get(name, "").isdecimal()]
+        wrong += ["MASTER_ADDR"] * (not environment.get("MASTER_ADDR"))
+        if wrong or int(environment["RANK"]) >= int(environment["WORLD_SIZE"]):
+            found = [f"{name}={environment[name]}" for name in (*numbers, "MASTER_ADDR") if name in environment]
+            raise UserError(
+                f"launcher: found {', '.join(found)}; {', '.join(wrong) or 'RANK, which counts from 0,'} must be set "
+                "for each of several processes; use accelerate launch or slurm/train.sh, or unset all for one process"
+            )
+    strategies = [name for name in STRATEGIES if environment.get(f"ACCELERATE_USE_{name}") == "true"]
+    if strategies:
+        raise UserError(
+            f"Accelerate: its configuration asks for {strategies[0]}, accepted is DDP; use accelerate launch with "
+            "--config_file accelerate_config.yaml"
+        )
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Return the most memory that this process has used so far, GB: of its GPU, else of the machine."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 1e9, 4)
+    # In bytes on macOS, in KiB on Linux.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 4)
 
 
 def find_device(environment: Environment) -> Literal["cuda", "cpu"]:
@@ -38,32 +71,14 @@ def find_device(environment: Environment) -> Literal["cuda", "cpu"]:
     hidden = environment.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1")
     # A job without GPUs may not open their devices.
     if not hidden and DRIVER_VERSION.exists() and any(os.access(p, os.R_OK) for p in DEVICES.glob("nvidia[0-9]*")):
+        reason = "".join(f" ({warning.message})" for warning in reasons[:1])
         driver = re.search(r"\d+\.\d[.\d]*", DRIVER_VERSION.read_text())
         raise NodeError(
-            f"GPU: torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use the GPUs of {socket.gethostname()}, "
-            f"whose NVIDIA driver is {driver and driver[0]} ({reasons[0].message if reasons else 'no reason given'}); "
+            f"GPU: torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use the GPUs of "
+            f"{socket.gethostname()}, whose NVIDIA driver is {driver and driver[0]}{reason}; "
             "install a newer driver or another torch, or set CUDA_VISIBLE_DEVICES= to use the CPU"
         )
     return "cpu"
-
-
-def check_launcher(environment: Environment) -> None:
-    """Raise `UserError` if Accelerate's launcher asks for something else than DDP, or a rank's variables are
-    incomplete."""
-    plugins = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
-    asked = [name for name in plugins if environment.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"]
-    if asked:
-        raise NodeError(
-            f"launcher: Accelerate's configuration asks for {asked[0]}, this package trains with DDP; "
-            "use accelerate launch --config_file accelerate_config.yaml"
-        )
-    variables = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-    missing = [name for name in variables if name not in environment]
-    if missing and environment.get("WORLD_SIZE", "1") != "1":
-        raise UserError(
-            f"launcher: WORLD_SIZE is {environment['WORLD_SIZE']}, but {', '.join(missing)} is not set; "
-            "set it in each process, or use accelerate launch or slurm/train.sh"
-        )
 
 
 def check_world_size(world_size: int, expected: int | None, environment: Environment) -> None:
@@ -78,7 +93,8 @@ def check_world_size(world_size: int, expected: int | None, environment: Environ
     if world_size < tasks:
         raise UserError(
             f"world size: found {world_size}, Slurm's step has {tasks} tasks that do not know of each other; "
-            "use slurm/train.sh, or set RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
+            "use slurm/train.sh, or set RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT; "
+            "in an interactive shell (srun --pty) use accelerate launch, or env -u SLURM_STEP_NUM_TASKS for one process"
         )
 
 
@@ -109,6 +125,16 @@ def first_line(error: RuntimeError) -> str:
     return text.partition("\n")[0].rstrip(".") + (f" ({detail[1]})" if detail else "")
 
 
+def check_compile(device: torch.device) -> None:
+    """Raise `UserError` if torch.compile does not work on this machine, as without a C++ compiler."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(2, device=device))
+    except RuntimeError as error:
+        raise UserError(
+            f"compile: {str(error).splitlines()[0]}; install what torch.compile needs, or use --no-compile"
+        ) from error
+
+
 def default_threads(local_world_size: int, environment: Environment) -> int:
     """Return the CPU threads of one process: its share of the CPUs of Slurm's task, else of the available cores.
 
@@ -119,6 +145,16 @@ def default_threads(local_world_size: int, environment: Environment) -> int:
         processes = int(environment.get("WORLD_SIZE", "1")) // int(environment["SLURM_STEP_NUM_TASKS"])
         return max(1, int(environment["SLURM_CPUS_PER_TASK"]) // max(1, processes))
     return max(1, available_cores() // local_world_size)
+
+
+def check_reproducible(machine: MachineConfig, precision: Precision) -> int:
+    """Return the CPU threads of a reproducible run, on any number of processes: 1 for auto. Raise `UserError` for what
+    cannot be reproduced on another number of processes."""
+    if machine.sync_batchnorm:
+        raise UserError("reproducible: --sync-batchnorm sums over the processes; use --no-sync-batchnorm")
+    if precision == "fp16":
+        raise UserError("reproducible: the gradient scaler of fp16 is not supported; use --precision bf16 or fp32")
+    return 1 if machine.threads == "auto" else machine.threads
 
 
 class CoreWatch:
@@ -172,7 +208,6 @@ def choose_precision(requested: str, launcher: str | None, native: tuple[Precisi
         return next(candidate for candidate in candidates if candidate in native)
     if requested not in native:
         raise UserError(
-            f"precision: {requested} would be emulated on this machine and many times slower; "
-            "use --precision auto or fp32"
+            f"precision: {requested} would be emulated on this machine and many times slower; use --precision fp32"
         )
     return requested

@@ -24,8 +24,9 @@ class LogWindow:
     The clock runs between `start_clock` and `stop_clock`: evaluation and saving do not count.
     """
 
-    def __init__(self, world: World, losses: Sequence[float] = ()) -> None:
-        self.world = world
+    def __init__(self, world: World, shares: Sequence[range], losses: Sequence[float] = ()) -> None:
+        """``shares``: the micro-batches of each rank. ``losses``: of the steps before this launch."""
+        self.world, self.shares = world, shares
         self.losses = list(losses)
         """Mean loss of each fetched step, oldest first."""
         self._on_device: list[tuple[int, Tensor]] = []
@@ -54,8 +55,9 @@ class LogWindow:
         """
         if not self._on_device:
             return
-        table = torch.stack([losses for _, losses in self._on_device])
-        means = self.world.fetch(self.world.gather_columns(table).double()).numpy().mean(axis=1)
+        table = torch.stack([losses for _, losses in self._on_device], dim=1)
+        rows = self.world.gather_rows(table, [len(share) for share in self.shares])
+        means = self.world.fetch(rows.T.contiguous().double()).numpy().mean(axis=1)
         for (step, _), mean in zip(self._on_device, means, strict=True):
             if not np.isfinite(mean):
                 raise NonFiniteLoss(step)

@@ -17,8 +17,8 @@ def create_optimizer(model: nn.Module, config: OptimConfig, precision: str = "fp
 
     adam applies weight decay as L2 to every parameter, as torch does and the source report did. adamw and sgd do not
     decay one-dimensional parameters (BatchNorm, biases): He et al. 2019, arXiv 1812.01187, section 3.1. muon is `Muon`
-    on the convolutions, with its iteration in bfloat16 if that is the precision, and adamw on everything else. adam, adamw and sgd use fused kernels if all parameters are on
-    CUDA; muon does not.
+    on the convolutions, with its iteration in bfloat16 if that is the precision, and adamw on everything else. adam,
+    adamw and sgd use fused kernels if all parameters are on CUDA; muon does not.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     fused = all(p.is_cuda for p in parameters)

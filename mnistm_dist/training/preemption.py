@@ -3,6 +3,7 @@
 import ctypes
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from types import FrameType
@@ -29,15 +30,23 @@ class Preempted(Exception):
 class StopRequest:
     """Whether this process was asked to stop, and by which signal."""
 
-    def __init__(self) -> None:
+    def __init__(self, signals: tuple[signal.Signals, ...]) -> None:
+        self._signals = signals
         self.reason: str | None = None
         self._previous: dict[signal.Signals, Handler] = {}
         self._first_interrupt: float | None = None
 
-    def install(self, signals: tuple[signal.Signals, ...]) -> None:
-        """Handle ``signals`` and SIGINT in this process. Call it from the main thread."""
-        for number in (*signals, signal.SIGINT):
-            handler = self._interrupt if number == signal.SIGINT else self._note
+    def install(self) -> None:
+        """Handle the signals and SIGINT in this process: from now on there is something to save.
+
+        In another thread than the main one, which alone may install handlers, do nothing.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in (*self._signals, signal.SIGINT):
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # nohup: the run outlives its terminal
+            handler = self._interrupt if number == signal.SIGINT else self._request_stop
             # signal.signal returns None for a handler that was not installed from Python; it cannot be put back.
             self._previous[number] = signal.signal(number, handler) or signal.SIG_DFL
 
@@ -53,7 +62,7 @@ class StopRequest:
             elif number != signal.SIGINT:
                 signal.signal(number, signal.SIG_IGN)
 
-    def _note(self, number: int, _frame: FrameType | None) -> None:
+    def _request_stop(self, number: int, _frame: FrameType | None) -> None:
         self.reason = self.reason or signal.Signals(number).name
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
@@ -61,7 +70,7 @@ class StopRequest:
         if self._first_interrupt is not None and now - self._first_interrupt > SECOND_INTERRUPT_AFTER:
             raise KeyboardInterrupt
         self._first_interrupt = self._first_interrupt or now
-        self._note(number, frame)
+        self._request_stop(number, frame)
 
 
 class StepBoundary:
@@ -103,17 +112,20 @@ def parse_signals(text: str) -> tuple[signal.Signals, ...]:
     for name in filter(None, (part.strip() for part in text.split(","))):
         if name not in signal.Signals.__members__ or name in ("SIGKILL", "SIGSTOP", "SIGINT"):
             raise UserError(
-                f"signals: {name!r} is not accepted; use names such as SIGTERM,SIGUSR1 (SIGINT is always handled)"
+                f"stop_signals: {name!r} is not accepted; use names such as SIGTERM,SIGUSR1 (SIGINT is always handled)"
             )
         signals.append(signal.Signals[name])
     return tuple(signals)
 
 
-def exit_with_launcher() -> None:
-    """Ask the kernel to send SIGTERM when the launcher dies, so that no trainer is left behind (Linux, prctl(2)).
+def exit_promptly() -> None:
+    """Let Ctrl-C end this process at once if it is one of several, and the death of its launcher end it, too.
 
-    It applies under a launcher only: a run started from a shell continues when the shell ends.
+    Python's own handler of SIGINT waits until a collective operation ends. The kernel sends SIGTERM when the launcher
+    dies, so that no trainer is left behind (Linux, prctl(2)); a run started from a shell continues when the shell ends.
     """
+    if os.environ.get("WORLD_SIZE", "1") != "1" and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     under_launcher = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
     if not under_launcher:
         return

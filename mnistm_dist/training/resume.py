@@ -2,20 +2,21 @@
 
 1. `choose_start`: the configuration, and the checkpoint to resume from.
 2. `agree_on_start`: the same on every rank.
-3. `restore_state`: the state of that checkpoint.
+3. `check_resume`: whether the checkpoint fits the packed set and the configuration.
+4. `restore_state`: the state of that checkpoint.
 """
 
 from __future__ import annotations
 
 import os
+import shlex
 import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mnistm_dist import config as configuration
-from mnistm_dist.config import Config
+from mnistm_dist.config import Config, fields_of, load, replace
 from mnistm_dist.errors import UserError
 from mnistm_dist.training import checkpoint as checkpoints
 from mnistm_dist.training.checkpoint import Checkpoint
@@ -28,6 +29,15 @@ if TYPE_CHECKING:
     from mnistm_dist.cli import TrainRequest
 
 
+# What a resume may change although results depend on it; precision only together with the device.
+CONSEQUENCES = {
+    "micro_batch": "BatchNorm normalises over another number of images",
+    "threads": "results may differ in their last bits",
+    "device": "results may differ in their last bits",
+    "precision": "results differ slightly",
+}
+
+
 def choose_start(request: TrainRequest) -> tuple[Config, Checkpoint | None] | None:
     """Return the configuration to run with and the checkpoint to resume from, if any; None if the run is finished.
 
@@ -37,7 +47,8 @@ def choose_start(request: TrainRequest) -> tuple[Config, Checkpoint | None] | No
     if resume is None:
         if named is not None and Path(named).exists() and any(Path(named).iterdir()):
             raise UserError(
-                f"run folder {named}: not empty; continue the run with --resume {named}, or choose another --run-dir"
+                f"run folder {named}: not empty; continue the run with --resume {shlex.quote(named)}, "
+                "or choose another --run-dir"
             )
         return request.config, None
     if resume == "auto" and named is None:
@@ -51,19 +62,24 @@ def choose_start(request: TrainRequest) -> tuple[Config, Checkpoint | None] | No
         )
     if named is not None and Path(named).resolve() != run_dir.resolve():
         raise UserError(f"resume {resume}: not the run of --run-dir {named}; leave one of the two out")
-    state = read_state(run_dir) or {}
-    if state.get("state") == "finished" and not is_checkpoint:
-        max_steps = configuration.load(run_dir / CONFIG_NAME).run.max_steps
-        more = ""
-        if max_steps is not None and max_steps == state.get("step"):
-            more = f"; to train beyond its --max-steps: --resume {checkpoints.checkpoint_dir(run_dir, max_steps)}"
-        print_on_main(f"{run_dir} is finished: nothing to do (report: python -m mnistm_dist.report {run_dir}){more}")
+    # With its own configuration also if it is finished, or has no complete checkpoint.
+    stored = load(run_dir / CONFIG_NAME) if (run_dir / CONFIG_NAME).is_file() else None
+    config = request.resumed(stored) if stored else request.config
+    state, max_steps = read_state(run_dir) or {}, config.run.max_steps
+    finished = state.get("state") == "finished" and not is_checkpoint
+    if stored and finished and max_steps == stored.run.max_steps:
+        quoted = shlex.quote(str(run_dir))
+        more = f"; to train beyond its --max-steps: --resume {quoted} --max-steps none" if max_steps else ""
+        print_on_main(f"{run_dir} is finished: nothing to do (report: python -m mnistm_dist.report {quoted}){more}")
         return None
     checkpoint = checkpoints.open_checkpoint(target) if is_checkpoint else checkpoints.latest(run_dir, print_on_main)
-    # A run that was killed before its first checkpoint is continued with its own configuration, too.
-    is_run = (run_dir / CONFIG_NAME).is_file()
-    config = request.resumed(configuration.load(run_dir / CONFIG_NAME)) if is_run else request.config
-    return configuration.replace(config, run_dir=str(run_dir)), checkpoint
+    # A checkpoint that is named, or a finished run, must be trained further.
+    if checkpoint and max_steps is not None and max_steps < checkpoint.step + (is_checkpoint or finished):
+        raise UserError(
+            f"max_steps: {max_steps}, but {checkpoint.path} has {checkpoint.step} steps; "
+            "use a larger --max-steps, or none"
+        )
+    return replace(config, run_dir=str(run_dir)), checkpoint
 
 
 def agree_on_start(config: Config, checkpoint: Checkpoint | None, world: World) -> Checkpoint | None:
@@ -73,7 +89,7 @@ def agree_on_start(config: Config, checkpoint: Checkpoint | None, world: World) 
     node has the run folder on its own disk.
     """
     host = socket.gethostname()
-    own = {**configuration.fields_of(config), "device": world.device.type, "precision": world.precision}
+    own = {**fields_of(config), "device": world.device.type, "precision": world.precision}
     main_host, main, main_checkpoint = world.broadcast_object((host, own, checkpoint))
 
     def compare() -> None:
@@ -95,34 +111,41 @@ def agree_on_start(config: Config, checkpoint: Checkpoint | None, world: World) 
     return main_checkpoint
 
 
-def restore_state(state: TrainState, checkpoint: Checkpoint, run: RunSetup, warn: Callable[[str], None]) -> None:
-    """Load the checkpoint into ``state``. ``warn`` is called if results may differ from here on.
+def check_resume(checkpoint: Checkpoint, run: RunSetup, warn: Callable[[str], None]) -> None:
+    """Call ``warn`` if results may differ from here on; the run folder is not changed.
 
-    Raise `UserError` if the checkpoint is of another model or another packed set.
+    Raise `UserError` if the checkpoint is of another packed set, or was trained with another
+    configuration.
     """
-    scalars, config = checkpoint.scalars, run.config
+    scalars = checkpoint.scalars
     if scalars.shards != run.shards.manifest.identity:
         raise UserError(
             f"shards {run.shards.root}: not the set that the run was started with; "
             "use --shards with the one in its config.yaml"
         )
+    now = checkpoints.learning_values(run.config, run.world.device)
+    changed = {name: (was, now[name]) for name, was in scalars.learning.items() if now.get(name, was) != was}
+    accepted = CONSEQUENCES.keys() - ({"precision"} if "device" not in changed else set())
+    refused = [f"{name} was {was}, now {value}" for name, (was, value) in changed.items() if name not in accepted]
+    if refused:
+        raise UserError(
+            f"{run.path}: {'; '.join(refused)}; checkpoint {checkpoint.path.name} was trained with the first: change "
+            f"{CONFIG_NAME} back or leave out the flag, or start a new run with --run-dir"
+        )
+    for name, (was, value) in changed.items():
+        warn(f"{name}: {was} until now, {value} from here on; {CONSEQUENCES[name]}")
+
+
+def restore_state(state: TrainState, checkpoint: Checkpoint, run: RunSetup) -> None:
+    """Load the checkpoint into ``state``. Raise `UserError` if the checkpoint is of another model."""
     checkpoints.restore(checkpoint, state)
+    scalars = checkpoint.scalars
     if run.world.accelerator.scaler is not None and scalars.scaler is not None:
         run.world.accelerator.scaler.load_state_dict(scalars.scaler)
     best = state.history.best
     if best and not checkpoints.checkpoint_dir(run.path, best.step).is_dir():
         # It was removed for a better one, which is torn or of a later step than this checkpoint.
         state.history.best = None
-    if scalars.micro_batch != config.steps.micro_batch:
-        warn(
-            f"micro_batch: {scalars.micro_batch} until now, {config.steps.micro_batch} from here on; "
-            "BatchNorm normalises over another number of images"
-        )
-    if scalars.threads != config.machine.threads:
-        warn(
-            f"threads: {scalars.threads} until now, {config.machine.threads} from here on; "
-            "results may differ in their last bits"
-        )
 
 
 def print_on_main(text: str) -> None:

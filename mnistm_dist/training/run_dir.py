@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from mnistm_dist.errors import PeerFailure, UserError
+from mnistm_dist.errors import PeerFailure, UserError, near_path
 from mnistm_dist.files import explain_os_errors, write_atomic
-from mnistm_dist.training.run_lock import SAME_HOST_SECONDS, RunLock
+from mnistm_dist.training.run_lock import RunLock
 
 State = Literal["running", "preempted", "finished", "failed"]
 CONFIG_NAME, STATE_NAME, LOG_NAME = "config.yaml", "state.json", "log.jsonl"
+SUMMARY_NAME = "summary.json"
+# The results of a run, which results.py writes.
+RESULT_NAMES = (
+    *(SUMMARY_NAME, "report.html", "learning_curve.png"),
+    *(f"{name}_{split}.*" for split in ("val", "test") for name in ("predictions", "confusion_matrix", "mistakes")),
+)
 
 
 def writing(run_dir: Path) -> AbstractContextManager[None]:
@@ -24,7 +31,7 @@ def writing(run_dir: Path) -> AbstractContextManager[None]:
 def require_run(path: Path) -> None:
     """Raise `UserError` unless ``path`` is a run folder."""
     if not (path / CONFIG_NAME).is_file():
-        raise UserError(f"{path}: not a run folder (no {CONFIG_NAME}); name one, such as runs/NAME")
+        raise UserError(f"{path}: not a run folder (no {CONFIG_NAME}){near_path(path)}; name one, such as runs/NAME")
 
 
 class RunDir:
@@ -65,6 +72,21 @@ class RunDir:
         """Release the lock."""
         if self.active:
             self._lock.release()
+
+    def set_aside(self, checkpoints: list[Path]) -> Path:
+        """Move checkpoints and the results to a new folder in this one; copy the configuration and the log to it.
+
+        The new folder is a run folder, too: it can be evaluated and resumed.
+        """
+        folder = self.path / f"set-aside-{time.strftime('%Y%m%d-%H%M%S')}"
+        results = [path for name in RESULT_NAMES for path in self.path.glob(name)]
+        with writing(self.path):
+            (folder / "checkpoints").mkdir(parents=True)
+            for path in filter(Path.exists, (self.path / CONFIG_NAME, self.path / LOG_NAME)):
+                shutil.copy2(path, folder)
+            for path in (*results, *checkpoints):
+                path.rename(folder / path.relative_to(self.path))
+        return folder
 
     def set_state(self, state: State, reason: str | None = None) -> None:
         """Write ``state.json``."""
@@ -130,12 +152,13 @@ def read_state(run_dir: Path) -> dict[str, Any] | None:
 
 
 def write_state_for_dead_owner(run_dir: Path, step: int, reason: str) -> None:
-    """Write ``failed`` for a rank 0 that was killed, and release its lock; do nothing if it may be alive.
+    """Write ``failed`` for a rank 0 that was killed or suspended, and release its lock.
 
-    Any rank may call it.
+    Wait for a rank 0 that lives to write how it ended, and keep that. Any rank may call it.
     """
-    with suppress(UserError), RunLock(run_dir, wait=SAME_HOST_SECONDS), writing(run_dir):
-        write_state(run_dir, "failed", step, f"PeerFailure: {reason}")
+    with suppress(UserError), RunLock(run_dir, patient=True), writing(run_dir):
+        if (read_state(run_dir) or {}).get("state", "running") == "running":
+            write_state(run_dir, "failed", step, f"PeerFailure: {reason}")
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -1,49 +1,48 @@
 """The lock of a run folder: one process, rank 0 of a run, holds a folder at a time.
 
-It is a lease of filelock: the lock file names host, pid and the process's start time, and is touched while its owner
-lives. On the same host a dead owner is detected at once; from another host or container, by a lock file that is no
-longer touched. Kernel locks (flock) are not reliable on the network file systems of clusters.
+It is a lease of filelock: the lock file names host, PID namespace, pid and the process's start time, and is touched
+while its owner lives. On the same host a dead owner is detected at once; from another host or container, and in a copy
+of the folder, by a lock file that is no longer touched. Kernel locks (flock) are not reliable on the network file
+systems of clusters.
 """
 
 from __future__ import annotations
 
-import socket
 import time
 from pathlib import Path
 
 from filelock import SoftFileLease, Timeout
 
-from mnistm_dist.errors import UserError
-from mnistm_dist.files import explain_os_errors
+from mnistm_dist.files import FolderBusy, explain_os_errors
 
 LOCK_NAME = ".lock"
 HEARTBEAT_SECONDS = 5.0
 # How long a lock file must stay untouched before an owner on another host counts as dead.
 LEASE_SECONDS = 20.0
-# How long to wait for a lock that was touched on this host: a dead owner's is taken over within it.
+# How long to wait for a lock whose owner lives on this host, which may be about to release it.
 SAME_HOST_SECONDS = 0.3
 
 
 class RunLock:
     """Hold a run folder until `release` or the end of the block.
 
-    Raise `UserError` if a live run holds it or it cannot be written. ``wait``: seconds to wait for another owner
-    (default: until a dead one would be detected).
+    Raise `FolderBusy` if a live run holds it, `UserError` if it cannot be written. ``patient``: wait for an owner on
+    this host, too, as long as for one elsewhere: it may be about to end.
     """
 
-    def __init__(self, run_dir: Path, wait: float | None = None) -> None:
+    def __init__(self, run_dir: Path, *, patient: bool = False) -> None:
         path = run_dir / LOCK_NAME
         self._lease = SoftFileLease(
             path, lease_duration=LEASE_SECONDS, heartbeat_interval=HEARTBEAT_SECONDS, thread_local=False
         )
         with explain_os_errors(f"run folder {run_dir}", advice="choose another --run-dir"):
-            wait = _patience(self._lease, path) if wait is None else wait
+            wait = LEASE_SECONDS + 2 if patient else _patience(self._lease, path)
             try:
                 self._lease.acquire(timeout=wait, poll_interval=0.05)
             except Timeout as error:
                 owner = self._lease.owner
                 holder = f"pid {owner.pid} on {owner.hostname}" if owner else "another process"
-                raise UserError(
+                raise FolderBusy(
                     f"run folder {run_dir}: held by a live run ({holder}); wait for it to end, "
                     "or choose another --run-dir"
                 ) from error
@@ -67,13 +66,17 @@ def _patience(lease: SoftFileLease, path: Path) -> float:
     except FileNotFoundError:
         return SAME_HOST_SECONDS
     # Clocks of two hosts are not compared.
-    on_this_host = owner is not None and socket.gethostname() in owner.hostname and not _is_zombie(owner.pid)
-    return SAME_HOST_SECONDS if on_this_host and recently_touched else LEASE_SECONDS + 2
+    lives_here = owner is not None and _has_open(owner.pid, path)
+    return SAME_HOST_SECONDS if lives_here and recently_touched else LEASE_SECONDS + 2
 
 
-def _is_zombie(pid: int) -> bool:
-    """Whether a process was killed and not yet reaped, which filelock takes for alive."""
+def _has_open(pid: int, path: Path) -> bool:
+    """Whether a process of this PID namespace has a file open.
+
+    The owner of a lock has its lock file open, unless it was killed and not yet reaped. The owner of the folder that
+    this one was copied from has another file open.
+    """
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].startswith("Z")
+        return any(descriptor.samefile(path) for descriptor in Path(f"/proc/{pid}/fd").iterdir())
     except OSError:
         return False

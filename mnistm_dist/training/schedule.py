@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
+from typing import assert_never
 
 from mnistm_dist.config import Config, OptimConfig, StepsConfig
 
@@ -39,6 +41,14 @@ class Schedule:
         """The largest training size, pixels."""
         return max(self.steps.image_size)
 
+    @property
+    def peak_learning_rate(self) -> float:
+        """The largest learning rate."""
+        ratio = self.steps.batch_size / self.optim.base_batch_size
+        return (
+            self.optim.learning_rate * {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[self.optim.lr_scaling]
+        )
+
     def epoch(self, step: int) -> int:
         """Return the epoch of the first position of a step."""
         return step * self.steps.batch_size // self.train_size
@@ -59,6 +69,22 @@ class Schedule:
         sizes = self.steps.image_size
         return sizes[min(self.epoch(step), self.steps.epochs - 1) * len(sizes) // self.steps.epochs]
 
+    def work_left(self, steps_done: int, evaluate_every: int) -> tuple[Counter[int], Counter[int]]:
+        """Return the steps and the evaluations on val that remain after ``steps_done``, by image size in pixels.
+
+        ``evaluate_every``: epochs between evaluations. A batch is at most the train split.
+        """
+        steps: Counter[int] = Counter()
+        evaluated = {self.last_step}
+        for epoch in range(self.epoch(steps_done), self.epoch(self.last_step - 1) + 1):
+            first, end = (-(-number * self.train_size // self.steps.batch_size) for number in (epoch, epoch + 1))
+            remaining = min(end, self.last_step) - max(first, steps_done)
+            if remaining > 0:
+                steps[self.image_size(first)] += remaining
+            if (epoch + 1) % evaluate_every == 0 and steps_done < end < self.last_step:
+                evaluated.add(end)
+        return steps, Counter(self.image_size(step - 1) for step in evaluated if step > steps_done)
+
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of a step.
 
@@ -67,13 +93,13 @@ class Schedule:
         of Loshchilov and Hutter, arXiv 1608.03983). The peak scales with batch_size / base_batch_size: linearly (Goyal
         et al. 2017, arXiv 1706.02677) or by the square root (Krizhevsky 2014, arXiv 1404.5997).
         """
-        optim = self.optim
-        ratio = self.steps.batch_size / optim.base_batch_size
-        peak = optim.learning_rate * {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[optim.lr_scaling]
+        optim, peak = self.optim, self.peak_learning_rate
         if optim.lr_schedule == "constant":
             return peak
         if optim.lr_schedule == "exponential":
             return peak * optim.decay ** self.epoch(step)
+        if optim.lr_schedule != "one-cycle":
+            assert_never(optim.lr_schedule)
         done = (step + 1) / (self.total_steps + 1)
         if done < optim.warmup:
             return peak * done / optim.warmup

@@ -8,7 +8,7 @@
 import functools
 import itertools
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from mnistm_dist.data.cache import choose_cache_dir
 from mnistm_dist.data.fetch import is_address, open_shards
 from mnistm_dist.data.loader import Reader, open_reader
 from mnistm_dist.data.manifest import Manifest
-from mnistm_dist.data.order import Order, accumulation, accumulation_share, choose_reading, create_order
+from mnistm_dist.data.order import Order, choose_micro_batch, choose_reading, create_order, micro_batch_share
 from mnistm_dist.data.packing.writer import pack
 from mnistm_dist.data.parallel import Progress
 from mnistm_dist.data.shards import ShardSet
@@ -30,6 +30,7 @@ from mnistm_dist.training import checkpoint as checkpoints
 from mnistm_dist.training.checkpoint import Checkpoint
 from mnistm_dist.training.distributed import World
 from mnistm_dist.training.environment import describe_environment
+from mnistm_dist.training.hardware import check_compile
 from mnistm_dist.training.models import architecture
 from mnistm_dist.training.run_dir import CONFIG_NAME, RunDir
 from mnistm_dist.training.train_state import TrainState
@@ -66,6 +67,13 @@ class RunSetup:
         """The training order."""
         return create_order(self.config.data, self.config.steps, self.shards.manifest)
 
+    @functools.cached_property
+    def shares(self) -> list[range]:
+        """The micro-batches of a step that each rank computes."""
+        size, steps = self.world.size, self.config.steps
+        sizes = {"batch_size": steps.batch_size, "micro_batch": int(steps.micro_batch), "world_size": size}
+        return [micro_batch_share(**sizes, rank=rank) for rank in range(size)]
+
 
 def open_run(config: Config, world: World, bars: ProgressBars) -> RunSetup:
     """Open the data of a training, resolve every ``auto`` and choose the run folder. All ranks take part.
@@ -88,7 +96,9 @@ def open_evaluation(config: Config, world: World, bars: ProgressBars, path: Path
     """
     shards = open_set(config.data, world, bars)
     splits = [name for name in EVALUATED_SPLITS if name in shards.manifest.splits] if split is None else [split]
-    readers = open_readers(shards, config.data, splits, world, bars)
+    # Only a configuration that no training has resolved has auto; val and test are small.
+    data = replace(config, reader="resident").data if config.data.reader == "auto" else config.data
+    readers = open_readers(shards, data, splits, world, bars)
     return RunSetup(config=config, world=world.with_run_timeout(), shards=shards, readers=readers, path=path)
 
 
@@ -141,20 +151,24 @@ def pack_sample(bars: ProgressBars) -> None:
 def resolve(config: Config, world: World, manifest: Manifest) -> Config:
     """Return the configuration without ``auto``. Raise `UserError` if batch, micro-batch, streams and world size do not
     fit."""
-    batch_size, micro_batch = config.steps.batch_size, config.steps.micro_batch
-    if micro_batch == "auto":
-        micro_batch = accumulation_share(batch_size=batch_size, world_size=world.size)
-    accumulation(batch_size=batch_size, world_size=world.size, micro_batch=micro_batch)
+    if config.machine.compile:
+        check_compile(world.device)
+    batch_size, reproducible = config.steps.batch_size, config.machine.reproducible
+    micro_batch = choose_micro_batch(config.steps, world_size=world.size, reproducible=reproducible)
+    micro_batch_share(batch_size=batch_size, micro_batch=micro_batch, world_size=world.size, rank=world.rank)
     if micro_batch < 2:
         raise UserError(
             f"micro_batch: {micro_batch} image per forward; BatchNorm needs at least 2: use a larger --batch-size or "
             "--micro-batch"
         )
-    order, reader, streams = choose_reading(config.data, manifest, batch_size=batch_size, world_size=world.size)
-    memory_format = config.machine.memory_format
+    order, reader, streams = choose_reading(
+        config.data, manifest, batch_size=batch_size, world_size=1 if reproducible else world.size
+    )
+    memory_format, shards = config.machine.memory_format, config.data.shards or str(SAMPLE)
     return replace(
         config,
-        shards=config.data.shards or str(SAMPLE),
+        # Absolute: a resume, an evaluation and a plan find it from another folder, too.
+        shards=shards if is_address(shards) else str(Path(shards).absolute()),
         order=order,
         reader=reader,
         shuffle_streams=streams,
@@ -194,13 +208,26 @@ def acquire_run_dir(run: RunSetup, checkpoint: Checkpoint | None) -> RunDir:
     return run_dir
 
 
-def write_start(run: RunSetup, run_dir: RunDir, state: TrainState, *, resumed: bool) -> None:
-    """Write the files that a run folder has from the start. Rank 0 writes."""
+def write_start(
+    run: RunSetup,
+    run_dir: RunDir,
+    state: TrainState,
+    print_line: Callable[[str], None],
+    *,
+    resumed: bool,
+    argv: list[str],
+) -> None:
+    """Write the files that a run folder has from the start; set aside the checkpoints of later steps. Rank 0 writes.
+
+    ``argv``: the flags of this launch.
+    """
+    if run_dir.active and (later := checkpoints.checkpoint_dirs(run.path, after=state.steps_done)):
+        names = ", ".join(path.name for path in later)
+        print_line(f"set aside: {names} and any results were moved to {run_dir.set_aside(later)}")
     run_dir.open_log(state.steps_done)
     if run_dir.active:
-        checkpoints.remove_after(run.path, state.steps_done)
         run_dir.write(CONFIG_NAME, dump(run.config))
-        run_dir.write("environment.json", describe_environment(run.world))
+        run_dir.write("environment.json", describe_environment(run.world, argv))
         run_dir.write("architecture.json", architecture(state.model, max(run.config.steps.image_size)))
         run_dir.set_state("running")
         run_dir.log({"kind": "resume" if resumed else "start", "step": state.steps_done, "world_size": run.world.size})

@@ -1,5 +1,6 @@
 """The state that training changes: model, optimizer, averaged weights, steps done and history."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 
 from mnistm_dist.config import Config
 from mnistm_dist.training.distributed import World, prepare
+from mnistm_dist.training.gradient_tree import GradientTree
 from mnistm_dist.training.models import create_model, to_device
 from mnistm_dist.training.optim import WeightAverage, create_optimizer
 
@@ -52,6 +54,8 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     ema: WeightAverage | None
     """Moving average of the weights, if the recipe has one."""
+    tree: GradientTree | None = None
+    """Sums the gradients if the run is reproducible; None: DDP does."""
     steps_done: int = 0
     history: TrainingHistory = field(default_factory=TrainingHistory)
 
@@ -61,8 +65,11 @@ class TrainState:
         return self.ema.model if self.ema else self.model
 
 
-def create_train_state(config: Config, world: World, num_classes: int) -> TrainState:
-    """Return the state before the first step; initial weights depend on the seed alone. All ranks take part."""
+def create_train_state(config: Config, world: World, num_classes: int, shares: Sequence[range]) -> TrainState:
+    """Return the state before the first step; initial weights depend on the seed alone. All ranks take part.
+
+    ``shares``: the micro-batches of each rank.
+    """
     model: nn.Module = create_model(num_classes, config.steps.seed)
     if config.machine.sync_batchnorm:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -71,4 +78,5 @@ def create_train_state(config: Config, world: World, num_classes: int) -> TrainS
     optimizer = create_optimizer(model, config.optim, world.precision)
     train_model, optimizer = prepare(world, model, optimizer, config.machine)
     ema = WeightAverage(model, config.optim.ema_decay) if config.optim.ema_decay else None
-    return TrainState(model=model, train_model=train_model, optimizer=optimizer, ema=ema)
+    tree = GradientTree(model, world, shares) if config.machine.reproducible else None
+    return TrainState(model=model, train_model=train_model, optimizer=optimizer, ema=ema, tree=tree)

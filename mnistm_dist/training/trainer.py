@@ -6,12 +6,14 @@ gives all ranks the BatchNorm statistics of rank 0, the only ones that are kept.
 """
 
 import math
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 from mnistm_dist.data.loader import Batch, train_batches
 from mnistm_dist.data.order import step_positions
@@ -22,7 +24,7 @@ from mnistm_dist.training import checkpoint as checkpoints
 from mnistm_dist.training.checkpoint import Scalars
 from mnistm_dist.training.diagnostics import check_model_learns, profile_steps
 from mnistm_dist.training.evaluation import predict_split
-from mnistm_dist.training.hardware import CoreWatch
+from mnistm_dist.training.hardware import CoreWatch, peak_memory_gb
 from mnistm_dist.training.log_window import LogWindow, NonFiniteLoss
 from mnistm_dist.training.preemption import CONTINUE, EXIT, Preempted, StepBoundary, StopRequest
 from mnistm_dist.training.run_dir import RunDir
@@ -72,7 +74,7 @@ class Trainer:
         self.preprocess = Preprocess(split.mean, split.std, run.world.device)
         self.augment = Augment(run.config.augment, self.preprocess, run.config.steps.seed)
         self.boundary = StepBoundary(run.world, stop, run.config.run.checkpoint_minutes)
-        self.window = LogWindow(run.world, state.history.pending)
+        self.window = LogWindow(run.world, run.shares, state.history.pending)
         self.core_watch = CoreWatch()
         self.train_loss = float("nan")
         """Mean loss of the last row of the log."""
@@ -83,13 +85,17 @@ class Trainer:
         profile_dir = self.run_dir.path / "profile" if self.world.is_main else None
         profiler = profile_steps(profile_dir, steps=run.profile_steps, first_step=state.steps_done)
         state.train_model.train()
-        with self.logger.training(schedule.last_step, state.steps_done), profiler as step_profiled:
+        with (
+            self.logger.training(schedule.last_step, state.steps_done),
+            profiler as step_profiled,
+            torch.random.fork_rng(),
+        ):
             self.window.start_clock()
             for step, micro_batches in enumerate(self.batches(), start=state.steps_done):
                 image_size = schedule.image_size(step)
                 for group in state.optimizer.param_groups:
                     group["lr"] = schedule.learning_rate(step)
-                losses, norm = train_step(self.world, state, self.augment, micro_batches, image_size, self.config.optim)
+                losses, norm = train_step(self.world, state, self.augment, micro_batches, image_size, self.config)
                 if state.ema is not None:
                     state.ema.update(state.model, step)
                 self.window.add(step, losses)
@@ -133,13 +139,14 @@ class Trainer:
         self.logger.train_row(
             {
                 "step": self.state.steps_done,
-                "epoch": self.schedule.epoch(step),
+                "epoch": self.schedule.epoch(step) + 1,
                 "train/loss": self.train_loss,
                 "train/learning_rate": self.schedule.learning_rate(step),
                 "train/images_per_second": steps_per_second * self.config.steps.batch_size,
                 # None: the gradient overflowed in fp16, and the scaler skipped the step.
                 "train/gradient_norm": norm if math.isfinite(norm) else None,
                 "train/image_size": self.schedule.image_size(step),
+                "train/peak_memory_gb": peak_memory_gb(self.world.device),
             }
         )
         if warning := self.core_watch.warning():
@@ -163,7 +170,7 @@ class Trainer:
                 )
             row = {
                 "step": self.state.steps_done,
-                "epoch": self.schedule.epoch(step),
+                "epoch": self.schedule.epoch(step) + 1,
                 "split": "val",
                 "image_size": image_size,
                 "full_image_size": self.schedule.full_image_size,
@@ -189,8 +196,7 @@ class Trainer:
             history=state.history,
             shards=manifest.identity,
             classes=list(manifest.classes),
-            micro_batch=int(self.config.steps.micro_batch),
-            threads=int(self.config.machine.threads),
+            learning=checkpoints.learning_values(self.config, self.world.device),
             scaler=scaler.state_dict() if scaler is not None else None,
             averaged=state.ema is not None,
             image_size=self.schedule.image_size(state.steps_done - 1),
@@ -235,7 +241,7 @@ class Trainer:
         last_good = self.world.broadcast_object(str(good.path) if good else "none")
         return UserError(
             f"{error}; keys of its batch: {' '.join(keys[:16])}{' ...' if len(keys) > 16 else ''} "
-            f"(all: python -m mnistm_dist.plan {self.run_dir.path} --step {error.step}); "
+            f"(all: python -m mnistm_dist.plan {shlex.quote(str(self.run_dir.path))} --step {error.step}); "
             f"last good checkpoint: {last_good}; a resume would repeat it: start a new run with a smaller "
             "--learning-rate or --precision fp32"
         )

@@ -8,6 +8,10 @@ import pytest
 import torch
 from conftest import VAL, error_of, output_of
 
+from mnistm_dist import evaluate
+from mnistm_dist.training import checkpoint as checkpoints
+from mnistm_dist.training.run_lock import RunLock
+
 FILES = ("predictions_val.csv", "predictions_test.csv")
 
 
@@ -62,6 +66,18 @@ def test_a_checkpoint_and_a_split_can_be_chosen(run, run_command):
     assert json.loads((run / "summary.json").read_text())["checkpoint"]["step"] == 10
 
 
+def test_the_report_is_written_anew_with_the_results_of_one_checkpoint(trained_run, run_command, tmp_path):
+    copy = shutil.copytree(trained_run, tmp_path / "run")
+    (copy / "report.html").unlink()
+    out = output_of(run_command("evaluate", copy, "--checkpoint", "last", "--split", "val"))
+    assert f"report            {copy / 'report.html'}" in out
+    page = (copy / "report.html").read_text()
+    assert "Evaluated checkpoint: step 20 (last)" in page
+    # The result on test is that of another checkpoint, unless that was the last one, too.
+    chosen = json.loads((trained_run / "summary.json").read_text())["checkpoint"]["chosen"]
+    assert ("Mistakes, test" in page, "predictions_test.csv: of another checkpoint" in page) == (False, True), chosen
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -86,3 +102,45 @@ def test_a_run_in_a_precision_that_this_machine_lacks_is_scored_in_fp32(run, run
     output = output_of(run_command("evaluate", copy, "--split", "val"))
     assert "warning: precision: bf16 is not native here; evaluating in fp32" in output
     assert (copy / "predictions_val.csv").read_bytes() == predictions
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_while_a_run_lives_results_are_printed_or_written_to_out_and_never_into_the_run(run, run_main, tmp_path):
+    with RunLock(run):
+        before = contents(run)
+        out = output_of(run_main(evaluate.main, run, "--split", "val"))
+        assert f"{run}: in use by another process; results are printed only" in out
+        assert f"of {VAL} " in out
+        assert "predictions_val.csv" not in out
+        out = output_of(run_main(evaluate.main, run, "--split", "val", "--out", "new/folder"))
+        assert "new/folder/predictions_val.csv" in out
+        # The heartbeat of the lock is not a result.
+        assert {**contents(run), ".lock": b""} == {**before, ".lock": b""}
+    assert json.loads((tmp_path / "new" / "folder" / "summary.json").read_text())["val"]["total"] == VAL
+
+
+def test_a_checkpoint_that_is_pruned_meanwhile_is_one_line(run, run_main, tmp_path, monkeypatch):
+    copy, load_model = shutil.copytree(run, tmp_path / "run"), checkpoints.load_model
+
+    def prune_first(path, model):
+        shutil.rmtree(path)
+        load_model(path, model)
+
+    monkeypatch.setattr(checkpoints, "load_model", prune_first)
+    named = copy / "checkpoints" / "step-00000010"
+    for _ in ("before its weights are read", "before it is opened"):
+        line = error_of(run_main(evaluate.main, copy, "--checkpoint", named, "--split", "val"))
+        assert f"{named}" in line
+        assert "No such file" in line
+        assert "use another checkpoint" in line
+
+
+def test_a_configuration_that_no_training_has_resolved_is_evaluated(run, run_main, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    text = (copy / "config.yaml").read_text()
+    shards = next(line for line in text.splitlines() if line.startswith("  shards:"))
+    (copy / "config.yaml").write_text(f"data:\n{shards}\n")
+    output_of(run_main(evaluate.main, copy, "--split", "val"))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 
 import numpy as np
@@ -11,10 +12,11 @@ from conftest import TEST, TRAIN, VAL, error_of, output_of
 from safetensors.torch import load_file
 from torch.nn import functional
 
-from mnistm_dist import train
+from mnistm_dist import predict, report, train
 from mnistm_dist.data.order import FullOrder
 from mnistm_dist.data.resident import open_resident
 from mnistm_dist.data.shards import ShardSet
+from mnistm_dist.reporting.pictures import read_pictures
 from mnistm_dist.training.models import create_model
 from mnistm_dist.training.run_dir import read_log
 
@@ -77,7 +79,7 @@ def test_two_processes_are_bit_for_bit_one_with_two_micro_batches(run_command, s
             )
         )
         assert json.loads((tmp_path / f"w{world_size}" / "summary.json").read_text())["world_size"] == world_size
-        assert f"32 = {world_size} x {2 // world_size} x 16" in out
+        assert "32 = 2 x 16" in out
     one, two = newest_model(tmp_path / "w1"), newest_model(tmp_path / "w2")
     parameters = [name for name, _ in create_model(10, 0).named_parameters()]
     assert all(torch.equal(one[name], two[name]) for name in parameters)
@@ -141,6 +143,47 @@ def test_a_run_leaves_a_complete_folder(run_command, small_set, tmp_path):
     assert summary["val"]["accuracy"] == best["val/accuracy"]
     for part in ("world size", "precision", "threads", "692,106", f"{TRAIN:,} train", "20 steps, 2 epochs"):
         assert part in out, part
+    for part in (r"optimizer +muon", r"learning rate +0\.01, one-cycle", r"seed +0", r"tracker +none"):
+        assert re.search(part, out), part
+    for part in ("run run\n", "recipe fast", "python -m mnistm_dist.predict run IMAGE"):
+        assert out.count(part) <= 1, f"said twice: {part}"
+    assert [row["epoch"] for row in rows if row["kind"] == "evaluation"] == [1, 2], "counted as in the console"
+    trained = [row for row in rows if row["kind"] == "train"]
+    assert all(0.05 < row["train/peak_memory_gb"] <= summary["peak_memory_gb"] for row in trained)
+    pictures = read_pictures(run / "mistakes" / "test.png")
+    assert 0 < len(pictures) == min(36, summary["test"]["total"] - summary["test"]["correct"])
+
+
+def test_a_model_that_gives_one_answer_ends_with_a_warning(run_command, small_set):
+    wild = ("--optimizer", "sgd", "--learning-rate", 1000, "--lr-schedule", "constant", "--max-grad-norm", 0.1)
+    flags = ("--batch-size", 32, "--image-size", 16, "--max-steps", 2, "--ema-decay", 0, "--log-every", 1, *wild)
+    out = output_of(run_command("train", "--shards", small_set, "--run-dir", "a run", *flags, *QUICK))
+    assert "warning: the " in out.splitlines()[-1]
+    assert "use a smaller --learning-rate, or train for more steps" in out.splitlines()[-1]
+    # Quoted for a shell.
+    assert "python -m mnistm_dist.train --resume 'a run/checkpoints/step-00000002'" in out
+    assert "python -m mnistm_dist.report 'a run'" in out
+
+
+def test_a_dry_run_estimates_memory_and_time_and_writes_nothing(run_command, small_set, tmp_path):
+    flags = ("--batch-size", 32, "--image-size", "16,32", "--epochs", 2, "--run-dir", "run", *QUICK)
+    out = output_of(run_command("train", "--shards", small_set, "--dry-run", *flags))
+    assert "  order: full" in out, "the configuration, resolved"
+    for part in (r"dry run: run is not written", r"training +20 steps, 2 epochs", r"peak memory +\d\.\d\d GB"):
+        assert re.search(part, out), part
+    assert re.search(r"time +about \d+(\.\d)? s of training and evaluation", out)
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_printed_configuration_is_a_recipe(run_main, tmp_path):
+    flags = ("--epochs", 3, "--image-size", "32,48")
+    done = run_main(train.main, "--print-config", *flags)
+    assert done.returncode == 0
+    (tmp_path / "own.yaml").write_text(done.stdout)
+    again = run_main(train.main, "--print-config", "--recipe", "own.yaml")
+    assert again.stdout == done.stdout.replace("recipe: fast", "recipe: own.yaml")
+    assert "epochs: 3" in done.stdout
 
 
 def test_without_a_test_split_the_last_step_is_evaluated(run_command, small_set, tmp_path, monkeypatch):
@@ -230,6 +273,8 @@ def test_without_shards_the_bundled_sample_is_packed_first(run_command, tmp_path
     [
         (["--shards", "nowhere"], "nowhere"),
         (["--shards", "shards/sample"], "shards/sample"),
+        (["--learning-rat", "0.1"], "Perhaps you meant: --learning-rate"),
+        (["--recipe", "fats"], "did you mean fast?"),
         (["--batch-size", 33, "--micro-batch", 16], "33"),
         (["--batch-size", 32, "--micro-batch", 12], "12"),
         (["--batch-size", 1], "micro_batch"),
@@ -237,7 +282,7 @@ def test_without_shards_the_bundled_sample_is_packed_first(run_command, tmp_path
         (["--epochs", "x"], "--epochs"),
         (["--precision", "bf16"], "emulated"),
         (["--expect-world-size", 2], "world size: found 1"),
-        (["--signals", "SIGKILL"], "SIGKILL"),
+        (["--stop-signals", "SIGKILL"], "SIGKILL"),
         (["--resume", "auto"], "--run-dir"),
         (["--resume", "nowhere"], "nowhere"),
         (["--cache-dir", "/proc/none"], "/proc/none"),
@@ -251,6 +296,14 @@ def test_a_user_error_is_one_line_and_makes_no_run_folder(run_main, small_set, t
     assert named in error_of(run_main(train.main, *flags))
     assert not (tmp_path / "runs").exists()
     assert not (tmp_path / "shards").exists()
+
+
+def test_a_path_that_is_missing_is_named_with_the_nearest_one(run_main, tmp_path):
+    (tmp_path / "sets" / "official").mkdir(parents=True)
+    (tmp_path / "runs" / "first").mkdir(parents=True)
+    assert "(did you mean sets/official?)" in error_of(run_main(train.main, "--shards", "sets/offical"))
+    assert "(did you mean runs/first?)" in error_of(run_main(report.main, "runs/fist"))
+    assert "(did you mean runs/first?)" in error_of(run_main(predict.main, "runs/fist", "image.png"))
 
 
 def test_a_folder_that_holds_a_run_is_refused_and_left_as_it_was(run_main, small_set, tmp_path):

@@ -98,7 +98,7 @@ def test_images_of_any_size_are_read(kind, size, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5])
 def test_both_readers_follow_the_order_at_any_world_size_workers_and_start(
     workers, world_size, small_set, truth, cache_dir
 ):
@@ -126,7 +126,7 @@ def test_both_readers_follow_the_order_at_any_world_size_workers_and_start(
             for step, shares in enumerate(zip(*ranks, strict=True), start=start):
                 positions = np.concatenate([batch.positions for share in shares for batch in share])
                 assert positions.tolist() == list(range(step * 24, (step + 1) * 24))
-                assert all(len(share) == 24 // 3 // world_size for share in shares)
+                assert {len(share) for share in shares} <= {8 // world_size, -(-8 // world_size)}
                 assert all(truth.has(batch, order) for share in shares for batch in share)
 
 
@@ -349,7 +349,7 @@ def test_order_and_reader_are_chosen_by_the_manifests_size(asked, train, resolve
 
 @pytest.mark.parametrize(
     ("batch_size", "world_size", "streams"),
-    [(256, 1, 16), (96, 6, 12), (4096, 64, 64), (100, 1, 10), (7, 1, 7), (34, 2, 2)],
+    [(256, 1, 16), (96, 6, 12), (4096, 64, 64), (100, 1, 10), (7, 1, 7), (34, 2, 2), (128, 3, 16)],
 )
 def test_automatic_streams_fit_batch_and_processes(batch_size, world_size, streams, small_set):
     manifest = ShardSet.open(small_set).manifest

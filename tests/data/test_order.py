@@ -12,12 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chi2
 
+from mnistm_dist.config import StepsConfig
 from mnistm_dist.data.hashing import derive_key, permute, uniform
 from mnistm_dist.data.order import (
     FullOrder,
     Order,
     WindowedOrder,
-    accumulation,
+    choose_micro_batch,
+    micro_batch_share,
     step_positions,
 )
 from mnistm_dist.errors import UserError
@@ -63,13 +65,14 @@ def test_every_image_comes_once_per_epoch(given_order, epoch):
 @given(any_order, st.integers(0, 100_000))
 def test_the_ranks_shares_make_the_same_global_batch_at_every_world_size(given_order, step):
     order, batch, worlds = given_order
+    worlds = [*worlds, *range(1, min(batch, 7) + 1)]
     alone = step_positions(step, batch_size=batch)
     assert alone.tolist() == list(range(step * batch, (step + 1) * batch))
     for world in worlds:
         shares = [step_positions(step, batch_size=batch, world_size=world, rank=rank) for rank in range(world)]
         assert np.concatenate(shares).tolist() == alone.tolist()
         assert np.concatenate([order.ids(share) for share in shares]).tolist() == order.ids(alone).tolist()
-        if isinstance(order, WindowedOrder):
+        if isinstance(order, WindowedOrder) and order.streams % world == 0:
             streams = [set(order.stream(share).tolist()) for share in shares]
             assert sum(map(len, streams)) == len(set().union(*streams)) == order.streams
 
@@ -134,26 +137,46 @@ def test_a_stream_mixes_shards_of_the_whole_set():
 
 
 @quick
-@given(st.integers(1, 64), st.integers(1, 16), st.integers(1, 64))
-def test_accumulation_is_derived_or_refused_with_the_nearest_values(k, world, micro):
-    batch = k * world * micro
-    assert accumulation(batch_size=batch, world_size=world, micro_batch=micro) == k
-    with pytest.raises(UserError, match=f"batch_size {batch + 1}" if world > 1 else "micro_batch") as caught:
-        accumulation(batch_size=batch + 1, world_size=world, micro_batch=micro if world > 1 else batch + 2)
-    assert "nearest that fit" in str(caught.value)
+@given(st.integers(1, 64), st.integers(1, 64), st.data())
+def test_the_shares_of_any_number_of_processes_are_contiguous_and_as_equal_as_possible(count, micro, data):
+    world = data.draw(st.integers(1, count))
+    sizes = {"batch_size": count * micro, "micro_batch": micro, "world_size": world}
+    shares = [micro_batch_share(**sizes, rank=rank) for rank in range(world)]
+    assert [index for share in shares for index in share] == list(range(count))
+    assert {len(share) for share in shares} <= {count // world, -(-count // world)}
+    with pytest.raises(UserError, match="nearest that fit" if micro > 1 else f"{count + 1} of them"):
+        micro_batch_share(batch_size=count * micro + 1, micro_batch=micro, world_size=count + 2, rank=0)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"batch_size": 256, "world_size": 3, "micro_batch": 64}, "255 and 258"),
-        ({"batch_size": 256, "world_size": 2, "micro_batch": 48}, "micro_batch 32 and 64 or batch_size 192 and 288"),
-        ({"batch_size": 2, "world_size": 4, "micro_batch": 1}, "the nearest that fit are 4"),
+        ({"batch_size": 256, "world_size": 2, "micro_batch": 48}, "micro_batch 32 and 64 or batch_size 240 and 288"),
+        ({"batch_size": 128, "world_size": 6, "micro_batch": 32}, "4 of them for 6 processes; use --micro-batch 16 or"),
+        ({"batch_size": 2, "world_size": 4, "micro_batch": 1}, "fewer processes"),
     ],
 )
 def test_the_nearest_values_that_fit_are_named(arguments, message):
     with pytest.raises(UserError, match=message):
-        accumulation(**arguments)
+        micro_batch_share(**arguments, rank=0)
+
+
+@pytest.mark.parametrize(
+    ("steps", "reproducible", "sizes"),
+    [
+        ({"batch_size": 128}, False, [128, 64, 32, 32, 16]),
+        ({"batch_size": 128}, True, [16] * 5),
+        ({"batch_size": 128, "max_world": 4}, False, [32] * 5),
+        ({"batch_size": 128, "max_world": 16}, True, [8] * 5),
+        ({"batch_size": 128, "max_world": 16, "micro_batch": 64}, True, [64] * 5),
+    ],
+)
+def test_an_automatic_micro_batch_follows_the_processes_or_max_world(steps, reproducible, sizes):
+    chosen = [
+        choose_micro_batch(StepsConfig(**steps), world_size=world, reproducible=reproducible)
+        for world in (1, 2, 3, 4, 5)
+    ]
+    assert chosen == sizes
 
 
 def test_streams_must_divide_the_batch():

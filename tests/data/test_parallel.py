@@ -39,24 +39,27 @@ def test_a_parallel_map_keeps_the_order_holds_few_items_and_passes_errors_on(wor
         list(results)
 
 
-ORPHANS = """
+WORK = """
 import os, time
-from mnistm_dist.data.parallel import available_cores, cpu_quota, ordered_map
 
 def work(number):
     time.sleep(0 if number == 0 else 600)
     return os.getpid()
+"""
+ORPHANS = """
+from mnistm_dist.data.parallel import ordered_map
+from work import work
 
-if __name__ == "__main__":
-    results = ordered_map(work, range(100), workers=2)
-    print(next(results), flush=True)
-    next(results)
+results = ordered_map(work, range(100), workers=2)
+print(next(results), flush=True)
+next(results)
 """
 
 
 def test_workers_do_not_outlive_a_killed_parent(tmp_path: Path) -> None:
     script = tmp_path / "parent.py"
     script.write_text(ORPHANS)
+    (tmp_path / "work.py").write_text(WORK)
     process = subprocess.Popen(
         [sys.executable, script], env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True
     )

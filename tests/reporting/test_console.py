@@ -23,6 +23,7 @@ from mnistm_dist.reporting.console import Console, bar_text
 
 STORY = """
 import sys, time, warnings
+from pathlib import Path
 from mnistm_dist.reporting.console import Console
 console = Console()
 with console.library_warnings():
@@ -42,12 +43,14 @@ with console.library_warnings():
             if step % 20 == 0:
                 with console.progress("evaluating val", 2000) as inner:
                     inner(2000)
-                console.evaluation({"epoch": step // 20 - 1, "step": step, "split": "val", "val/loss": 0.3,
+                console.evaluation({"epoch": step // 20, "step": step, "val/loss": 0.3,
                     "val/accuracy": 0.97, "image_size": 32 * (step // 20), "full_image_size": 64, "best": True})
     split = {"accuracy": 0.9712, "correct": 1942, "total": 2000, "interval95": [0.963, 0.977]}
     checkpoint = {"step": 40, "chosen": "best on val", "averaged": True, "image_size": 64}
     summary = {"val": split, "train_seconds": 222.0, "images_per_second": 709.2, "checkpoint": checkpoint}
-    console.result(summary, "1,942 of 2,000 correct. " * 6, {"run folder": "runs/x"})
+    command = "python -m mnistm_dist.predict 'runs/a long name of a run that is wider than the terminal' IMAGE"
+    paths = {"report": Path("runs/x/report.html")}
+    console.result(summary, "1,942 of 2,000 correct. " * 6, paths, {"predict": command})
 """
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 MOVE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
@@ -56,6 +59,11 @@ MOVE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
 def rows(raw: str) -> list[str]:
     """Return what the rows of a terminal showed at any time: a line ends where the cursor is moved."""
     return MOVE.sub("\n", COLOUR.sub("", raw)).split("\n")
+
+
+def wrapped(raw: str) -> list[str]:
+    """Return the rows of a terminal without links and commands, which are left whole so that they can be copied."""
+    return [row for row in rows(raw) if "file://" not in row and "python -m" not in row]
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -105,9 +113,12 @@ def test_a_pipe_gets_plain_lines_with_the_time_and_no_control_codes() -> None:
     assert "train: 40/40 steps" in done.stdout
     assert "evaluating val" not in done.stdout, "a bar within another leaves no line"
     assert sum("a library warns" in line for line in text) == 1
-    head = text.index("epoch    step  split  train loss    loss  accuracy")
-    assert text[head + 1] == "    1      20    val              0.3000   97.00 %  best at 32 px"
+    head = text.index("epoch      step  train loss  val loss  val accuracy")
+    assert text[head + 1] == "    1        20                0.3000       97.00 %  best at 32 px"
     assert text[head + 2].endswith("97.00 %  best")
+    assert text[-2] == "written  report   runs/x/report.html"
+    assert text[-1].startswith("next     predict  python -m mnistm_dist.predict 'runs/a long name")
+    text = text[:-2]
     assert "  val         1,942 of 2,000 correct: 97.10 % (95 % interval 96.30 to 97.70 %)" in text
     assert "  checkpoint  step 40 (best on val), averaged weights, 64 px" in text
     assert "  training    3:42, 709 images/s" in text
@@ -117,7 +128,7 @@ def test_a_pipe_gets_plain_lines_with_the_time_and_no_control_codes() -> None:
 
 def test_a_number_and_its_percent_sign_stay_on_one_line() -> None:
     stream = io.StringIO()
-    Console(stream=stream).result({}, f"{'x' * 65} 12.50 % of all", {})
+    Console(stream=stream).result({}, f"{'x' * 65} 12.50 % of all", {}, {})
     assert stream.getvalue().splitlines()[-1].endswith(" 12.50 % of all")
 
 
@@ -142,16 +153,23 @@ def test_a_terminal_of_80_columns_shows_panels_and_a_live_bar_and_nothing_wider(
     raw = in_terminal()
     assert "\x1b[?25l" in raw, "the cursor is hidden while a bar is live"
     assert raw.rindex("\x1b[?25h") > raw.rindex("\x1b[?25l"), "and shown again"
-    assert max(map(len, rows(raw))) <= 80
+    assert max(map(len, wrapped(raw))) <= 80
     text = "\n".join(rows(raw))
-    for part in ("╭─ mnistm_dist ", "loss 0.", "1,234 images/s", "0:00:0", "╭─ result ", "97.10 %", "best at 32 px"):
+    for part in ("╭─ mnistm_dist ", "loss 0.", "1,234 images/s", " s left", " 50 %", "╭─ result ", "best at 32 px"):
         assert part in text, part
     assert "a library warns a library" in text
     assert "another library prints" in text
 
 
+def test_the_report_is_a_link_and_a_command_is_one_line_in_a_terminal() -> None:
+    raw = in_terminal()
+    address = Path("runs/x/report.html").resolve().as_uri()
+    assert re.search(rf"\x1b\]8;[^;]*;{re.escape(address)}\x1b\\runs/x/report.html", raw)
+    assert "python -m mnistm_dist.predict 'runs/a long name of a run that is wider than the terminal' IMAGE" in raw
+
+
 def test_nothing_is_wider_than_a_narrow_terminal() -> None:
-    assert max(map(len, rows(in_terminal(columns=60)))) <= 60
+    assert max(map(len, wrapped(in_terminal(columns=60)))) <= 60
 
 
 @pytest.mark.filterwarnings("default")  # a warning that is shown, as in a command
@@ -167,7 +185,7 @@ def test_other_ranks_write_nothing(capsys: pytest.CaptureFixture[str]) -> None:
         bar(3, 3)
     with console.progress("train", 3, "steps") as training:
         training(1, note="loss 1.0000")
-    console.result({}, "x", {})
+    console.result({}, "x", {}, {})
     assert capsys.readouterr() == ("", "")
 
 

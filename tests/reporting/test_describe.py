@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_folders import Matrix, metrics_of_matrix
 
-from mnistm_dist.reporting.describe import describe, duration, listed, number, percent
+from mnistm_dist.reporting.describe import describe, describe_failure, duration, listed, number, percent
 
 
 def matrices(width: int = 4) -> st.SearchStrategy[Matrix]:
@@ -27,7 +27,6 @@ def test_the_text_is_true_for_any_matrix(matrix: Matrix) -> None:
     errors = array.sum(axis=1) - array.diagonal()
     off = array.copy()
     np.fill_diagonal(off, 0)
-    assert f"{metrics.correct:,} of {metrics.total:,} correct" in text
     assert ("No errors." in text) == (off.max() == 0)
     if off.max():
         true, predicted = np.argwhere(off == off.max())[0]
@@ -67,9 +66,20 @@ def test_a_constant_prediction_is_named() -> None:
     assert "Every image is predicted as 2." in describe(metrics_of_matrix(matrix))
 
 
+def test_a_model_that_diverged_or_gives_one_answer_is_named_and_no_other() -> None:
+    one_answer, good = [[0, 5], [0, 5]], [[4, 1], [0, 5]]
+    assert "the model gives one answer: every image is predicted as 1" in describe_failure(
+        metrics_of_matrix(one_answer)
+    )
+    diverged = describe_failure(metrics_of_matrix(good), [0.699, 0.5, 0.7])
+    assert diverged.startswith("the training loss ends at 0.700, above the 0.693 of a random guess; use a smaller")
+    assert describe_failure(metrics_of_matrix(good), [0.5, 0.6]) == ""
+    assert describe_failure(metrics_of_matrix(good), [0.7]) == "", "the first steps of a run"
+    assert describe_failure(metrics_of_matrix([[0, 0], [0, 5]])) == "", "a split of one class"
+
+
 def test_one_image_of_one_class_makes_sentences_too() -> None:
     assert describe(metrics_of_matrix([[0, 1], [0, 0]])).splitlines() == [
-        "0 of 1 correct: 0.00 % (95 % interval 0.00 to 79.35 %).",
         "All images are of class 0.",
         "Most common confusions: 0 as 1 (1).",
         "Class 0 has the most errors: 1 of 1 (1 predicted as 1).",

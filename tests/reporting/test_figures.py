@@ -26,7 +26,7 @@ from run_folders import (
 )
 
 from mnistm_dist.reporting import figures
-from mnistm_dist.reporting.curves import learning_curve, learning_curves
+from mnistm_dist.reporting.curves import learning_curve, learning_curves, machine_curve
 from mnistm_dist.reporting.metrics import calibration_bins, measure
 from mnistm_dist.reporting.predictions import Mistake, Predictions, mistakes
 from mnistm_dist.reporting.style import SERIES, THEME, save, to_svg
@@ -166,7 +166,7 @@ def test_no_text_of_a_learning_curve_is_mathtext(scale: float) -> None:
         if row["kind"] == "train":
             row["train/learning_rate"] *= scale
             row["train/loss"] *= scale
-    for figure in (learning_curve(rows), learning_curves({"a": rows, "b": rows})):
+    for figure in (learning_curve(rows), machine_curve(rows), *learning_curves({"a": rows, "b": rows})):
         assert not any("$" in text for text in texts(figure))
 
 
@@ -175,15 +175,15 @@ def test_no_text_of_a_learning_curve_is_mathtext(scale: float) -> None:
     [
         [],
         [{"kind": "start", "step": 0, "world_size": 1, "time": 0.0}],
-        [{"kind": "train", "step": 1, "epoch": 0, "train/loss": 2.3, "train/learning_rate": 1e-3}],
-        [{"kind": "train", "step": 1, "epoch": 0, "train/loss": float("nan")}],
-        [{"kind": "evaluation", "step": 5, "epoch": 0, "val/accuracy": 1.0, "val/loss": 0.0}],
+        [{"kind": "train", "step": 1, "epoch": 1, "train/loss": 2.3, "train/learning_rate": 1e-3}],
+        [{"kind": "train", "step": 1, "epoch": 1, "train/loss": float("nan")}],
+        [{"kind": "evaluation", "step": 5, "epoch": 1, "val/accuracy": 1.0, "val/loss": 0.0}],
         [{"kind": "resume", "step": 3}, {"kind": "train", "step": 4, "train/loss": 1.0}],
     ],
 )
 def test_an_almost_empty_log_makes_a_curve_too(rows: list[dict[str, Any]]) -> None:
-    learning_curve(rows).draw_without_rendering()
-    learning_curves({"a": rows, "b": rows}).draw_without_rendering()
+    for figure in (learning_curve(rows), machine_curve(rows), *learning_curves({"a": rows, "b": rows})):
+        to_svg(figure, "curve", "a curve")
 
 
 def test_a_long_run_is_drawn_with_few_points_and_keeps_its_extremes() -> None:
@@ -196,8 +196,8 @@ def test_a_long_run_is_drawn_with_few_points_and_keeps_its_extremes() -> None:
 
 
 def test_several_runs_are_drawn_by_epoch() -> None:
-    figure = learning_curves({"a": log_rows(4, 20, 0.97, 0, None), "b": log_rows(4, 40, 0.96, 1, None)})
-    a, b = figure.axes[1].lines
+    _, figure = learning_curves({"a": log_rows(4, 20, 0.97, 0, None), "b": log_rows(4, 40, 0.96, 1, None)})
+    a, b = figure.axes[0].lines
     np.testing.assert_allclose(a.get_xdata(), [1, 2, 3, 4])
     np.testing.assert_allclose(b.get_xdata(), [1, 2, 3, 4])
     assert a.get_color() != b.get_color()
@@ -206,18 +206,18 @@ def test_several_runs_are_drawn_by_epoch() -> None:
 
 
 def test_a_run_of_any_name_is_in_the_legend() -> None:
-    figure = learning_curves({name: log_rows(4, 20, 0.97, 0, None) for name in ("_a", "$b_{2}$")})
+    figure, _ = learning_curves({name: log_rows(4, 20, 0.97, 0, None) for name in ("_a", "$b_{2}$")})
     assert [text.get_text().strip() for text in figure.legends[0].get_texts()] == ["_a", "$b_{2}$"]
     figure.draw_without_rendering()
 
 
 def test_a_run_that_ended_within_an_epoch_is_drawn_at_its_length() -> None:
     cut = [row for row in log_rows(1, 20, 0.97, 0, None) if row["step"] <= 5 and row["kind"] != "evaluation"]
-    cut.append({"kind": "evaluation", "step": 5, "epoch": 0, "val/loss": 2.0, "val/accuracy": 0.2})
-    figure = learning_curves(
+    cut.append({"kind": "evaluation", "step": 5, "epoch": 1, "val/loss": 2.0, "val/accuracy": 0.2})
+    _, figure = learning_curves(
         {"a": log_rows(4, 20, 0.97, 0, None), "b": cut}, epochs_per_step={"a": 1 / 20, "b": 1 / 20}
     )
-    a, b = figure.axes[1].lines
+    a, b = figure.axes[0].lines
     np.testing.assert_allclose(a.get_xdata(), [1, 2, 3, 4])
     np.testing.assert_allclose(b.get_xdata(), [0.25])
 
@@ -237,6 +237,46 @@ def test_svg_follows_the_theme_of_its_page_and_shares_no_id() -> None:
     used = set(re.findall(r'(?:url\(#|href="#)([^")]+)', one))
     assert used <= ids[0]
     assert "width=" not in one[: one.index(">")]
+
+
+def tips(figure: Any) -> list[tuple[str, list[float]]]:
+    """Return the text of every tip in the SVG of a figure, and its x, y, width and height."""
+    rects = re.findall(r"<rect ([^>]*)><title>([^<]*)</title></rect>", to_svg(figure, "x", "y"))
+    return [(text, [float(number) for number in re.findall(r'"(.*?)"', box)]) for box, text in rects]
+
+
+def test_the_tips_of_a_curve_show_every_quantity_where_it_is_drawn() -> None:
+    rows = log_rows(6, 20, 0.97, 0, resume_at=None)
+    for curve in (learning_curve, machine_curve):
+        shown = tips(curve(rows))
+        assert len(shown) <= 100
+        lines = shown[-1][0].splitlines()
+        assert lines[0] == "step 120, epoch 6"
+        for part in ("training loss ", "val accuracy 9", "learning rate ", " images/s", "gradient norm ", "64 px"):
+            assert any(part in line for line in lines), part
+        lefts = [box[0] for _, box in shown]
+        assert lefts == sorted(lefts)
+        assert all(box[2] > 0 and box[3] > 400 for _, box in shown)
+
+
+def test_the_tips_of_classes_and_of_calibration_lie_over_them() -> None:
+    predictions = predictions_of("usual")
+    shown = tips(figures.per_class(predictions.metrics))
+    assert [text.partition(":")[0] for text, _ in shown] == [f"class {name}" for name in range(10)]
+    tops = [box[1] for _, box in shown]
+    assert tops == sorted(tops), "the first class is at the top"
+    bins = calibration_bins(predictions.labels, predictions.probabilities, predictions.predicted)
+    shown = tips(figures.calibration(bins, 0.1))
+    assert sum(int(text.split()[0]) for text, _ in shown) == 150
+
+
+def test_the_tips_of_several_runs_show_each_of_them() -> None:
+    runs = {"a": log_rows(4, 20, 0.97, 0, None), "<b>": log_rows(2, 20, 0.96, 1, None)}
+    _, accuracy = learning_curves(runs)
+    shown = [text.splitlines() for text, _ in tips(accuracy)]
+    assert [head for head, *_ in shown] == [f"val accuracy, %, epoch {epoch}" for epoch in (1, 2, 3, 4)]
+    assert [len(lines) for _, *lines in shown] == [2, 2, 1, 1]
+    assert shown[0][2].startswith("&lt;b&gt;: ")
 
 
 def test_the_same_figure_is_the_same_svg() -> None:

@@ -30,21 +30,21 @@ def test_a_row_goes_to_the_log_the_tracker_and_the_console(monkeypatch: pytest.M
     logger = RunLogger(Console(stream=stream), tracker, rows.append, ("a", "b"))
     train: dict[str, Any] = {
         "step": 5,
-        "epoch": 0,
+        "epoch": 1,
         "train/loss": 0.5,
         "train/learning_rate": 1e-3,
         "train/images_per_second": 1234.5,
         "train/gradient_norm": None,
         "train/image_size": 32,
     }
-    evaluation = {"step": 5, "epoch": 0, "split": "val", "image_size": 32, "full_image_size": 64, "best": True}
+    evaluation = {"step": 5, "epoch": 1, "split": "val", "image_size": 32, "full_image_size": 64, "best": True}
     with logger.training(10, 0):
         logger.train_row(train)
         logger.evaluation_row({**evaluation, "train/loss": 0.5}, np.array([0, 1]), np.array([[1, 0], [0.5, 0.5]]))
     loss = -np.log(0.5) / 2
     assert rows[0] == {"kind": "train", **train}
     assert rows[1] == {
-        **{"kind": "evaluation", "step": 5, "epoch": 0, "split": "val", "image_size": 32},
+        **{"kind": "evaluation", "step": 5, "epoch": 1, "split": "val", "image_size": 32},
         **{"val/loss": pytest.approx(loss), "val/accuracy": 0.5},
     }
     assert tracker.logged == [
@@ -52,5 +52,18 @@ def test_a_row_goes_to_the_log_the_tracker_and_the_console(monkeypatch: pytest.M
         (5, {"val/loss": pytest.approx(loss), "val/accuracy": 0.5}),
     ]
     lines = [line[9:] for line in stream.getvalue().splitlines()]
-    assert lines[0].startswith("train 5/10 steps  epoch 1  loss 0.5000  lr 1.00e-03  1,234 images/s  32 px")
-    assert lines[2] == "    1       5    val      0.5000  0.3466   50.00 %  best at 32 px"
+    assert lines[0].startswith("train 50 %  5/10 steps  epoch 1  loss 0.5000  lr 1.00e-03  1,234 images/s  32 px")
+    assert lines[1] == "epoch      step  train loss  val loss  val accuracy"
+    assert lines[2] == "    1         5      0.5000    0.3466       50.00 %  best at 32 px"
+
+
+def test_the_time_left_weighs_image_sizes_and_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console_module, "FIRST_LINE_SECONDS", 0.0)
+    stream = io.StringIO()
+    left = {5: ({32: 500, 64: 1000}, {64: 300})}
+    logger = RunLogger(Console(stream=stream), Tracker(), lambda row: None, ("a", "b"), lambda step: left[step])
+    row = {"step": 5, "epoch": 1, "train/loss": 0.5, "train/learning_rate": 1e-3, "train/image_size": 32}
+    with logger.training(10, 0):
+        logger.train_row({**row, "train/images_per_second": 100.0})
+    # 500 images at 32 px, 1,000 at 64 px at 3.25 times the cost, and 300 in an evaluation at a third of that.
+    assert " 41 s left" in stream.getvalue()

@@ -116,6 +116,15 @@ def test_a_cut_predictions_file_is_named_and_the_summary_is_used(run: Path) -> N
     assert record.metrics["val"].total == 60
 
 
+def test_predictions_of_another_checkpoint_than_the_summary_are_left_out(run: Path) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    del summary["val"]
+    (run / "summary.json").write_text(json.dumps(summary))
+    record = read(run)
+    assert "predictions_val.csv: of another checkpoint than summary.json, left out." in record.missing
+    assert "val" not in record.metrics
+
+
 def test_a_run_killed_before_any_evaluation_is_read(run: Path) -> None:
     for name in ("summary.json", "predictions_val.csv"):
         (run / name).unlink()

@@ -312,3 +312,68 @@ def test_wandb_that_cannot_be_imported_is_reported_in_one_line(tmp_path: Path, m
     tracker.finish(0, "finished")
     (line,) = lines
     assert line.startswith("the tracker failed (import of wandb halted")
+
+
+# By Accelerate
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """A run folder with a figure."""
+    run_dir = write_run(tmp_path / "run", val_size=50, accuracy=0.5, epochs=1, steps_per_epoch=2)
+    Image.new("RGB", (8, 8)).save(run_dir / "learning_curve.png")
+    return run_dir
+
+
+def track(name: Any, run_dir: Path, exit_code: int = 0, state: str = "finished") -> list[str]:
+    """Log a short run; return the lines that were shown."""
+    lines: list[str] = []
+    config = {"steps": {"seed": 1, "image_size": (32, 48)}}
+    tracker = open_tracker(name, run_dir=run_dir, config=config, name="first", group="job 7", say=lines.append)
+    assert tracker.name == name
+    for step in (1, 2, 3):
+        tracker.log({"train/loss": 1.0 / step}, step)
+    log_results(tracker, {"val": {"accuracy": 0.97}}, [run_dir / "learning_curve.png"], {}, 3)
+    tracker.finish(exit_code, state)
+    return lines
+
+
+def test_tensorboard_gets_scalars_configuration_and_figures(results: Path) -> None:
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed: pip install '.[trackers]'")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert track("tensorboard", results) == []
+    events = EventAccumulator(str(results / "tensorboard" / "first")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 1.0), (2, 0.5), (3, pytest.approx(1 / 3))]
+    assert events.Scalars("result/val_accuracy")[0].value == pytest.approx(0.97)
+    assert "figures/learning_curve" in events.Tags()["images"]
+    (hparams,) = results.glob("tensorboard/first/*/hparams.yml")
+    assert "steps.seed: 1" in hparams.read_text()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("exit_code", "state", "status"),
+    [(0, "finished", "FINISHED"), (75, "preempted", "KILLED"), (1, "failed", "FAILED")],
+)
+def test_mlflow_gets_the_run_and_how_it_ended(
+    results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exit_code: int, state: str, status: str
+) -> None:
+    mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed: pip install '.[trackers]'")
+    store = (tmp_path / "store").as_uri()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    assert track("mlflow", results, exit_code, state) == []
+    client = mlflow.MlflowClient(store)
+    (run,) = client.search_runs([client.get_experiment_by_name("mnistm-dist").experiment_id])
+    assert (run.info.run_name, run.info.status, run.data.tags["group"]) == ("first", status, "job 7")
+    assert run.data.params["steps.image_size"] == "(32, 48)"
+    assert [m.step for m in client.get_metric_history(run.info.run_id, "train/loss")] == [1, 2, 3]
+    assert run.data.metrics["result/val_accuracy"] == 0.97
+    assert [file.path for file in client.list_artifacts(run.info.run_id, "figures")] == ["figures/learning_curve.png"]
+
+
+def test_a_tracker_that_is_not_installed_is_one_line_and_the_run_goes_on(results: Path) -> None:
+    (line,) = track("clearml", results)
+    assert line.startswith("the tracker failed (No module named")
+    assert line.endswith("; training continues; the run folder is complete")

@@ -1,6 +1,7 @@
 """Checkpoints: exact, complete or absent, pruned last."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def train(state: TrainState) -> None:
 
 def save(folder, state: TrainState, step: int | None = None):
     state.steps_done = state.steps_done if step is None else step
-    values = {"shards": "set", "classes": ["0", "1"], "micro_batch": 8, "threads": 1, "scaler": None, "image_size": 32}
+    values = {"shards": "set", "classes": ["0", "1"], "scaler": None, "image_size": 32}
     numbers = {"mean": [0.1 + 0.2, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
     scalars = Scalars(history=state.history, averaged=state.ema is not None, **values, **numbers)
     return checkpoints.save(folder, state, scalars)
@@ -88,7 +89,7 @@ def damaged(path, how: str) -> None:
             (path / checkpoints.TRAINING).unlink()
         case "changed scalars":
             document = json.loads((path / checkpoints.STATE).read_text())
-            document["scalars"]["micro_batch"] = "many"
+            document["scalars"]["image_size"] = "many"
             (path / checkpoints.STATE).write_text(json.dumps(document))
         case "another format":
             document = json.loads((path / checkpoints.STATE).read_text())
@@ -111,7 +112,7 @@ def test_a_torn_checkpoint_is_named_and_skipped(tmp_path, how):
 def test_a_half_written_checkpoint_is_ignored_and_removed(tmp_path):
     run = new_state("sgd")
     save(tmp_path, run, 1)
-    leftover = tmp_path / "checkpoints" / ".step-00000002.123"
+    leftover = tmp_path / "checkpoints" / ".step-00000002.tmp"
     leftover.mkdir()
     (leftover / checkpoints.MODEL).write_bytes(b"half")
     assert checkpoints.latest(tmp_path, pytest.fail).step == 1
@@ -128,12 +129,15 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert kept == ["step-00000001", "step-00000003", "step-00000004"]
 
 
-def test_going_back_to_a_step_removes_what_came_after_it(tmp_path):
+def test_a_users_copy_of_a_checkpoint_is_neither_removed_nor_taken_for_the_latest(tmp_path):
     run = new_state("sgd")
-    for number in (1, 2, 30):
-        save(tmp_path, run, number)
-    checkpoints.remove_after(tmp_path, 2)
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000001", "step-00000002"]
+    names = ["step-00000001-paper", "step-00000002", "step-00000002.bak"]
+    shutil.copytree(save(tmp_path, run, 1), tmp_path / "checkpoints" / names[0])
+    shutil.copytree(save(tmp_path, run, 2), tmp_path / "checkpoints" / names[2])
+    (tmp_path / "checkpoints" / ".notes").mkdir()
+    checkpoints.prune(tmp_path, keep=1, best_step=None)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [".notes", *names]
+    assert checkpoints.latest(tmp_path, pytest.fail).path.name == names[1]
 
 
 def test_the_weights_of_another_model_are_refused(tmp_path):

@@ -4,8 +4,10 @@ import gzip
 import json
 
 import pytest
-from conftest import output_of
+from conftest import error_of, output_of
 
+from mnistm_dist import train
+from mnistm_dist.training import diagnostics
 from mnistm_dist.training.diagnostics import profile_steps
 
 
@@ -29,3 +31,13 @@ def test_without_steps_or_a_folder_nothing_is_traced(tmp_path, steps, ranks_fold
         for _ in range(20):
             step_traced()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("limit", "named"), [("INITIAL_LOSS_TOLERANCE", "the initial loss is"), ("OVERFIT_LOSS", "cannot be overfitted")]
+)
+def test_a_failed_sanity_check_is_one_line(run_main, tiny_set, monkeypatch, limit, named):
+    monkeypatch.setattr(diagnostics, "OVERFIT_STEPS", 2)
+    monkeypatch.setattr(diagnostics, limit, -1.0)
+    flags = ("--recipe", "debug", "--batch-size", 8, "--image-size", 16, "--run-dir", "run", "--tracker", "none")
+    assert named in error_of(run_main(train.main, "--shards", tiny_set, *flags, "--sanity-checks", "--threads", 1))

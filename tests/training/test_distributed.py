@@ -1,9 +1,13 @@
 """Failures of a launch: each time one line, in bounded time, and no run folder."""
 
+import contextlib
+import importlib
 import itertools
 import json
 import os
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -11,10 +15,12 @@ import time
 
 import pytest
 import torch
+from accelerate.commands.launch import launch_command_parser
 from conftest import ROOT, error_of, launcher, output_of
+from torch.distributed.run import get_args_parser
 
 from mnistm_dist.errors import NodeError, UserError
-from mnistm_dist.training.hardware import check_gpus, check_world_size, default_threads
+from mnistm_dist.training.hardware import check_gpus, check_launcher, check_world_size, default_threads
 from mnistm_dist.training.run_dir import read_state, write_state
 
 QUICK = (
@@ -52,6 +58,14 @@ def the_error(done: subprocess.CompletedProcess[str]) -> str:
     return lines[0]
 
 
+def rank(number: int, *, head: str, port: int) -> dict[str, str]:
+    """The variables of one of two processes on two nodes."""
+    return {
+        **{"RANK": str(number), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"},
+        **{"MASTER_ADDR": head, "MASTER_PORT": str(port)},
+    }
+
+
 # World size
 
 
@@ -74,6 +88,77 @@ def test_more_processes_than_gpus_are_refused_by_the_node_that_has_too_few(monke
     message = rf"2 on {socket.gethostname()}, torch finds 1 GPUs \(CUDA_VISIBLE_DEVICES: 3\).* all GPUs of its node"
     with pytest.raises(NodeError, match=message):
         check_gpus(2, {"CUDA_VISIBLE_DEVICES": "3"})
+
+
+@pytest.mark.parametrize(
+    ("variables", "named"),
+    [
+        ({"RANK": "1"}, "found RANK=1; LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_PORT, MASTER_ADDR must be set"),
+        ({"LOCAL_RANK": "0"}, "found LOCAL_RANK=0; RANK, WORLD_SIZE, LOCAL_WORLD_SIZE"),
+        ({"WORLD_SIZE": ""}, "found WORLD_SIZE=; RANK, LOCAL_RANK, WORLD_SIZE"),
+        ({**rank(0, head="h", port=1), "MASTER_ADDR": ""}, "MASTER_ADDR=; MASTER_ADDR must be set"),
+        ({**rank(2, head="h", port=1)}, "RANK, which counts from 0, must be set"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "asks for FSDP, accepted is DDP"),
+    ],
+)
+def test_incomplete_variables_of_a_launcher_are_refused_by_name(variables, named):
+    check_launcher({})
+    check_launcher({"RANK": "0", "WORLD_SIZE": "1"})
+    check_launcher(rank(1, head="h", port=1))
+    with pytest.raises(UserError, match=re.escape(named)):
+        check_launcher(variables)
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_processes_of_open_mpi_without_an_address_are_refused(run_command, small_set, trained_run, command):
+    """They have ranks, and nothing to find one another by."""
+    variables = {"RANK": "0", "SIZE": "2", "LOCAL_RANK": "0", "LOCAL_SIZE": "2"}
+    arguments = ("--shards", small_set) if command == "train" else (trained_run,)
+    done = run_command(command, *arguments, **{f"OMPI_COMM_WORLD_{name}": value for name, value in variables.items()})
+    assert "MASTER_PORT, MASTER_ADDR must be set" in error_of(done)
+
+
+@pytest.mark.slow
+def test_two_processes_find_one_another_by_an_ipv6_address(start, small_set, tmp_path, free_port):
+    flags = ("--shards", small_set, "--run-dir", "run", *QUICK, "--max-steps", 1)
+    for process in [start("train", *flags, **rank(n, head="::1", port=free_port)) for n in (0, 1)]:
+        output_of(process.wait(100))
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["world_size"] == 2
+
+
+def test_two_processes_of_open_mpi_train(start, small_set, tmp_path, free_port):
+    flags = ("--shards", small_set, "--run-dir", "run", *QUICK, "--max-steps", 1)
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port)}
+    size = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
+    ranks = ({"OMPI_COMM_WORLD_RANK": n, "OMPI_COMM_WORLD_LOCAL_RANK": n} for n in "01")
+    for process in [start("train", *flags, **address, **size, **own) for own in ranks]:
+        output_of(process.wait(100))
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["world_size"] == 2
+
+
+@pytest.mark.parametrize(
+    "launch", ["debug_launcher(main, (flags,), 2)", "notebook_launcher(main, (flags,), 2, 'no', PORT)"]
+)
+def test_accelerates_launchers_for_notebooks_train(launched, small_set, tmp_path, free_port, launch):
+    flags = ["--shards", str(small_set), "--run-dir", "run", *map(str, QUICK), "--collective-timeout", "20"]
+    script = f"""
+from accelerate import debug_launcher, notebook_launcher
+from mnistm_dist.train import main
+PORT, flags = "{free_port}", {flags}
+{launch}
+"""
+    done = launched(sys.executable, "-c", script)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["world_size"] == 2
+
+
+def test_settings_of_accelerate_that_are_the_trainers_own_change_nothing(run_command, small_set, tmp_path):
+    flags = ("--shards", small_set, *QUICK, "--max-steps", 1)
+    settings = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4", "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}
+    for name, extra in (("plain", {}), ("set", settings)):
+        output_of(run_command("train", *flags, "--run-dir", name, **extra))
+    plain, with_settings = sorted(tmp_path.glob("*/checkpoints/step-00000001/model.safetensors"))
+    assert plain.read_bytes() == with_settings.read_bytes()
 
 
 def test_threads_are_slurms_cpus_per_task_or_a_share_of_the_cores():
@@ -133,14 +218,6 @@ def test_under_the_launcher_a_user_error_is_printed_once(launched, small_set, tm
 # Rendezvous
 
 
-def rank(number: int, *, head: str, port: int) -> dict[str, str]:
-    """The variables of one of two processes on two nodes."""
-    return {
-        **{"RANK": str(number), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"},
-        **{"MASTER_ADDR": head, "MASTER_PORT": str(port)},
-    }
-
-
 @pytest.fixture
 def taken_port():
     with socket.socket() as listener:
@@ -184,6 +261,38 @@ def test_a_head_that_no_process_joins_reports_it(run_command, small_set, free_po
     flags = ("--shards", small_set, "--collective-timeout", 3)
     error = error_of(run_command("train", *flags, timeout=60, **rank(0, head="127.0.0.1", port=free_port)))
     assert "all 2 processes started" in error
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_a_signal_ends_a_process_that_waits_for_the_others_at_once(start, small_set, free_port, number):
+    process = start("train", "--shards", small_set, **rank(0, head="127.0.0.1", port=free_port))
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", free_port)):
+            break
+        time.sleep(0.05)
+    process.send_signal(number)
+    assert process.wait(20).returncode == -number
+
+
+def test_a_rank_that_dies_while_joining_ends_the_others_after_the_collective_timeout(run_command, small_set):
+    flags = ("--shards", small_set, "--collective-timeout", 3)
+    done = run_command("train", *flags, world_size=2, timeout=60, before="injected:die_before_the_control_group")
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "all 2 processes started and live" in line
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_no_flag_is_taken_by_a_launcher(command, run_main):
+    """Their parsers look for their own options, and torchrun's for abbreviations of them, behind the script's name."""
+    main = importlib.import_module(f"mnistm_dist.{command}").main
+    flags = set(re.findall(r"--[a-z][a-z0-9-]+(?![\w-])", run_main(main, "--help").stdout)) - {"--help"}
+    assert flags
+    script = ["-m", f"mnistm_dist.{command}"]
+    for parser in (get_args_parser(), launch_command_parser()):
+        for flag in sorted(flags):
+            arguments = [flag, "1"]
+            assert parser.parse_args([*script, *arguments]).training_script_args == arguments
 
 
 # The run folder

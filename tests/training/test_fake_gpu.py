@@ -84,7 +84,7 @@ def fake_step(monkeypatch):
         return torch.empty(values.shape, dtype=torch.from_numpy(values[:0]).dtype, device=device)
 
     def step(augmentation: AugmentConfig | None = None, **given: object) -> Calls:
-        config = configuration.build("fast", {**configuration.read_recipe("fast"), **given})
+        config = configuration.build("fast", {**configuration.read_recipe("fast"), "micro_batch": 128, **given})
         augmentation, model = augmentation or config.augment, create_model(10, 0).train()
         ema = WeightAverage(model, config.optim.ema_decay)
         with FakeTensorMode():
@@ -114,7 +114,7 @@ def fake_step(monkeypatch):
                     calls.names.clear()
                     calls.copies.clear()
                     uploads.clear()
-                    train_step(world, state, augment, [batch], 64, config.optim)
+                    train_step(world, state, augment, [batch], 64, config)
                     ema.update(model, 7)
         assert uploads == ["float32"]
         return calls

@@ -14,8 +14,8 @@ from mnistm_dist.training.preemption import StopRequest, parse_signals
 def stop():
     """Install the handlers, and restore the previous ones afterwards."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    request = StopRequest()
-    request.install((signal.SIGTERM, signal.SIGUSR1))
+    request = StopRequest((signal.SIGTERM, signal.SIGUSR1))
+    request.install()
     yield request
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -44,6 +44,16 @@ def test_a_second_interrupt_exits_at_once_unless_a_launcher_forwarded_the_first(
     monkeypatch.setattr(signals, "SECOND_INTERRUPT_AFTER", 0.0)
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_hangup_that_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    request = StopRequest((signal.SIGHUP,))
+    request.install()
+    os.kill(os.getpid(), signal.SIGHUP)
+    request.close(process_ends=False)
+    signal.signal(signal.SIGHUP, before)
+    assert request.reason is None
 
 
 def test_signals_are_parsed_by_name():

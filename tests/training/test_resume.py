@@ -1,5 +1,6 @@
 """A run killed at any instant resumes, and ends like an uninterrupted one."""
 
+import dataclasses
 import json
 import os
 import random
@@ -16,6 +17,7 @@ from conftest import error_of, launcher, output_of, part_of_the_sample
 from processes import Started, alive, wait_until_gone
 from safetensors.torch import load_file
 
+from mnistm_dist import config as configuration
 from mnistm_dist.data.packing.writer import pack
 from mnistm_dist.training.models import create_model
 from mnistm_dist.training.run_dir import read_log, read_state
@@ -155,7 +157,11 @@ def interrupted(environment, tmp_path, small_set, world_size: int, number: signa
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGTERM, *(pytest.param(s, marks=pytest.mark.slow) for s in (signal.SIGUSR1, signal.SIGINT))]
+    "number",
+    [
+        signal.SIGTERM,
+        *(pytest.param(s, marks=pytest.mark.slow) for s in (signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)),
+    ],
 )
 def test_a_signal_saves_and_exits_with_75_and_the_run_resumes(
     environment, run_command, tmp_path, small_set, reference, number
@@ -232,8 +238,8 @@ def test_a_resume_of_a_finished_run_reports_that_it_is_finished(run_command, ref
 def test_a_run_that_max_steps_ended_reports_how_to_continue(run_command, small_set, tmp_path):
     output_of(run_command("train", "--shards", small_set, "--run-dir", "run", "--max-steps", 3, *FLAGS))
     done = run_command("train", "--resume", "run")
-    assert "to train beyond its --max-steps: --resume run/checkpoints/step-00000003" in output_of(done) + done.stderr
-    output_of(run_command("train", "--resume", "run/checkpoints/step-00000003", "--max-steps", 5))
+    assert "to train beyond its --max-steps: --resume run --max-steps none" in output_of(done) + done.stderr
+    output_of(run_command("train", "--resume", "run", "--max-steps", 5))
     assert read_state(tmp_path / "run") == {"state": "finished", "step": 5, "reason": None}
 
 
@@ -257,6 +263,128 @@ def test_a_resume_of_another_run_is_refused_with_the_difference(run_main, preemp
     from mnistm_dist.train import main
 
     assert named in error_of(run_main(main, "--resume", preempted, *flags))
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("target", "flags", "named"),
+    [
+        (".", ["--epochs", "20"], "epochs was 4, now 20"),
+        (".", ["--max-steps", "2"], "max_steps: 2, but"),
+        (f"checkpoints/step-{STEPS:08d}", ["--max-steps", str(STEPS)], f"max_steps: {STEPS}, but"),
+    ],
+)
+def test_flags_that_a_finished_run_cannot_follow_are_refused_and_change_nothing(
+    run_main, reference, target, flags, named
+):
+    from mnistm_dist.train import main
+
+    before = contents(reference)
+    assert named in error_of(run_main(main, "--resume", reference / target, *flags))
+    assert contents(reference) == before
+
+
+def edit_config(run: Path, old: str, new: str) -> None:
+    text = (run / "config.yaml").read_text()
+    assert old in text
+    (run / "config.yaml").write_text(text.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ("learning_rate: 0.01", "learning_rate: 0.02", "learning_rate was 0.01, now 0.02"),
+        ("  - 28\n", "  - 28\n  - 32\n", "image_size was [28], now [28, 32]"),
+        ("order: full", "order: windowed", "order was full, now windowed"),
+    ],
+)
+def test_an_edited_configuration_is_refused_with_both_values_and_nothing_is_changed(
+    run_main, preempted, old, new, named
+):
+    from mnistm_dist.train import main
+
+    edit_config(preempted, old, new)
+    before = contents(preempted)
+    assert named in error_of(run_main(main, "--resume", preempted))
+    assert contents(preempted) == before
+
+
+def edit_checkpoints(run: Path, **learning: object) -> None:
+    for path in (run / "checkpoints").glob("*/state.json"):
+        document = json.loads(path.read_text())
+        document["scalars"]["learning"] |= learning
+        path.write_text(json.dumps(document))
+
+
+def test_a_resume_on_another_kind_of_device_may_change_the_precision_and_warns(run_main, preempted):
+    from mnistm_dist.train import main
+
+    edit_config(preempted, "precision: fp32", "precision: bf16")
+    edit_checkpoints(preempted, precision="bf16")
+    assert "precision was bf16, now fp32" in error_of(run_main(main, "--resume", preempted, "--precision", "fp32"))
+    edit_checkpoints(preempted, device="NVIDIA H100")
+    out = output_of(run_main(main, "--resume", preempted, "--precision", "fp32", "--threads", 2))
+    for line in (
+        "warning: precision: bf16 until now, fp32 from here on",
+        "warning: device: NVIDIA H100 until now, cpu from here on",
+        "warning: threads: 1 until now, 2 from here on",
+    ):
+        assert line in out
+
+
+def test_a_checkpoint_of_a_version_that_stored_less_is_resumed(run_main, preempted):
+    from mnistm_dist.train import main
+
+    for path in (preempted / "checkpoints").glob("*/state.json"):
+        document = json.loads(path.read_text())
+        del document["scalars"]["learning"]
+        document["scalars"] |= {"micro_batch": 16, "threads": 1}
+        path.write_text(json.dumps(document))
+    output_of(run_main(main, "--resume", preempted))
+    assert read_state(preempted)["state"] == "finished"
+
+
+def test_later_checkpoints_and_their_results_are_set_aside_with_a_line(run_main, preempted, reference):
+    """The set-aside folder is a run folder: it can be evaluated."""
+    from mnistm_dist.evaluate import main as evaluate
+    from mnistm_dist.train import main
+
+    earlier, *later = sorted(path.name for path in (preempted / "checkpoints").iterdir())
+    before = contents(preempted)
+    out = output_of(
+        run_main(main, "--resume", preempted / "checkpoints" / earlier, "--max-steps", int(earlier[5:]) + 1)
+    )
+    (aside,) = preempted.glob("set-aside-*")
+    assert f"{', '.join(later)} and any results were moved to {aside}" in out
+    moved = contents(aside)
+    assert {name: before[name] for name in moved} == moved
+    assert {*(f"checkpoints/{name}/state.json" for name in later), "summary.json", "log.jsonl"} <= moved.keys()
+    summary = json.loads((preempted / "summary.json").read_text())
+    assert (summary["steps"], summary["checkpoint"]["step"]) == (int(earlier[5:]) + 1, int(earlier[5:]) + 1)
+    assert max(row["step"] for row in read_log(preempted / "log.jsonl")) == int(earlier[5:]) + 1
+    output_of(run_main(evaluate, aside))
+    assert contents(aside) == moved
+
+
+@pytest.mark.parametrize("torn", [True, False], ids=["all checkpoints torn", "none yet"])
+def test_a_run_without_a_complete_checkpoint_starts_anew_with_its_own_configuration(run_main, preempted, torn):
+    from mnistm_dist.train import main
+
+    edit_config(preempted, "max_steps: null", "max_steps: 1")
+    before = configuration.load(preempted / "config.yaml")
+    for path in (preempted / "checkpoints").iterdir():
+        if torn:
+            (path / "model.safetensors").write_bytes(b"torn")
+        else:
+            shutil.rmtree(path)
+    done = run_main(main, "--resume", preempted)
+    assert ("were moved to" in output_of(done)) == torn
+    after = configuration.load(preempted / "config.yaml")
+    assert after == dataclasses.replace(before, run=after.run)
+    assert json.loads((preempted / "summary.json").read_text())["steps"] == 1
 
 
 @pytest.mark.slow

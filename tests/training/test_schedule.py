@@ -1,5 +1,6 @@
 """Learning rates, epochs and image sizes as closed forms of the step."""
 
+from collections import Counter
 from itertools import pairwise
 
 import pytest
@@ -47,6 +48,24 @@ def test_one_cycle_without_warmup_starts_at_its_peak():
 def test_the_rate_scales_with_the_batch(scaling, factor):
     config = OptimConfig(lr_schedule="constant", learning_rate=0.1, lr_scaling=scaling, base_batch_size=256)
     assert rates(config, batch_size=1024)[0] == pytest.approx(0.1 * factor)
+
+
+@pytest.mark.parametrize("max_steps", [None, 30])
+@pytest.mark.parametrize("evaluate_every", [1, 2])
+def test_the_work_that_is_left_is_that_of_the_remaining_steps(max_steps, evaluate_every):
+    steps = StepsConfig(batch_size=7, epochs=6, image_size=(32, 48, 64))
+    made = Schedule(steps=steps, optim=OptimConfig(), train_size=50, max_steps=max_steps)
+
+    def evaluates(step: int) -> bool:
+        due = made.ends_epoch(step) and made.epochs_done(step + 1) % evaluate_every == 0
+        return due or step + 1 == made.last_step
+
+    for steps_done in range(made.last_step + 1):
+        remaining = range(steps_done, made.last_step)
+        assert made.work_left(steps_done, evaluate_every) == (
+            Counter(map(made.image_size, remaining)),
+            Counter(made.image_size(step) for step in remaining if evaluates(step)),
+        )
 
 
 def test_image_sizes_take_equal_parts_of_the_epochs_and_max_steps_only_cuts():

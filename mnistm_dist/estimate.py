@@ -1,0 +1,70 @@
+"""The memory and the time of a run, estimated before it (``train --dry-run``), and the work that is left during it."""
+
+import time
+
+from mnistm_dist.config import dump
+from mnistm_dist.data.loader import train_batches
+from mnistm_dist.data.transforms import Augment, Preprocess
+from mnistm_dist.reporting.console import Console
+from mnistm_dist.reporting.describe import duration
+from mnistm_dist.reporting.time_left import TimeLeft
+from mnistm_dist.results import header_rows
+from mnistm_dist.training.hardware import peak_memory_gb
+from mnistm_dist.training.schedule import Schedule
+from mnistm_dist.training.setup import RunSetup
+from mnistm_dist.training.step import train_step
+from mnistm_dist.training.train_state import create_train_state
+
+STEPS = 10  # discarded steps at each image size
+
+
+def print_estimate(run: RunSetup, console: Console, steps_done: int) -> None:
+    """Train a few steps at each image size, discard them, and print what the run will be after ``steps_done``.
+
+    All ranks take part.
+    """
+    config, world = run.config, run.world
+    split = run.shards.split("train")
+    schedule = Schedule.of(config, split.count)
+    augment = Augment(config.augment, Preprocess(split.mean, split.std, world.device), config.steps.seed)
+    # Not resumed: the values of the weights do not change the time of a step.
+    state, left = create_train_state(config, world, len(run.shards.manifest.classes), run.shares), TimeLeft()
+    state.train_model.train()
+    for size in schedule.work_left(steps_done, config.run.evaluate_every)[0]:
+        batches = train_batches(
+            run.readers["train"],
+            run.order,
+            batch_size=config.steps.batch_size,
+            micro_batch=int(config.steps.micro_batch),
+            world_size=world.size,
+            rank=world.rank,
+            stop_step=STEPS,
+        )
+        seconds = []
+        for micro_batches in batches:
+            started = time.perf_counter()
+            losses, _ = train_step(world, state, augment, micro_batches, size, config)
+            # Waits for the device.
+            losses.mean().item()
+            seconds.append(time.perf_counter() - started)
+        # The fastest one: the first ones allocate memory, and another process on the machine makes single ones slow.
+        left.trained(size, min(seconds) / config.steps.batch_size)
+    total = left.seconds(*images_left(run, schedule, steps_done))
+    rows = header_rows(run, state, schedule, config.run.tracker)
+    rows["peak memory"] = f"{peak_memory_gb(world.device):.2f} GB, of the first process in these steps"
+    rows["time"] = f"about {duration(total or 0)} of training and evaluation"
+    console.line(dump(config))
+    console.header(f"dry run: {run.path} is not written", rows)
+
+
+def images_left(run: RunSetup, schedule: Schedule, steps_done: int) -> tuple[dict[int, int], dict[int, int]]:
+    """Return the images that are left to train and to evaluate after ``steps_done``, by image size in pixels.
+
+    The evaluation of the result, on val and test, is one of them.
+    """
+    counts = {name: split.count for name, split in run.shards.manifest.splits.items()}
+    steps, evaluations = schedule.work_left(steps_done, run.config.run.evaluate_every)
+    images = {size: count * counts.get("val", 0) for size, count in evaluations.items()}
+    last_size = schedule.image_size(schedule.last_step - 1)
+    images[last_size] = images.get(last_size, 0) + counts.get("val", 0) + counts.get("test", 0)
+    return {size: count * run.config.steps.batch_size for size, count in steps.items()}, images

@@ -90,6 +90,22 @@ def die_before_the_control_group() -> None:
     distributed._control_group = create
 
 
+def fail_the_first_collective() -> None:
+    """Let NCCL refuse the GPU of rank 1, in the words of torch 2.14, when the ranks first communicate."""
+    original = distributed.dist.all_reduce
+
+    def all_reduce(*arguments: Any, **extra: Any) -> Any:
+        if os.environ["RANK"] == "1":
+            raise distributed.dist.DistBackendError(
+                "NCCL error in: NCCLUtils.cpp:77, invalid usage (run with NCCL_DEBUG=WARN for details), NCCL version "
+                "2.28.9\nncclInvalidUsage: This usually reflects invalid usage of NCCL library.\nLast error:\n"
+                "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 65000\nException raised from create"
+            )
+        return original(*arguments, **extra)
+
+    distributed.dist.all_reduce = all_reduce  # type: ignore[assignment]
+
+
 # User errors
 
 

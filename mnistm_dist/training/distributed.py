@@ -298,7 +298,7 @@ def join(machine: MachineConfig, *, expect_world_size: int | None, collective_ti
             raise UserError(f"world size: the launcher set {world_size}, Accelerate has {accelerator.num_processes}")
         torch.set_num_threads(threads)
         # Creating a group waits for all ranks.
-        control = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout)) if world_size > 1 else None
+        control = _control_group(timeout) if world_size > 1 else None
         world = World(
             accelerator=accelerator,
             rank=accelerator.process_index,
@@ -417,6 +417,10 @@ def prepare(
         # image size is compiled by itself: dynamic sizes are slower.
         prepared = cast(nn.Module, torch.compile(prepared, dynamic=False))
     return prepared, prepared_optimizer
+
+
+def _control_group(timeout: timedelta) -> dist.ProcessGroup:
+    return cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout))
 
 
 def _set_timeout(group: dist.ProcessGroup | None, timeout: timedelta) -> None:

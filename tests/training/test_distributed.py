@@ -282,6 +282,18 @@ def test_a_rank_that_dies_while_joining_ends_the_others_after_the_collective_tim
     assert "all 2 processes started and live" in line
 
 
+def test_an_error_of_nccl_is_reported_by_its_rank_before_decoding(run_command, small_set, cache_dir):
+    shutil.rmtree(cache_dir, ignore_errors=True)
+    flags = ("--shards", small_set, "--collective-timeout", 20)
+    done = run_command("train", *flags, world_size=2, timeout=60, before="injected:fail_the_first_collective")
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    (nccl,) = (line for line in lines if "rank 1" in line)
+    assert "(Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 65000); check" in nccl
+    assert "NCCL error in: NCCLUtils.cpp:77, invalid usage" in nccl
+    assert len(lines) == 2, done.stderr
+    assert not list(cache_dir.glob("**/*.u8"))
+
+
 @pytest.mark.parametrize("command", ["train", "evaluate"])
 def test_no_flag_is_taken_by_a_launcher(command, run_main):
     """Their parsers look for their own options, and torchrun's for abbreviations of them, behind the script's name."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import nn
 
 from mnistm_dist import results as scoring
@@ -88,6 +89,19 @@ def die_before_the_control_group() -> None:
         return original(timeout)
 
     distributed._control_group = create
+
+
+# Hardware
+
+
+def native_bf16() -> None:
+    """Claim that the CPU has bf16."""
+    torch.cpu._is_avx512_bf16_supported = lambda: True
+
+
+def gpus_that_do_not_work() -> None:
+    """Claim two GPUs on a machine without a driver."""
+    torch.cuda.is_available, torch.cuda.device_count = (lambda: True), (lambda: 2)
 
 
 def fail_the_first_collective() -> None:

@@ -30,7 +30,6 @@ from mnistm_dist.errors import NodeError, PeerFailure, RankError, UserError, err
 from mnistm_dist.training.hardware import (
     Environment,
     Precision,
-    check_gpus,
     check_launcher,
     check_reproducible,
     check_world_size,
@@ -262,8 +261,6 @@ def join(machine: MachineConfig, *, expect_world_size: int | None, collective_ti
     check_world_size(world_size, expect_world_size, os.environ)
     device = find_device(os.environ)
     on_gpu = device == "cuda"
-    if on_gpu:
-        check_gpus(local_world_size, os.environ)
     if machine.sync_batchnorm and not on_gpu:
         raise UserError(
             "sync_batchnorm: torch supports SyncBatchNorm on GPUs only, found none; use --no-sync-batchnorm"

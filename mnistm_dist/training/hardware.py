@@ -58,19 +58,37 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 def find_device(environment: Environment) -> Literal["cuda", "cpu"]:
-    """Return "cuda" if torch can use a GPU and Accelerate's launcher does not ask for the CPU.
+    """Return "cuda", with this process's GPU started, or "cpu" if there is none or Accelerate's launcher asks for it.
 
-    Raise `UserError` if this process may use an NVIDIA GPU and torch cannot, as with a driver older than torch's CUDA.
+    Raise `UserError` if this node has more processes than GPUs, which NCCL refuses, or if torch cannot use a GPU that
+    is there, as with a driver older than its CUDA.
     """
     if environment.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
         return "cpu"
     with warnings.catch_warnings(record=True) as reasons:
         warnings.simplefilter("always")
-        if torch.cuda.is_available():
-            return "cuda"
-    hidden = environment.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1")
+        found = torch.cuda.is_available()
+    visible, processes = environment.get("CUDA_VISIBLE_DEVICES", "all"), int(environment.get("LOCAL_WORLD_SIZE", "1"))
+    if found and processes > (gpus := torch.cuda.device_count()):
+        raise NodeError(
+            f"processes: {processes} on {socket.gethostname()}, torch finds {gpus} GPUs (CUDA_VISIBLE_DEVICES: "
+            f"{visible}); use at most one process per GPU (--num_processes; under Slurm --gpus-per-node and "
+            "--ntasks-per-node), and let each process see all GPUs of its node (no --gpu-bind, no "
+            "--virtual-local-rank; of several MIG instances CUDA shows one)"
+        )
+    if found:
+        gpu = f"cuda:{environment.get('LOCAL_RANK', '0')}"
+        try:
+            torch.ones(1, device=gpu).cpu()
+        except RuntimeError as error:
+            raise RankError(
+                f"{gpu} on {socket.gethostname()} cannot be used: {first_line(error)}; see nvidia-smi, or set "
+                "CUDA_VISIBLE_DEVICES= to use the CPU"
+            ) from error
+        return "cuda"
     # A job without GPUs may not open their devices.
-    if not hidden and DRIVER_VERSION.exists() and any(os.access(p, os.R_OK) for p in DEVICES.glob("nvidia[0-9]*")):
+    allowed = visible not in ("", "-1") and any(os.access(path, os.R_OK) for path in DEVICES.glob("nvidia[0-9]*"))
+    if allowed and DRIVER_VERSION.exists():
         reason = "".join(f" ({warning.message})" for warning in reasons[:1])
         driver = re.search(r"\d+\.\d[.\d]*", DRIVER_VERSION.read_text())
         raise NodeError(
@@ -96,26 +114,6 @@ def check_world_size(world_size: int, expected: int | None, environment: Environ
             "use slurm/train.sh, or set RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT; "
             "in an interactive shell (srun --pty) use accelerate launch, or env -u SLURM_STEP_NUM_TASKS for one process"
         )
-
-
-def check_gpus(local_world_size: int, environment: Environment) -> None:
-    """Start this process's GPU. Raise `UserError` if that fails, or if this node has more processes than GPUs: NCCL
-    refuses to share one."""
-    gpus, local_rank = torch.cuda.device_count(), environment.get("LOCAL_RANK", "0")
-    if local_world_size > gpus:
-        raise NodeError(
-            f"processes: {local_world_size} on {socket.gethostname()}, torch finds {gpus} GPUs (CUDA_VISIBLE_DEVICES: "
-            f"{environment.get('CUDA_VISIBLE_DEVICES', 'not set')}); use at most one process per GPU (--num_processes; "
-            "under Slurm --gpus-per-node and --ntasks-per-node), and let each process see all GPUs of its node (no "
-            "--gpu-bind, no --virtual-local-rank; of several MIG instances CUDA shows one)"
-        )
-    try:
-        torch.ones(1, device=f"cuda:{local_rank}").cpu()
-    except RuntimeError as error:
-        raise RankError(
-            f"GPU {local_rank} of {socket.gethostname()} cannot be used: {first_line(error)}; see nvidia-smi, or set "
-            "CUDA_VISIBLE_DEVICES= to use the CPU"
-        ) from error
 
 
 def first_line(error: RuntimeError) -> str:
@@ -190,11 +188,12 @@ def core_wait_seconds() -> float:
 
 
 def native_precisions(device: str) -> tuple[Precision, ...]:
-    """Return the precisions that ``device``, "cuda" or "cpu", does not emulate. A CPU has bf16 if it has AMX tiles."""
+    """Return the precisions that ``device``, "cuda" or "cpu", does not emulate. A CPU has bf16 with AMX or AVX-512."""
     if device == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return ("fp32", "fp16", "bf16") if has_bf16 else ("fp32", "fp16")
-    return ("fp32", "bf16") if torch.cpu._is_amx_tile_supported() else ("fp32",)
+    has_bf16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return ("fp32", "bf16") if has_bf16 else ("fp32",)
 
 
 def choose_precision(requested: str, launcher: str | None, native: tuple[Precision, ...]) -> Precision:

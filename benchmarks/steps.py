@@ -50,7 +50,7 @@ def step(options: Step) -> Result:
         # fp16 needs a loss scale.
         **{
             f"{BARE}, {other}": bare(precision=other)
-            for other in native_precisions()
+            for other in native_precisions(default_device().type)
             if other not in (precision, "fp16")
         },
         **({f"{BARE}, compiled": bare(compiled=True)} if compiles else {}),

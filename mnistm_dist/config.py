@@ -93,6 +93,12 @@ class AugmentConfig:
     """Probability of a random permutation of the colour channels."""
     cutout: NonNegativeFloat = 0.0
     """Side of a square that is set to the mean colour, pixels of the stored image. 0: none."""
+    flip: Probability = 0.0
+    """Probability of mirroring left and right."""
+    crop: Fraction = 0.0
+    """Largest fraction of the area that a random crop cuts off. 0: none."""
+    colour: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Largest relative change of brightness, of contrast and of saturation: 0.2 draws each from 0.8 to 1.2."""
 
 
 @checked
@@ -222,7 +228,7 @@ class Config:
     run: RunConfig = RunConfig()
 
 
-RECIPES = ("baseline", "fast", "best", "debug")
+RECIPES = ("baseline", "fast", "best", "images", "debug")
 DEFAULT_RECIPE = "fast"
 SECTIONS = {name: [field.name for field in fields(value)] for name, value in vars(Config()).items() if name != "recipe"}
 SECTION_OF = {name: section for section, names in SECTIONS.items() for name in names}

@@ -56,7 +56,12 @@ def part_of_the_sample(counts: dict[str, int]) -> Source:
         samples = (s for s in open_source("sample").samples() if s.split == "train")
         for (split, index), sample in zip(dealt, samples, strict=False):
             yield Sample(
-                split=split, index=index, label=sample.label, pixels=sample.pixels, png=sample.png, origin=sample.origin
+                split=split,
+                index=index,
+                label=sample.label,
+                pixels=sample.pixels,
+                encoded=sample.encoded,
+                origin=sample.origin,
             )
 
     return Source(layout="sample", description="part of the sample", counts=counts, read=read, lineage="regenerated")

@@ -65,7 +65,7 @@ def bare_loop(
     ``prepared``: one batch, read and augmented once, is used again and again: the difference is the cost of the data.
     """
     steps, split, device = config.steps, manifest.splits["train"], next(model.parameters()).device
-    optimizer, images = create_optimizer(model, config.optim), None
+    optimizer, images = create_optimizer(model, config.optim, precision), None
     augment = Augment(config.augment, Preprocess(split.mean, split.std, device), steps.seed)
     batches = train_batches(
         data,

@@ -61,7 +61,7 @@ def default_device() -> torch.device:
 
 def default_precision() -> str:
     """Return what ``--precision auto`` chooses in training."""
-    return "bf16" if "bf16" in native_precisions() else "fp32"
+    return "bf16" if "bf16" in native_precisions(default_device().type) else "fp32"
 
 
 def open_set(options: Options) -> ShardSet:

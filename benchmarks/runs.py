@@ -92,10 +92,10 @@ def memory_megabytes(pid: int) -> tuple[float, float]:
     return int(match[1]) * 1.024e-3 if match else 0.0, (total - free) / 1e6
 
 
-def train_steps(options: Training, world_size: int = 1) -> Measurement:
+def train_steps(options: Training, world_size: int = 1, *extra: object) -> Measurement:
     """Measure the training steps of ``python -m mnistm_dist.train`` by its own log, after a fifth more for warm-up.
 
-    Evaluations and checkpoints do not count.
+    Evaluations and checkpoints do not count. ``extra``: further flags of the training.
     """
     steps = options.steps or STEPS[default_device().type]
     warm_up = max(1, steps // 5)
@@ -113,6 +113,7 @@ def train_steps(options: Training, world_size: int = 1) -> Measurement:
             options,
             run_dir,
             *flags,
+            *extra,
             world_size=world_size,
             until=lambda rows: any(row["step"] >= warm_up + steps for row in rows),
         )

@@ -22,6 +22,7 @@ from benchmarks.measure import (
 )
 from benchmarks.options import Ranks, Step
 from benchmarks.runs import train_steps
+from mnistm_dist.data.order import auto_micro_batch
 from mnistm_dist.training.hardware import native_precisions
 
 PLAIN, BARE = "plain script", "bare loop"
@@ -49,7 +50,7 @@ def step(options: Step) -> Result:
         # fp16 needs a loss scale.
         **{
             f"{BARE}, {other}": bare(precision=other)
-            for other in native_precisions()
+            for other in native_precisions(default_device().type)
             if other not in (precision, "fp16")
         },
         **({f"{BARE}, compiled": bare(compiled=True)} if compiles else {}),
@@ -78,8 +79,8 @@ def step(options: Step) -> Result:
 
 
 def ranks(options: Ranks) -> Result:
-    """Measure the trainer at each world size, with the same global batch; the bare loop under DDP; and the plain script
-    on as many threads as the largest world has. Raises `UserError`."""
+    """Measure the trainer at each world size, with the same global batch, also reproducible; the bare loop under DDP;
+    and the plain script on as many threads as the largest world has. Raises `UserError`."""
     # Decoded before the first launch is timed; the launches find it in the cache.
     config, manifest, data = open_training(options)
     gpus = torch.cuda.device_count()
@@ -96,6 +97,10 @@ def ranks(options: Ranks) -> Result:
         against = (plain,) if size == sizes[0] else (reference, plain)
         contenders.append(Contender(name=name, measure=partial(train_steps, options, size), against=against))
         if size > 1:
+            # The same micro-batch as above, so that only the sum of the gradients differs.
+            micro_batch = auto_micro_batch(batch_size=options.batch_size, world_size=size)
+            measure = partial(train_steps, options, size, "--reproducible", "--micro-batch", micro_batch)
+            contenders.append(Contender(name=f"{name}, reproducible", measure=measure, against=(name,)))
             measure = partial(measure_communication, options, size, steps)
             contenders.append(Contender(name=f"{BARE}, {name}", measure=measure, against=(name,)))
     return run(

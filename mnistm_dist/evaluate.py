@@ -11,6 +11,7 @@ them. On one kind of device the predictions are the same bytes at every world
 size.
 """
 
+import os
 import sys
 from contextlib import ExitStack
 from dataclasses import replace
@@ -57,7 +58,7 @@ def main(
         write_summary,
     )
     from mnistm_dist.training import distributed
-    from mnistm_dist.training.hardware import native_precisions
+    from mnistm_dist.training.hardware import find_device, native_precisions
     from mnistm_dist.training.preemption import exit_promptly
     from mnistm_dist.training.run_dir import CONFIG_NAME, require_run
     from mnistm_dist.training.setup import EVALUATED_SPLITS, open_evaluation
@@ -69,7 +70,8 @@ def main(
         if shards:
             config = configuration.replace(config, shards=shards)
     machine = replace(config.machine, threads="auto")
-    emulated = machine.precision not in ("auto", *native_precisions())
+    with errors_once_per_node():
+        emulated = machine.precision not in ("auto", *native_precisions(find_device(os.environ)))
     if emulated:
         machine = replace(machine, precision="fp32")
     exit_promptly()

@@ -4,7 +4,8 @@
     python -m mnistm_dist.export runs/NAME --to torch --out model.pt2
 
 Input: images, uint8 (N, H, W, 3), RGB, any N, H and W; the preprocessing is
-part of the model. Output: probabilities, float32 (N, C).
+part of the model. Output: probabilities, float32 (N, C), computed in float32
+whatever the run's precision was.
 
     session = onnxruntime.InferenceSession("model.onnx")
     session.run(None, {"images": images})[0]
@@ -15,6 +16,7 @@ probabilities equal the model's, to 1e-4, on images of the bundled sample in
 several sizes and batches.
 """
 
+import dataclasses
 import os
 import sys
 from typing import Annotated, Literal
@@ -65,8 +67,8 @@ def main(
     from mnistm_dist.reporting.console import Console
 
     console = Console()
-    # A file is for any machine, so it is made, and compared, in float32 on the CPU.
-    model = load_model(run, checkpoint, device="cpu")
+    # A file is for any machine, so it is made, and compared, in float32 on the CPU, whatever the run's precision is.
+    model = dataclasses.replace(load_model(run, checkpoint, device="cpu"), autocast=None)
     with explain_os_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(out) as temporary, console.library_warnings():

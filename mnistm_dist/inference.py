@@ -11,6 +11,7 @@ checkpoint (without keeping the aspect ratio), normalised, classified.
 """
 
 import itertools
+import os
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ from mnistm_dist.errors import UserError
 from mnistm_dist.results import choose_checkpoint, read_summary
 from mnistm_dist.training import checkpoint as checkpoints
 from mnistm_dist.training.evaluation import BATCH_SIZE
+from mnistm_dist.training.hardware import find_device, native_precisions
 from mnistm_dist.training.models import create_model, to_device
 from mnistm_dist.training.run_dir import CONFIG_NAME, require_run
 
@@ -130,7 +132,7 @@ def load_model(
     machine = configuration.load(run_dir / CONFIG_NAME).machine
     has_test = "test" in read_summary(run_dir)
     found, _ = choose_checkpoint(run_dir, str(checkpoint), has_test=has_test)
-    scalars, target = found.scalars, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    scalars, target = found.scalars, torch.device(device or find_device(os.environ))
     module = create_model(len(scalars.classes), seed=0)
     checkpoints.load_model(found.path, module)
     return TrainedModel(
@@ -147,6 +149,4 @@ def load_model(
 
 def native_autocast(precision: str, device: torch.device) -> torch.dtype | None:
     """Return the reduced precision of a run if ``device`` supports it natively, else None (float32)."""
-    if device.type != "cuda" or (precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False)):
-        return None
-    return AUTOCAST_DTYPES.get(precision)
+    return AUTOCAST_DTYPES.get(precision) if precision in native_precisions(device.type) else None

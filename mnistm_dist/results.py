@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from mnistm_dist.data.loader import Reader
 from mnistm_dist.data.transforms import Preprocess
@@ -162,6 +163,9 @@ def header_rows(run: RunSetup, state: TrainState, schedule: Schedule, tracker: s
     steps = f"{schedule.total_steps:,} steps, {config.steps.epochs} epochs"
     if schedule.last_step < schedule.total_steps:
         steps = f"{schedule.last_step:,} of {steps}"
+    # cuDNN's default.
+    in_tf32 = world.device.type == "cuda" and config.machine.precision == "fp32" and torch.backends.cudnn.allow_tf32
+    tf32 = " (convolutions in TF32)" if in_tf32 else ""
     if state.steps_done:
         steps = f"resuming at step {state.steps_done:,} of {steps}"
     inverts = config.augment.invert and manifest.lineage == "unknown"
@@ -173,7 +177,7 @@ def header_rows(run: RunSetup, state: TrainState, schedule: Schedule, tracker: s
         **({"recipe": config.recipe} if config.run.resume else {}),
         "world size": str(world.size),
         "device": device_name(world.device),
-        "precision": f"{config.machine.precision}, {config.machine.memory_format}",
+        "precision": f"{config.machine.precision}{tf32}, {config.machine.memory_format}",
         "threads": f"{config.machine.threads} per process",
         "model": f"pruned ResNet18, {count_parameters(state.model):,} parameters",
         "shards": f"{run.shards.root} ({manifest.lineage}: {counts})",

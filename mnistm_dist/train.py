@@ -11,12 +11,13 @@ import sys
 from mnistm_dist import __version__
 from mnistm_dist.cli import parse_train_flags
 from mnistm_dist.errors import run_cli
-from mnistm_dist.reporting.console import Console
 
 
 def main(argv: list[str]) -> int:
     """Train. Return the exit code: 0 finished, 2 user error, 75 saved and exited after a signal."""
     request = parse_train_flags(argv)
+    from mnistm_dist.reporting.console import Console
+
     config = request.config
     what = f"resume {config.run.resume}" if config.run.resume else f"recipe {config.recipe}"
     # Of the configuration, stdout holds nothing else.

@@ -28,6 +28,21 @@ LONGEST = ("test_train_script", "test_resume", "test_train", "test_killed", "tes
 """The longest files run first, so that no worker is left alone with one at the end."""
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide the GPUs, unless the tests that need one are asked for: the others assert what holds on a CPU."""
+    if "gpu" not in config.getoption("markexpr").replace("not gpu", ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_native_bf16() -> Iterator[None]:
+    """Train in fp32 on every CPU: the same bits on every machine. (So do the processes of processes.py.)"""
+    with pytest.MonkeyPatch.context() as patch:
+        for query in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+            patch.setattr(f"torch.cpu.{query}", lambda: False)
+        yield
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     ranks = {name: rank for rank, name in enumerate(LONGEST)}
     items.sort(key=lambda item: ranks.get(item.path.stem, len(LONGEST)))

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import nn
 
 from mnistm_dist import results as scoring
@@ -88,6 +89,35 @@ def die_before_the_control_group() -> None:
         return original(timeout)
 
     distributed._control_group = create
+
+
+# Hardware
+
+
+def native_bf16() -> None:
+    """Claim that the CPU has bf16."""
+    torch.cpu._is_avx512_bf16_supported = lambda: True
+
+
+def gpus_that_do_not_work() -> None:
+    """Claim two GPUs on a machine without a driver."""
+    torch.cuda.is_available, torch.cuda.device_count = (lambda: True), (lambda: 2)
+
+
+def fail_the_first_collective() -> None:
+    """Let NCCL refuse the GPU of rank 1, in the words of torch 2.14, when the ranks first communicate."""
+    original = distributed.dist.all_reduce
+
+    def all_reduce(*arguments: Any, **extra: Any) -> Any:
+        if os.environ["RANK"] == "1":
+            raise distributed.dist.DistBackendError(
+                "NCCL error in: NCCLUtils.cpp:77, invalid usage (run with NCCL_DEBUG=WARN for details), NCCL version "
+                "2.28.9\nncclInvalidUsage: This usually reflects invalid usage of NCCL library.\nLast error:\n"
+                "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 65000\nException raised from create"
+            )
+        return original(*arguments, **extra)
+
+    distributed.dist.all_reduce = all_reduce  # type: ignore[assignment]
 
 
 # User errors

@@ -12,6 +12,7 @@ import pytest
 
 import mnistm_dist
 from mnistm_dist.__main__ import COMMANDS, main
+from mnistm_dist.errors import run_cli
 
 PACKAGE = Path(mnistm_dist.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -94,6 +95,30 @@ def test_help_answers_in_under_half_a_second_of_cpu_in_80_columns(command):
     assert f"\n\nusage: python -m mnistm_dist.{command} " in done.stdout
     assert f"    python -m mnistm_dist.{command} " in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+def test_before_main_no_command_has_imported_torch_or_changed_the_environment():
+    modules = ", ".join([*(f"mnistm_dist.{command}" for command in COMMANDS), "benchmarks.__main__"])
+    code = f"import os, sys; was = dict(os.environ); import {modules}; print('torch' in sys.modules, was == os.environ)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent)
+    assert done.stdout.split() == ["False", "True"], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "count"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+    ids=["unset", "set", "policy"],
+)
+def test_a_command_bounds_the_spinning_of_idle_threads_unless_the_environment_does(monkeypatch, given, count):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        # `setenv` first: what the command sets is then removed at the end.
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    seen = []
+    assert run_cli(lambda _: seen.append(os.environ.get("GOMP_SPINCOUNT")) or 0, []) == 0
+    assert seen == [count]
 
 
 def test_a_command_runs_by_its_name():

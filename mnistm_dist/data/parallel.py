@@ -1,5 +1,6 @@
 """Work in processes and threads, in order, with a bounded number of items in flight; and how it reports progress."""
 
+import math
 import multiprocessing
 import os
 import signal
@@ -9,6 +10,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from pathlib import Path, PurePath
 from types import ModuleType
 from typing import TypeVar
 
@@ -25,8 +28,31 @@ _MAX_WORKERS = 8
 
 
 def available_cores() -> int:
-    """Return how many CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return how many CPU cores this process may use: those of its affinity mask, at most the CPU quota of its
+    container or job (rounded down), at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, int(min(cores, cpu_quota())))
+
+
+def cpu_quota(own: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> float:
+    """Return the CPU quota of this process, cores: the smallest of its cgroup and the cgroups above it; infinite if
+    there is none.
+
+    ``own`` has a line ``NUMBER:CONTROLLERS:PATH`` for each hierarchy; the controllers are empty in version 2. In a
+    container the path may be that of the host: only ``root`` itself exists then. See cgroups(7).
+    """
+    quotas = [math.inf]
+    for line in own.read_text().splitlines() if own.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
+        if not controllers or "cpu" in controllers.split(","):
+            for folder in (PurePath(path), *PurePath(path).parents):
+                top = root / ("cpu" if controllers else "") / folder.relative_to("/")
+                # Without a limit the quota is "max", or -1.
+                with suppress(OSError, ValueError):
+                    quota, period = map(int, " ".join((top / name).read_text() for name in names).split())
+                    quotas.append(quota / period if quota > 0 else math.inf)
+    return min(quotas)
 
 
 def workers_for(count: int) -> int:

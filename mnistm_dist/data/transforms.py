@@ -23,11 +23,18 @@ POINTS = 5  # points per side of the square grid that an elastic deformation dis
 DRAWS = 67
 
 
+def upload(values: np.ndarray, device: torch.device) -> Tensor:
+    """Copy an array to ``device``; the host does not wait for a GPU, as it would for unpinned memory."""
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 class Preprocess:
     """Normalise and resize, as in evaluation, prediction and export.
 
     ``mean`` and ``std`` are per channel, of values from 0 to 1. Called with uint8 (B, H, W, 3), it returns float32
-    (B, 3, size, size), in the memory format channels_last if the input is contiguous.
+    (B, 3, size, size), in the memory format channels_last if the input is contiguous; on a GPU a resized image is
+    contiguous, and the first convolution converts it.
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device | str = "cpu") -> None:
@@ -63,6 +70,7 @@ class Augment:
 
     def __init__(self, config: AugmentConfig, preprocess: Preprocess, seed: int) -> None:
         self.config, self.preprocess, self.seed = config, preprocess, seed
+        self.orders = torch.tensor(CHANNEL_ORDERS, device=preprocess.mean.device)
         affine = config.shift or config.rotate or config.scale or config.shear
         self.moves = bool(affine or config.elastic or config.crop)
 
@@ -71,12 +79,12 @@ class Augment:
         config = self.config
         if config == AugmentConfig():
             return self.preprocess(images, size)
-        draws = torch.from_numpy(uniform(self.seed, positions, DRAWS)).to(images.device, non_blocking=True)
+        draws = upload(uniform(self.seed, positions, DRAWS), images.device)
         if config.invert:
             # 255 - x is x XOR 255.
             images = images ^ (draws[:, 4] < config.invert).to(torch.uint8).mul_(255).view(-1, 1, 1, 1)
         if config.permute_channels:
-            images = permute_channels(images, draws[:, 5] < config.permute_channels, draws[:, 6])
+            images = permute_channels(images, draws[:, 5] < config.permute_channels, draws[:, 6], self.orders)
         if config.flip:
             images = torch.where((draws[:, 60] < config.flip).view(-1, 1, 1, 1), images.flip(2), images)
         if config.colour:
@@ -129,7 +137,7 @@ def elastic_displacement(draws: Tensor, reach_x: float, reach_y: float, size: in
     """
     points = (draws * 2 - 1).view(-1, 2, POINTS, POINTS)
     smooth = functional.interpolate(points, (size, size), mode="bicubic", align_corners=True)
-    return smooth.permute(0, 2, 3, 1) * smooth.new_tensor([reach_x, reach_y])
+    return torch.stack([smooth[:, 0] * reach_x, smooth[:, 1] * reach_y], dim=-1)
 
 
 GREY = (0.299, 0.587, 0.114)  # luma of ITU-R BT.601, as torchvision and Pillow use it
@@ -153,10 +161,9 @@ def change_colours(images: Tensor, factors: Tensor) -> Tensor:
 CHANNEL_ORDERS = tuple(itertools.permutations(range(3)))
 
 
-def permute_channels(images: Tensor, chosen: Tensor, draw: Tensor) -> Tensor:
-    """Permute the channels of the ``chosen`` images, bool (B,), of uint8 (B, H, W, 3), to one of six orders by ``draw``
-    in [0, 1)."""
-    orders = torch.tensor(CHANNEL_ORDERS, device=images.device)
+def permute_channels(images: Tensor, chosen: Tensor, draw: Tensor, orders: Tensor) -> Tensor:
+    """Permute the channels of the ``chosen`` images, bool (B,), of uint8 (B, H, W, 3), to one of ``orders``, int64
+    (6, 3), by ``draw`` in [0, 1)."""
     picked = orders[torch.where(chosen, (draw * len(CHANNEL_ORDERS)).long(), 0)]
     return images.gather(3, picked.view(-1, 1, 1, 3).expand_as(images))
 

@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -30,12 +30,13 @@ from mnistm_dist.errors import NodeError, PeerFailure, RankError, UserError, err
 from mnistm_dist.training.hardware import (
     Environment,
     Precision,
-    check_gpus,
     check_launcher,
     check_reproducible,
     check_world_size,
     choose_precision,
     default_threads,
+    find_device,
+    first_line,
     native_precisions,
 )
 
@@ -43,6 +44,10 @@ T = TypeVar("T")
 
 # Limit of each wait until the data is open: one node may decode for hours while the others wait.
 SETUP_TIMEOUT = timedelta(hours=12)
+# How much longer NCCL waits for a peer than gloo. Its watchdog aborts the process; gloo's error is one line.
+NCCL_EXTRA_TIMEOUT = timedelta(seconds=60)
+# Interval at which the device is polled; the ranks ask each other about as often whether to stop, or at every step.
+POLL_SECONDS, CONSENSUS_SECONDS = 0.001, 0.01
 # How long the other ranks wait for rank 0 to listen: on a slow disk, processes start minutes apart.
 RENDEZVOUS_SECONDS = 300.0
 # How long a rank that exits with an error waits for the others, which may not know of it. Rank 0 may need 20 seconds to
@@ -147,11 +152,24 @@ class World:
             for tensor in tensors:
                 dist.broadcast(tensor.detach(), src=0)
 
+    def fetch(self, values: Tensor) -> Tensor:
+        """Return ``values`` on the CPU.
+
+        A GPU is polled: if it waits for a silent peer, this raises a `RuntimeError` that `peer_failures` knows, before
+        NCCL aborts the process.
+        """
+        if values.is_cuda:
+            done, started = torch.cuda.current_stream().record_event(), time.monotonic()
+            while not done.query():
+                if time.monotonic() - started > self.collective_timeout.total_seconds():
+                    raise RuntimeError(f"Timed out waiting {self.collective_timeout.total_seconds():.0f}000ms")
+                time.sleep(POLL_SECONDS)
+        return values.cpu()
+
     def with_run_timeout(self) -> World:
-        """Return this world with ``collective_timeout`` as the limit of every wait. All ranks take part."""
-        if self.control is None:
-            return self
-        return replace(self, control=_control_group(self.collective_timeout))
+        """Make ``collective_timeout`` the limit of every wait, and return this world. All ranks take part."""
+        _set_timeout(self.control, self.collective_timeout)
+        return self
 
     def shutdown(self, timeout: timedelta | None = None) -> bool:
         """Destroy the process groups once all ranks are here, or after ``timeout`` (default: ``collective_timeout``).
@@ -162,11 +180,13 @@ class World:
             return True
         try:
             self._barrier(timeout or self.collective_timeout)
-            return True
+            complete = True
         except RuntimeError:
-            return False
-        finally:
+            complete = False
+        if complete or self.device.type == "cpu":
+            # Otherwise NCCL would wait for the missing peer before the error is printed. The process's end aborts it.
             dist.destroy_process_group()
+        return complete
 
     def _barrier(self, timeout: timedelta) -> None:
         """Wait for all ranks.
@@ -192,30 +212,37 @@ class World:
 
 
 class StopConsensus:
-    """The largest action that any rank asks for, known to all ranks one step later.
+    """The largest action that any rank asks for, known to all ranks one exchange later.
 
-    Step s sends this rank's action and reads the answer to step s - 1: no step waits for a message under way, and all
-    ranks read the same answer at the same step.
+    An exchange sends this rank's action and reads the answer to the last one: no step waits for a message under way,
+    and all ranks read the same answer at the same step. There is one at every step; if steps are shorter than
+    `CONSENSUS_SECONDS`, every few steps, as many as the answer says.
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.group = group
         self.pending: tuple[dist.Work, Tensor] | None = None
+        self.action, self.steps, self.every, self.started = 0, 0, 1, time.perf_counter()
 
     def exchange(self, action: int) -> int:
-        """Send ``action``; return the largest of the previous step, 0 at the first. For one process, return ``action``.
-
-        All ranks take part.
+        """Send ``action``; return the largest of the last exchange, 0 if there is none at this step. For one process,
+        return ``action``. All ranks take part.
         """
         if self.group is None:
             return action
-        agreed = 0
+        self.action, self.steps, agreed = max(self.action, action), self.steps + 1, 0
+        if self.steps < self.every:
+            return 0
+        now = time.perf_counter()
+        step_microseconds = int((now - self.started) / self.steps * 1e6)
         if self.pending is not None:
             work, message = self.pending
             work.wait()
-            agreed = int(message)
-        message = torch.tensor([action], dtype=torch.int32)
+            agreed, longest = message.tolist()
+            self.every = max(1, int(CONSENSUS_SECONDS * 1e6 / max(1, longest)))
+        message = torch.tensor([self.action, step_microseconds], dtype=torch.int64)
         self.pending = (dist.all_reduce(message, op=dist.ReduceOp.MAX, group=self.group, async_op=True), message)
+        self.action, self.steps, self.started = 0, 0, now
         return agreed
 
 
@@ -229,18 +256,19 @@ def join(machine: MachineConfig, *, expect_world_size: int | None, collective_ti
         rank, size = str(dist.get_rank()), str(dist.get_world_size())
         os.environ.update(RANK=rank, LOCAL_RANK=rank, LOCAL_WORLD_SIZE=size)
     check_launcher(os.environ)
-    on_gpu = torch.cuda.is_available()
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     check_world_size(world_size, expect_world_size, os.environ)
-    if on_gpu:
-        check_gpus(local_world_size, torch.cuda.device_count())
+    device = find_device(os.environ)
+    on_gpu = device == "cuda"
     if machine.sync_batchnorm and not on_gpu:
         raise UserError(
             "sync_batchnorm: torch supports SyncBatchNorm on GPUs only, found none; use --no-sync-batchnorm"
         )
-    precision = choose_precision(machine.precision, os.environ.get("ACCELERATE_MIXED_PRECISION"), native_precisions())
+    launcher_precision = os.environ.get("ACCELERATE_MIXED_PRECISION")
+    precision = choose_precision(machine.precision, launcher_precision, native_precisions(device))
     threads = default_threads(local_world_size, os.environ) if machine.threads == "auto" else machine.threads
+    timeout = timedelta(seconds=collective_timeout)
     if machine.reproducible:
         threads = check_reproducible(machine, precision)
     if machine.deterministic or (machine.reproducible and on_gpu):
@@ -260,33 +288,41 @@ def join(machine: MachineConfig, *, expect_world_size: int | None, collective_ti
             kwargs_handlers=[
                 # Buffers are broadcast once before an evaluation instead of before every forward.
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
-                InitProcessGroupKwargs(timeout=timedelta(seconds=collective_timeout)),
+                InitProcessGroupKwargs(timeout=timeout + (NCCL_EXTRA_TIMEOUT if on_gpu else timedelta())),
             ],
         )
+        if accelerator.num_processes != world_size:
+            raise UserError(f"world size: the launcher set {world_size}, Accelerate has {accelerator.num_processes}")
+        torch.set_num_threads(threads)
+        # Creating a group waits for all ranks.
+        control = _control_group(timeout) if world_size > 1 else None
+        world = World(
+            accelerator=accelerator,
+            rank=accelerator.process_index,
+            size=world_size,
+            local_rank=accelerator.local_process_index,
+            is_main=accelerator.process_index == 0,
+            device=accelerator.device,
+            control=control,
+            precision=precision,
+            threads=threads,
+            collective_timeout=timeout,
+        )
         if world_size > 1:
-            # Creating a group waits for all ranks: with the short limit once, so that the next one finds them all.
-            _control_group(timedelta(seconds=collective_timeout))
+            # NCCL connects at the first collective operation: an error of it comes now, not after decoding.
+            token = torch.ones(1, device=world.device)
+            dist.all_reduce(token)
+            world.fetch(token)
     except dist.DistError as error:
-        raise NodeError(
+        # A rendezvous fails on all ranks alike, NCCL perhaps on one.
+        kind = RankError if isinstance(error, dist.DistBackendError) else NodeError
+        raise kind(
             f"rendezvous at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}: rank "
-            f"{os.environ.get('RANK')} on {socket.gethostname()} failed: {str(error).splitlines()[0].rstrip('.')}; "
+            f"{os.environ.get('RANK')} on {socket.gethostname()} failed: {first_line(error)}; "
             f"check that the port is free and that all {world_size} processes started and live"
         ) from error
-    torch.set_num_threads(threads)
-    if accelerator.num_processes != world_size:
-        raise UserError(f"world size: the launcher set {world_size}, Accelerate has {accelerator.num_processes}")
-    return World(
-        accelerator=accelerator,
-        rank=accelerator.process_index,
-        size=world_size,
-        local_rank=accelerator.local_process_index,
-        is_main=accelerator.process_index == 0,
-        device=accelerator.device,
-        control=_control_group(SETUP_TIMEOUT) if world_size > 1 else None,
-        precision=precision,
-        threads=threads,
-        collective_timeout=timedelta(seconds=collective_timeout),
-    )
+    _set_timeout(world.control, SETUP_TIMEOUT)
+    return world
 
 
 @contextmanager
@@ -374,13 +410,20 @@ def prepare(
         prepared = world.accelerator.prepare_model(model, evaluation_mode=machine.reproducible)
         prepared_optimizer = world.accelerator.prepare_optimizer(optimizer)
     if machine.compile:
-        # A compiled copy: with one process, ``prepared`` is ``model`` itself, which evaluation uses uncompiled.
-        prepared = cast(nn.Module, torch.compile(prepared))
+        # A compiled copy: with one process, ``prepared`` is ``model`` itself, which evaluation uses uncompiled. Each
+        # image size is compiled by itself: dynamic sizes are slower.
+        prepared = cast(nn.Module, torch.compile(prepared, dynamic=False))
     return prepared, prepared_optimizer
 
 
 def _control_group(timeout: timedelta) -> dist.ProcessGroup:
     return cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout))
+
+
+def _set_timeout(group: dist.ProcessGroup | None, timeout: timedelta) -> None:
+    """Limit each wait in a group of gloo from here on."""
+    if group is not None:
+        group._get_backend(torch.device("cpu"))._set_default_timeout(timeout)
 
 
 def _wait(work: dist.Work | None, timeout: timedelta) -> None:

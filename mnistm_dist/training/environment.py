@@ -45,6 +45,8 @@ def device_name(device: torch.device) -> str:
     """Return the device's name for the header of a run."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    if torch.backends.mps.is_available() or torch.xpu.is_available():
+        return "CPU (of GPUs, only NVIDIA's and AMD's are supported)"
     given = os.environ.get("SLURM_GPUS_ON_NODE", "0")
     return "CPU (no GPU found)" if given == "0" else f"CPU (Slurm allocated {given} GPUs, torch finds none)"
 

@@ -96,7 +96,7 @@ def _predict(
     if not outputs:
         num_classes = len(list(model.parameters())[-1])
         return np.empty(0, np.int64), np.empty(0, np.int64), np.empty((0, num_classes), np.float32)
-    return np.concatenate(ids), torch.cat(labels).cpu().numpy(), torch.cat(outputs).cpu().numpy()
+    return np.concatenate(ids), world.fetch(torch.cat(labels)).numpy(), world.fetch(torch.cat(outputs)).numpy()
 
 
 def write_predictions(path: Path, keys: list[str], outputs: SplitOutputs, classes: tuple[str, ...]) -> None:

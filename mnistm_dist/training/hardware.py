@@ -1,21 +1,31 @@
 """What this process may use: GPUs, CPU threads and native precisions."""
 
+import os
+import re
 import resource
 import socket
 import sys
+import time
+import warnings
 from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Literal
 
 import torch
 
 from mnistm_dist.config import MachineConfig
 from mnistm_dist.data.parallel import available_cores
-from mnistm_dist.errors import NodeError, UserError
+from mnistm_dist.errors import NodeError, RankError, UserError
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Environment = Mapping[str, str]
 # What a configuration file of Accelerate may ask for in place of DDP.
 STRATEGIES = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
+# What NVIDIA's driver creates.
+DRIVER_VERSION, DEVICES = Path("/proc/driver/nvidia/version"), Path("/dev")
+# Of the last this many seconds, or more, the threads of a process waited this share for a core: the cores are busy.
+BUSY_SECONDS, BUSY_SHARE = 10.0, 0.3
 
 
 def check_launcher(environment: Environment) -> None:
@@ -47,6 +57,48 @@ def peak_memory_gb(device: torch.device) -> float:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 4)
 
 
+def find_device(environment: Environment) -> Literal["cuda", "cpu"]:
+    """Return "cuda", with this process's GPU started, or "cpu" if there is none or Accelerate's launcher asks for it.
+
+    Raise `UserError` if this node has more processes than GPUs, which NCCL refuses, or if torch cannot use a GPU that
+    is there, as with a driver older than its CUDA.
+    """
+    if environment.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+        return "cpu"
+    with warnings.catch_warnings(record=True) as reasons:
+        warnings.simplefilter("always")
+        found = torch.cuda.is_available()
+    visible, processes = environment.get("CUDA_VISIBLE_DEVICES", "all"), int(environment.get("LOCAL_WORLD_SIZE", "1"))
+    if found and processes > (gpus := torch.cuda.device_count()):
+        raise NodeError(
+            f"processes: {processes} on {socket.gethostname()}, torch finds {gpus} GPUs (CUDA_VISIBLE_DEVICES: "
+            f"{visible}); use at most one process per GPU (--num_processes; under Slurm --gpus-per-node and "
+            "--ntasks-per-node), and let each process see all GPUs of its node (no --gpu-bind, no "
+            "--virtual-local-rank; of several MIG instances CUDA shows one)"
+        )
+    if found:
+        gpu = f"cuda:{environment.get('LOCAL_RANK', '0')}"
+        try:
+            torch.ones(1, device=gpu).cpu()
+        except RuntimeError as error:
+            raise RankError(
+                f"{gpu} on {socket.gethostname()} cannot be used: {first_line(error)}; see nvidia-smi, or set "
+                "CUDA_VISIBLE_DEVICES= to use the CPU"
+            ) from error
+        return "cuda"
+    # A job without GPUs may not open their devices.
+    allowed = visible not in ("", "-1") and any(os.access(path, os.R_OK) for path in DEVICES.glob("nvidia[0-9]*"))
+    if allowed and DRIVER_VERSION.exists():
+        reason = "".join(f" ({warning.message})" for warning in reasons[:1])
+        driver = re.search(r"\d+\.\d[.\d]*", DRIVER_VERSION.read_text())
+        raise NodeError(
+            f"GPU: torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use the GPUs of "
+            f"{socket.gethostname()}, whose NVIDIA driver is {driver and driver[0]}{reason}; "
+            "install a newer driver or another torch, or set CUDA_VISIBLE_DEVICES= to use the CPU"
+        )
+    return "cpu"
+
+
 def check_world_size(world_size: int, expected: int | None, environment: Environment) -> None:
     """Raise `UserError` if the world size is not ``expected``, or is smaller than the number of tasks of Slurm's
     step."""
@@ -56,7 +108,8 @@ def check_world_size(world_size: int, expected: int | None, environment: Environ
             "every node started, and --num_processes (with --config_file accelerate_config.yaml or --multi_gpu)"
         )
     tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
-    if world_size < tasks:
+    # With restarts, nodes may be lost.
+    if world_size < tasks and environment.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
         raise UserError(
             f"world size: found {world_size}, Slurm's step has {tasks} tasks that do not know of each other; "
             "use slurm/train.sh, or set RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT; "
@@ -64,13 +117,11 @@ def check_world_size(world_size: int, expected: int | None, environment: Environ
         )
 
 
-def check_gpus(local_world_size: int, gpus: int) -> None:
-    """Raise `UserError` if this node has more processes than GPUs: NCCL refuses to share one."""
-    if local_world_size > gpus:
-        raise NodeError(
-            f"processes: {local_world_size} on {socket.gethostname()}, torch finds {gpus} GPUs; "
-            "use at most one process per GPU (--num_processes; under Slurm --gpus-per-node and --ntasks-per-node)"
-        )
+def first_line(error: RuntimeError) -> str:
+    """Return the first line of an error of torch, and NCCL's own words if it has any: the rest are C++ frames."""
+    text = str(error).strip()
+    detail = re.search(r"^Last error:\s*(.+)", text, re.MULTILINE)
+    return text.partition("\n")[0].rstrip(".") + (f" ({detail[1]})" if detail else "")
 
 
 def check_compile(device: torch.device) -> None:
@@ -105,11 +156,45 @@ def check_reproducible(machine: MachineConfig, precision: Precision) -> int:
     return 1 if machine.threads == "auto" else machine.threads
 
 
-def native_precisions() -> tuple[Precision, ...]:
-    """Return the precisions that this machine does not emulate."""
-    if not torch.cuda.is_available():
-        return ("fp32",)
-    return ("fp32", "fp16", "bf16") if torch.cuda.is_bf16_supported(including_emulation=False) else ("fp32", "fp16")
+class CoreWatch:
+    """Notices if the threads of this process wait for CPU cores, because others use them or a quota is used up."""
+
+    def __init__(self) -> None:
+        self._since, self._warned = (time.perf_counter(), core_wait_seconds()), False
+
+    def warning(self) -> str | None:
+        """Return a warning if the cores were busy since the last call that looked, `BUSY_SECONDS` ago or more; once."""
+        if self._warned or time.perf_counter() - self._since[0] < BUSY_SECONDS:
+            return None
+        before, self._since = self._since, (time.perf_counter(), core_wait_seconds())
+        seconds, waited = (now - then for now, then in zip(self._since, before, strict=True))
+        self._warned = waited > BUSY_SHARE * seconds
+        if not self._warned:
+            return None
+        return (
+            f"the CPU cores are busy: in {seconds:.0f} s, threads of this process waited {waited:.0f} s for a core, so "
+            "steps take longer; stop other processes, or use fewer --threads or processes"
+        )
+
+
+def core_wait_seconds() -> float:
+    """Return for how long the threads of this process were ready to run and had no CPU core, added up; 0 if the system
+    does not count it (Linux does, in schedstat)."""
+    nanoseconds = 0
+    for path in Path("/proc/self/task").glob("*/schedstat"):
+        # A thread may have ended.
+        with suppress(OSError):
+            nanoseconds += int(path.read_text().split()[1])
+    return nanoseconds / 1e9
+
+
+def native_precisions(device: str) -> tuple[Precision, ...]:
+    """Return the precisions that ``device``, "cuda" or "cpu", does not emulate. A CPU has bf16 with AMX or AVX-512."""
+    if device == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return ("fp32", "fp16", "bf16") if has_bf16 else ("fp32", "fp16")
+    has_bf16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return ("fp32", "bf16") if has_bf16 else ("fp32",)
 
 
 def choose_precision(requested: str, launcher: str | None, native: tuple[Precision, ...]) -> Precision:

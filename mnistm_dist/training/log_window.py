@@ -57,7 +57,7 @@ class LogWindow:
             return
         table = torch.stack([losses for _, losses in self._on_device], dim=1)
         rows = self.world.gather_rows(table, [len(share) for share in self.shares])
-        means = rows.T.contiguous().double().cpu().numpy().mean(axis=1)
+        means = self.world.fetch(rows.T.contiguous().double()).numpy().mean(axis=1)
         for (step, _), mean in zip(self._on_device, means, strict=True):
             if not np.isfinite(mean):
                 raise NonFiniteLoss(step)

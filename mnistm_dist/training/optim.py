@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from mnistm_dist.config import OptimConfig
 
 
-def create_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """Return the optimizer of ``config``.
+def create_optimizer(model: nn.Module, config: OptimConfig, precision: str = "fp32") -> torch.optim.Optimizer:
+    """Return the optimizer of ``config`` for a training in ``precision``.
 
     adam applies weight decay as L2 to every parameter, as torch does and the source report did. adamw and sgd do not
     decay one-dimensional parameters (BatchNorm, biases): He et al. 2019, arXiv 1812.01187, section 3.1. muon is `Muon`
-    on the convolutions and adamw on everything else. adam, adamw and sgd use fused kernels if all parameters are on
-    CUDA; muon does not.
+    on the convolutions, with its iteration in bfloat16 if that is the precision, and adamw on everything else. adam,
+    adamw and sgd use fused kernels if all parameters are on CUDA; muon does not.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     fused = all(p.is_cuda for p in parameters)
@@ -33,7 +33,9 @@ def create_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optim
         convolutions, matrices = ([p for p in weights if (p.ndim == 4) is wanted] for wanted in (True, False))
         orthogonal = {"params": convolutions, "weight_decay": config.weight_decay, "orthogonal": True}
         decayed = {"params": matrices, "weight_decay": config.weight_decay}
-        return Muon([orthogonal, decayed, free], lr=config.learning_rate, betas=betas)
+        muon = Muon([orthogonal, decayed, free], lr=config.learning_rate, betas=betas)
+        muon.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        return muon
     groups = [{"params": weights, "weight_decay": config.weight_decay}, free]
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=fused or None)
@@ -52,6 +54,9 @@ class Muon(torch.optim.AdamW):
     one learning rate and one weight decay serve all groups: Jordan et al. 2024, kellerjordan.github.io/posts/muon; Liu
     et al. 2025, arXiv 2502.16982, section 2.2. torch.optim.Muon accepts matrices only.
     """
+
+    dtype = torch.float32
+    """Of the iteration that orthogonalizes."""
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all groups; ``closure``, if given, computes the gradients first."""
@@ -82,21 +87,20 @@ class Muon(torch.optim.AdamW):
                 state["momentum_buffer"].lerp_(gradient, 1 - momentum)
                 gradient.lerp_(state["momentum_buffer"], momentum)
             rows, columns = shape[0], math.prod(shape[1:])
-            steps = orthogonalize(gradients.reshape(len(alike), rows, columns)).view_as(gradients)
+            steps = orthogonalize(gradients.reshape(len(alike), rows, columns), self.dtype).view_as(gradients)
             size = 0.2 * math.sqrt(max(rows, columns))
             torch._foreach_mul_(alike, 1 - rate * group["weight_decay"])
             torch._foreach_add_(alike, list(steps.to(alike[0].dtype)), alpha=-rate * size)
 
 
-def orthogonalize(matrices: Tensor) -> Tensor:
+def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return approximately U V^T for each matrix U S V^T; ``matrices`` and the result are float (n, rows, columns).
 
     Five steps of the quintic Newton-Schulz iteration with Jordan's coefficients bring the singular values to between
-    0.7 and 1.2, unless they are tiny beside the largest. On a GPU it runs in bfloat16, which is precise enough.
+    0.7 and 1.2, unless they are tiny beside the largest. It runs in ``dtype``: bfloat16 is precise enough.
     """
     transposed = matrices.shape[1] > matrices.shape[2]
-    x = matrices.mT if transposed else matrices
-    x = x.bfloat16() if x.is_cuda else x
+    x = (matrices.mT if transposed else matrices).to(dtype)
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
     for _ in range(5):
         gram = x @ x.mT
@@ -122,9 +126,8 @@ class WeightAverage:
         averages, values = _tensors(self.model), _tensors(model)
         floats = [i for i, value in enumerate(values) if value.is_floating_point()]
         torch._foreach_lerp_([averages[i] for i in floats], [values[i] for i in floats], 1 - decay)
-        for average, value in zip(averages, values, strict=True):
-            if not value.is_floating_point():
-                average.copy_(value)
+        others = [i for i, value in enumerate(values) if not value.is_floating_point()]
+        torch._foreach_copy_([averages[i] for i in others], [values[i] for i in others])
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:

@@ -21,6 +21,7 @@ from mnistm_dist.errors import UserError
 from mnistm_dist.training import checkpoint as checkpoints
 from mnistm_dist.training.checkpoint import Checkpoint
 from mnistm_dist.training.distributed import World
+from mnistm_dist.training.elastic import start_of
 from mnistm_dist.training.run_dir import CONFIG_NAME, read_state
 from mnistm_dist.training.setup import RunSetup
 from mnistm_dist.training.train_state import TrainState
@@ -43,7 +44,7 @@ def choose_start(request: TrainRequest) -> tuple[Config, Checkpoint | None] | No
 
     Reads the run folder and changes nothing. Raise `UserError` if ``--resume`` and the folder do not fit.
     """
-    resume, named = request.config.run.resume, request.config.run.run_dir
+    resume, named = start_of(request.config.run, os.environ)
     if resume is None:
         if named is not None and Path(named).exists() and any(Path(named).iterdir()):
             raise UserError(
@@ -126,6 +127,8 @@ def check_resume(checkpoint: Checkpoint, run: RunSetup, warn: Callable[[str], No
     now = checkpoints.learning_values(run.config, run.world.device)
     changed = {name: (was, now[name]) for name, was in scalars.learning.items() if now.get(name, was) != was}
     accepted = CONSEQUENCES.keys() - ({"precision"} if "device" not in changed else set())
+    if run.config.machine.reproducible:
+        accepted = set()
     refused = [f"{name} was {was}, now {value}" for name, (was, value) in changed.items() if name not in accepted]
     if refused:
         raise UserError(

@@ -75,7 +75,8 @@ def create_train_state(config: Config, world: World, num_classes: int, shares: S
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     # Before DDP wraps it: DDP lays out its buckets by the strides of the parameters.
     model = to_device(model, world.device, config.machine.memory_format)
-    train_model, optimizer = prepare(world, model, create_optimizer(model, config.optim), config.machine)
+    optimizer = create_optimizer(model, config.optim, world.precision)
+    train_model, optimizer = prepare(world, model, optimizer, config.machine)
     ema = WeightAverage(model, config.optim.ema_decay) if config.optim.ema_decay else None
     tree = GradientTree(model, world, shares) if config.machine.reproducible else None
     return TrainState(model=model, train_model=train_model, optimizer=optimizer, ema=ema, tree=tree)

@@ -24,7 +24,7 @@ from mnistm_dist.training import checkpoint as checkpoints
 from mnistm_dist.training.checkpoint import Scalars
 from mnistm_dist.training.diagnostics import check_model_learns, profile_steps
 from mnistm_dist.training.evaluation import predict_split
-from mnistm_dist.training.hardware import peak_memory_gb
+from mnistm_dist.training.hardware import CoreWatch, peak_memory_gb
 from mnistm_dist.training.log_window import LogWindow, NonFiniteLoss
 from mnistm_dist.training.preemption import CONTINUE, EXIT, Preempted, StepBoundary, StopRequest
 from mnistm_dist.training.run_dir import RunDir
@@ -75,6 +75,7 @@ class Trainer:
         self.augment = Augment(run.config.augment, self.preprocess, run.config.steps.seed)
         self.boundary = StepBoundary(run.world, stop, run.config.run.checkpoint_minutes)
         self.window = LogWindow(run.world, run.shares, state.history.pending)
+        self.core_watch = CoreWatch()
         self.train_loss = float("nan")
         """Mean loss of the last row of the log."""
 
@@ -148,6 +149,8 @@ class Trainer:
                 "train/peak_memory_gb": peak_memory_gb(self.world.device),
             }
         )
+        if warning := self.core_watch.warning():
+            self.logger.message(f"warning: {warning}")
 
     def evaluate(self, step: int) -> None:
         """Evaluate val at the image size of ``step`` and record it if it is the best. All ranks take part."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mnistm_dist.data.parallel import ordered_map
+from mnistm_dist.data.parallel import available_cores, cpu_quota, ordered_map
 from mnistm_dist.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,3 +74,45 @@ def test_workers_do_not_outlive_a_killed_parent(tmp_path: Path) -> None:
         time.sleep(0.05)
     else:
         assert not Path(f"/proc/{worker}").exists()
+
+
+def cgroups(folder: Path, memberships: str, files: dict[str, str]) -> dict[str, Path]:
+    """Write a file of memberships and a tree of cgroups; return the arguments of `cpu_quota`."""
+    for name, content in {"own": memberships, **{f"root/{name}": content for name, content in files.items()}}.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+    return {"own": folder / "own", "root": folder / "root"}
+
+
+@pytest.mark.parametrize(
+    ("memberships", "files", "cores"),
+    [
+        ("0::/\n", {"cpu.max": "150000 100000\n"}, 1.5),
+        ("0::/\n", {"cpu.max": "max 100000\n"}, float("inf")),
+        # The smallest of the cgroups from the own one up.
+        ("0::/job/step\n", {"job/step/cpu.max": "max 100000\n", "job/cpu.max": "400000 100000\n"}, 4),
+        ("0::/job/step\n", {"job/step/cpu.max": "200000 100000\n", "job/cpu.max": "400000 100000\n"}, 2),
+        # In a container, the path is that of the host.
+        ("0::/docker/123\n", {"cpu.max": "300000 100000\n"}, 3),
+        (
+            "4:memory:/\n3:cpu,cpuacct:/a\n",
+            {"cpu/a/cpu.cfs_quota_us": "50000", "cpu/a/cpu.cfs_period_us": "100000"},
+            0.5,
+        ),
+        ("3:cpu:/\n0::/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, float("inf")),
+        ("4:cpuset:/\n", {"cpu/cpu.cfs_quota_us": "50000", "cpu/cpu.cfs_period_us": "100000"}, float("inf")),
+    ],
+)
+def test_the_cpu_quota_is_that_of_the_cgroups(tmp_path, memberships, files, cores):
+    assert cpu_quota(**cgroups(tmp_path, memberships, files)) == cores
+
+
+def test_without_cgroups_there_is_no_quota(tmp_path):
+    assert cpu_quota(tmp_path / "own", tmp_path) == float("inf")
+
+
+@pytest.mark.parametrize(("quota", "cores"), [(1.9, 1), (0.5, 1), (float("inf"), 3), (8.0, 3)])
+def test_the_cores_are_those_of_the_affinity_mask_and_at_most_the_quota(monkeypatch, quota, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 2, 5})
+    monkeypatch.setattr("mnistm_dist.data.parallel.cpu_quota", lambda: quota)
+    assert available_cores() == cores

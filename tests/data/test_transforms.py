@@ -8,6 +8,7 @@ from torch.nn import functional
 from mnistm_dist.config import AugmentConfig
 from mnistm_dist.data.hashing import uniform
 from mnistm_dist.data.transforms import (
+    CHANNEL_ORDERS,
     DRAWS,
     POINTS,
     Augment,
@@ -150,10 +151,10 @@ def test_an_elastic_displacement_is_at_most_its_pixels():
 
 def test_channels_are_permuted_in_all_six_orders():
     batch = torch.tensor([1, 2, 3], dtype=torch.uint8).expand(600, 2, 2, 3).contiguous()
-    draws = torch.linspace(0, 0.999, 600)
-    seen = permute_channels(batch, torch.ones(600, dtype=torch.bool), draws)[:, 0, 0]
+    draws, orders = torch.linspace(0, 0.999, 600), torch.tensor(CHANNEL_ORDERS)
+    seen = permute_channels(batch, torch.ones(600, dtype=torch.bool), draws, orders)[:, 0, 0]
     assert len({tuple(row) for row in seen.tolist()}) == 6
-    assert torch.equal(permute_channels(batch, torch.zeros(600, dtype=torch.bool), draws), batch)
+    assert torch.equal(permute_channels(batch, torch.zeros(600, dtype=torch.bool), draws, orders), batch)
 
 
 def test_cutout_sets_a_square_to_the_mean():

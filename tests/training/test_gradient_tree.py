@@ -217,6 +217,14 @@ def test_what_cannot_be_reproduced_is_refused(run_main, small_set, flags, named)
     assert named in error_of(run_main(train.main, "--shards", small_set, "--reproducible", *flags))
 
 
+def test_a_resume_of_a_reproducible_run_keeps_micro_batch_and_threads(trained, run_main):
+    from mnistm_dist import train
+
+    run = trained(1, *QUICK, "--max-steps", 2)
+    for flag, named in (("--threads", "threads was 1, now 2"), ("--micro-batch", "micro_batch was 8, now 2")):
+        assert named in error_of(run_main(train.main, "--resume", run, "--max-steps", 3, flag, 2))
+
+
 def test_sync_batchnorm_and_fp16_are_refused_and_threads_do_not_follow_the_processes():
     assert check_reproducible(MachineConfig(), "fp32") == 1
     assert check_reproducible(MachineConfig(threads=3), "bf16") == 3

@@ -1,0 +1,133 @@
+"""A training step on a GPU that does not exist: what it asks torch for, counted and checked with fake tensors.
+
+The backward pass needs a real GPU: its gradients are made up here.
+"""
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mnistm_dist import config as configuration
+from mnistm_dist.config import AugmentConfig
+from mnistm_dist.data import transforms
+from mnistm_dist.data.loader import Batch
+from mnistm_dist.data.transforms import Augment, Preprocess
+from mnistm_dist.training.models import create_model
+from mnistm_dist.training.optim import WeightAverage, create_optimizer
+from mnistm_dist.training.step import train_step
+from mnistm_dist.training.train_state import TrainState
+
+GPU = torch.device("cuda", 0)
+EVERYTHING = AugmentConfig(shift=3, rotate=9, scale=0.1, shear=5, elastic=2, invert=0.5, permute_channels=0.5, cutout=6)
+# Calls into torch that are not views, of one step of `fast` without its backward pass.
+MOST_CALLS = 600
+
+
+class Calls(TorchDispatchMode):
+    """Records the operations of a step, and its copies between host and device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.copies: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if not function.is_view and function.namespace == "aten":
+            self.names.append(str(function))
+        inputs = {value.device.type for value in args if isinstance(value, torch.Tensor) and value.ndim}
+        if isinstance(result, torch.Tensor) and result.ndim and inputs and inputs != {result.device.type}:
+            self.copies.append(str(function))
+        return result
+
+
+def to_fake_gpu(model: torch.nn.Module) -> None:
+    """Replace all tensors of a model by fake ones, in the memory format of training."""
+
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=GPU, memory_format=layout)
+
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            module.register_parameter(name, torch.nn.Parameter(fake(parameter), parameter.requires_grad))
+        for name, buffer in module.named_buffers(recurse=False):
+            module.register_buffer(name, fake(buffer))
+
+
+@contextlib.contextmanager
+def autocast() -> Iterator[None]:
+    """What `torch.autocast` does on a machine that has a GPU."""
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    torch.autocast_increment_nesting()
+    yield
+    torch.autocast_decrement_nesting()
+    torch.clear_autocast_cache()
+    torch.set_autocast_enabled("cuda", False)
+
+
+@pytest.fixture
+def fake_step(monkeypatch):
+    """Return a function that trains one step of `fast` with fake tensors and records it."""
+    uploads: list[str] = []
+
+    def upload(values: np.ndarray, device: torch.device) -> torch.Tensor:
+        uploads.append(str(values.dtype))
+        return torch.empty(values.shape, dtype=torch.from_numpy(values[:0]).dtype, device=device)
+
+    def step(augmentation: AugmentConfig | None = None, **given: object) -> Calls:
+        config = configuration.build("fast", {**configuration.read_recipe("fast"), "micro_batch": 128, **given})
+        augmentation, model = augmentation or config.augment, create_model(10, 0).train()
+        ema = WeightAverage(model, config.optim.ema_decay)
+        with FakeTensorMode():
+            for each in (model, ema.model):
+                to_fake_gpu(each)
+            optimizer = create_optimizer(model, config.optim, "bf16")
+            state = TrainState(model=model, train_model=model, optimizer=optimizer, ema=ema)
+            augment = Augment(augmentation, Preprocess((0.5,) * 3, (0.2,) * 3, GPU), seed=0)
+            monkeypatch.setattr(transforms, "upload", upload)
+
+            def backward(loss: torch.Tensor) -> None:
+                for parameter in model.parameters():
+                    parameter.grad = torch.empty_like(parameter)
+
+            accelerator = SimpleNamespace(autocast=autocast, backward=backward, no_sync=contextlib.nullcontext)
+            world = SimpleNamespace(accelerator=accelerator, size=1, rank=0, device=GPU)
+            batch = Batch(
+                images=torch.empty(128, 28, 28, 3, dtype=torch.uint8, device=GPU),
+                labels=torch.empty(128, dtype=torch.int64, device=GPU),
+                positions=np.arange(128),
+                ids=np.arange(128),
+                count=128,
+            )
+            with Calls() as calls:
+                # The first step creates the optimizer's state.
+                for _ in range(2):
+                    calls.names.clear()
+                    calls.copies.clear()
+                    uploads.clear()
+                    train_step(world, state, augment, [batch], 64, config)
+                    ema.update(model, 7)
+        assert uploads == ["float32"]
+        return calls
+
+    return step
+
+
+@pytest.mark.parametrize("augmentation", [None, EVERYTHING], ids=["fast", "every augmentation"])
+def test_a_step_copies_nothing_but_the_draws_and_waits_for_nothing(fake_step, augmentation):
+    """Fake tensors raise for operations on two devices, and for an ``.item()``."""
+    assert fake_step(augmentation).copies == []
+
+
+def test_a_step_makes_a_bounded_number_of_calls(fake_step):
+    calls = fake_step()
+    assert len(calls.names) <= MOST_CALLS, Counter(calls.names).most_common(20)

@@ -170,10 +170,11 @@ def test_a_rank_that_dies_or_stops_ends_the_others_with_one_line(start, small_se
     process = start("train", *flags, world_size=2, **injected)
     deadline = time.monotonic() + 100
     # The parent waits for a stopped rank.
-    while time.monotonic() < deadline and process.poll() is None and "error" not in process.command.stderr.read_text():
+    errors = process.command.stderr
+    while time.monotonic() < deadline and not (errors.exists() and "error" in errors.read_text()):
         time.sleep(0.2)
     process.kill()
-    (line,) = [line for line in process.command.stderr.read_text().splitlines() if line.startswith("error:")]
+    (line,) = [line for line in errors.read_text().splitlines() if line.startswith("error:")]
     assert "rank 0 on " in line
     assert "another process of the run was killed, or silent for --collective-timeout 20 s" in line
 
@@ -184,7 +185,8 @@ def test_a_signal_to_one_rank_saves_on_all(start, small_set, tmp_path):
     process = start("train", *flags, world_size=2)
     while not (tmp_path / "run" / "log.jsonl").exists() or not losses(tmp_path / "run"):
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGUSR1)
+    last_rank = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[-1]
+    os.kill(int(last_rank), signal.SIGUSR1)
     process.wait(60)
     assert json.loads((tmp_path / "run" / "state.json").read_text())["state"] == "preempted"
 

@@ -185,8 +185,8 @@ class RunConfig:
     """auto: resume the latest complete checkpoint of --run-dir, or start. Else a run folder or a checkpoint of it."""
     max_steps: OrNone[PositiveInt] = None
     """Stop after this many steps; the schedule stays that of the full run. A resume keeps it. none: no limit."""
-    checkpoint_every: NonNegativeInt = 500
-    """Steps between checkpoints. 0: only at the end of each epoch."""
+    checkpoint_every: NonNegativeInt = 0
+    """Steps between checkpoints, besides those at the end of each epoch and of checkpoint_minutes. 0: none."""
     checkpoint_minutes: NonNegativeFloat = 10.0
     """Save a checkpoint at least this often, minutes. 0: no limit."""
     keep_checkpoints: PositiveInt = 2

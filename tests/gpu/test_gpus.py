@@ -192,5 +192,6 @@ def test_a_signal_to_one_rank_saves_on_all(start, small_set, tmp_path):
 
 
 @pytest.mark.gpu(2)
-def test_synchronised_batchnorm_trains(train):
-    assert np.isfinite(losses(train("run", 10, "--sync-batchnorm", world_size=2))).all()
+@pytest.mark.parametrize("flags", [("--sync-batchnorm",), ("--memory-format", "contiguous"), ("--compile",)])
+def test_a_variant_trains_on_two_gpus_without_a_warning(train, flags):
+    assert np.isfinite(losses(train("run", 10, *flags, world_size=2))).all()

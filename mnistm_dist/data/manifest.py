@@ -105,6 +105,8 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
     """Where it came from, one line."""
     notes: tuple[Text, ...] = ()
     """What was left out of the source or converted; one line each."""
+    resize: Side | None = None
+    """``--resize`` of `pack`, pixels: `predict` prepares its pictures in the same way."""
     classes: Annotated[tuple[Annotated[Text, Field(min_length=1)], ...], Field(min_length=1, max_length=MAX_CLASSES)]
     image_size: tuple[Side, Side]
     """(height, width) of every image, pixels."""
@@ -137,17 +139,18 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
 
     @cached_property
     def identity(self) -> str:
-        """sha256 (hex) that names the set: of the canonical JSON of all fields except layout, description and notes.
+        """sha256 (hex) that names the set: of the canonical JSON of all fields except layout, description, notes and
+        resize.
 
         The same images packed from a folder and from its archive are one set.
         """
-        content = self.model_dump(mode="json", exclude={"layout", "description", "notes"})
+        content = self.model_dump(mode="json", exclude={"layout", "description", "notes", "resize"})
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def render(manifest: Manifest) -> str:
     """Return the text of ``manifest.json``."""
-    content = manifest.model_dump(mode="json", exclude=None if manifest.notes else {"notes"})
+    content = manifest.model_dump(mode="json", exclude_defaults=True)
     return json.dumps({**content, "identity": manifest.identity}, indent=1) + "\n"
 
 

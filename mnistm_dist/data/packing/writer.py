@@ -101,6 +101,7 @@ def pack(
             layout=source.layout,
             description=_printable(source.description),
             notes=tuple(map(_printable, (*source.notes, *notes))),
+            resize=resize,
             classes=source.classes,
             image_size=image_size,
             seed=seed,

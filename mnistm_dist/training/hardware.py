@@ -189,12 +189,16 @@ def core_wait_seconds() -> float:
 
 
 def native_precisions(device: str) -> tuple[Precision, ...]:
-    """Return the precisions that ``device``, "cuda" or "cpu", does not emulate. A CPU has bf16 with AMX or AVX-512."""
+    """Return the precisions that ``device``, "cuda" or "cpu", does not emulate, the one to train in first.
+
+    A CPU has bf16 with AMX, which is twice as fast as fp32, or with AVX-512 alone, which is slower.
+    """
     if device == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        return ("fp32", "fp16", "bf16") if has_bf16 else ("fp32", "fp16")
-    has_bf16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return ("fp32", "bf16") if has_bf16 else ("fp32",)
+        return ("bf16", "fp32", "fp16") if has_bf16 else ("fp32", "fp16")
+    if torch.cpu._is_amx_tile_supported():
+        return ("bf16", "fp32")
+    return ("fp32", "bf16") if torch.cpu._is_avx512_bf16_supported() else ("fp32",)
 
 
 def choose_precision(requested: str, launcher: str | None, native: tuple[Precision, ...]) -> Precision:
@@ -204,8 +208,7 @@ def choose_precision(requested: str, launcher: str | None, native: tuple[Precisi
     default. Raise `UserError` if ``requested`` is not auto and not native.
     """
     if requested == "auto":
-        candidates: tuple[Precision, ...] = ("fp16", "bf16", "fp32") if launcher == "fp16" else ("bf16", "fp32")
-        return next(candidate for candidate in candidates if candidate in native)
+        return next((precision for precision in native if precision == launcher), native[0])
     if requested not in native:
         raise UserError(
             f"precision: {requested} would be emulated on this machine and many times slower; use --precision fp32"

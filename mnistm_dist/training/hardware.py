@@ -208,7 +208,7 @@ def choose_precision(requested: str, launcher: str | None, native: tuple[Precisi
     default. Raise `UserError` if ``requested`` is not auto and not native.
     """
     if requested == "auto":
-        return next((precision for precision in native if precision == launcher), native[0])
+        return "fp16" if launcher == "fp16" and "fp16" in native else native[0]
     if requested not in native:
         raise UserError(
             f"precision: {requested} would be emulated on this machine and many times slower; use --precision fp32"

@@ -35,7 +35,7 @@ V100, A100 = ("fp32", "fp16"), ("bf16", "fp32", "fp16")
         ("fp16", CPU, "fp32"),
         ("no", AMX, "bf16"),
         (None, AVX512, "fp32"),
-        ("no", AVX512, "fp32"),
+        ("bf16", AVX512, "fp32"),
     ],
 )
 def test_auto_is_bf16_where_native_and_faster_whatever_starts_the_run(launcher, native, chosen):

@@ -40,10 +40,10 @@ TRAIN_HELP = f"""Train an image classifier on packed shards.
         -m mnistm_dist.train
     python -m mnistm_dist.train --resume runs/NAME
 
-Recipes: {", ".join(RECIPES)}, or a YAML file. Without --recipe it
-is {DEFAULT_RECIPE}. A flag overrides the recipe. A value of auto is resolved at the first
-launch and written to RUN/config.yaml. The result is in RUN: report.html,
-summary.json.
+Recipes: {", ".join(RECIPES)}, or a YAML file.
+Without --recipe it is {DEFAULT_RECIPE}. A flag overrides the recipe. A value of auto is
+resolved at the first launch and written to RUN/config.yaml. The result is in
+RUN: report.html, summary.json.
 
 Exit codes: 0 finished; 2 user error; 75 saved and stopped at a signal, resume
 with --resume RUN; 130 a second Ctrl-C; 1 anything else. A launcher replaces

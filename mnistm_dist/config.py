@@ -93,6 +93,12 @@ class AugmentConfig:
     """Probability of a random permutation of the colour channels."""
     cutout: NonNegativeFloat = 0.0
     """Side of a square that is set to the mean colour, pixels of the stored image. 0: none."""
+    flip: Probability = 0.0
+    """Probability of mirroring left and right."""
+    crop: Fraction = 0.0
+    """Largest fraction of the area that a random crop cuts off. 0: none."""
+    colour: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Largest relative change of brightness, of contrast and of saturation: 0.2 draws each from 0.8 to 1.2."""
 
 
 @checked
@@ -179,8 +185,8 @@ class RunConfig:
     """auto: resume the latest complete checkpoint of --run-dir, or start. Else a run folder or a checkpoint of it."""
     max_steps: OrNone[PositiveInt] = None
     """Stop after this many steps; the schedule stays that of the full run. A resume keeps it. none: no limit."""
-    checkpoint_every: NonNegativeInt = 500
-    """Steps between checkpoints. 0: only at the end of each epoch."""
+    checkpoint_every: NonNegativeInt = 0
+    """Steps between checkpoints, besides those at the end of each epoch and of checkpoint_minutes. 0: none."""
     checkpoint_minutes: NonNegativeFloat = 10.0
     """Save a checkpoint at least this often, minutes. 0: no limit."""
     keep_checkpoints: PositiveInt = 2
@@ -222,7 +228,7 @@ class Config:
     run: RunConfig = RunConfig()
 
 
-RECIPES = ("baseline", "fast", "best", "debug")
+RECIPES = ("baseline", "fast", "best", "images", "debug")
 DEFAULT_RECIPE = "fast"
 SECTIONS = {name: [field.name for field in fields(value)] for name, value in vars(Config()).items() if name != "recipe"}
 SECTION_OF = {name: section for section, names in SECTIONS.items() for name in names}

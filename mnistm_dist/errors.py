@@ -69,7 +69,11 @@ def print_error(message: str, printed_by: str | None = None) -> None:
 
 def escape_control(text: str) -> str:
     """Escape control characters; file names are untrusted."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return (
+        text
+        if text.isprintable()
+        else "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    )
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

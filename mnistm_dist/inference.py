@@ -6,8 +6,9 @@
     model.predict(["a.png", "b.jpg"])      float32 (2, 10)
     model.classes[model.predict("a.png").argmax()]
 
-Every image is converted to uint8 RGB and then processed as in training and evaluation: resized to the image size of the
-checkpoint (without keeping the aspect ratio), normalised, classified.
+Every image is converted to uint8 RGB and then processed as in training and evaluation: scaled and cropped if the set
+was packed with ``--resize``, resized to the image size of the checkpoint (without keeping the aspect ratio),
+normalised, classified.
 """
 
 import itertools
@@ -24,7 +25,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mnistm_dist import config as configuration
-from mnistm_dist.data.image_io import read_picture, to_rgb
+from mnistm_dist.data.image_io import read_picture, resize_and_crop, to_rgb
 from mnistm_dist.data.transforms import Preprocess
 from mnistm_dist.errors import UserError
 from mnistm_dist.results import choose_checkpoint, read_summary
@@ -49,6 +50,8 @@ class TrainedModel:
     preprocess: Preprocess = field(repr=False)
     image_size: int
     """Size of the model's input, pixels."""
+    resize: int | None
+    """Short side to which pictures are scaled before their centre is cropped, pixels, as when the set was packed."""
     classes: tuple[str, ...]
     """Names, in the order of the probabilities."""
     device: torch.device
@@ -91,6 +94,8 @@ class TrainedModel:
         shape, dtype = tuple(pixels.shape), str(pixels.dtype).removeprefix("torch.")
         if dtype != "uint8" or len(shape) != 3 or shape[2] != 3 or 0 in shape:
             raise UserError(f"{origin}: found {dtype} {shape}; accepted is uint8 (height, width, 3), RGB")
+        if self.resize is not None:
+            pixels = resize_and_crop(np.asarray(pixels.cpu() if isinstance(pixels, Tensor) else pixels), self.resize)
         if isinstance(pixels, np.ndarray):
             # A copy: torch refuses negative strides (OpenCV's [..., ::-1]) and warns of read-only arrays.
             pixels = torch.from_numpy(np.array(pixels, order="C"))
@@ -139,6 +144,7 @@ def load_model(
         module=to_device(module, target, machine.memory_format).eval(),
         preprocess=Preprocess(scalars.mean, scalars.std, target),
         image_size=scalars.image_size,
+        resize=scalars.resize,
         classes=tuple(scalars.classes),
         device=target,
         autocast=native_autocast(machine.precision, target),

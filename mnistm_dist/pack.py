@@ -4,9 +4,10 @@
     python -m mnistm_dist.pack mnist_m.tar.gz --out shards/official
     python -m mnistm_dist.pack --download official --out shards/official
     python -m mnistm_dist.pack mnist+photos --mnist DIR --photos DIR --out DIR
+    python -m mnistm_dist.pack my_images --resize 64 --out shards/mine
 
-PNG files are kept byte for byte. The new folder appears complete or not at all;
-shards/README.md describes its files.
+PNGs of 8-bit RGB are kept byte for byte, other images converted. The new folder
+appears complete or not at all; shards/README.md describes its files.
 """
 
 from __future__ import annotations
@@ -52,12 +53,14 @@ class Target:
     Args:
         out: The new folder (required).
         split_size: How many of the last train images become val. none: as the source defines, or a tenth.
+        resize: Scale the short side to this many pixels and crop the centre. none: all images have one size.
         num_shards: Shards of the train split; fewer if it has fewer images.
         seed: Seed of the order of storage and of synthesis.
     """
 
     out: Annotated[LocalFile | None, arg(metavar="DIR")] = None
     split_size: OrNone[PositiveInt] = None
+    resize: OrNone[Annotated[int, Field(ge=8, le=1024)]] = None
     num_shards: PositiveInt = 64
     seed: NonNegativeInt = 0
 
@@ -118,6 +121,7 @@ def main(
                 target.out,
                 num_shards=target.num_shards,
                 val_size=target.split_size,
+                resize=target.resize,
                 seed=target.seed,
                 lineage=None if download is None else "official",
                 progress=bar,
@@ -128,8 +132,18 @@ def main(
         raise UserError(
             f"{error}; if the download is damaged, remove it with rm -r {shlex.quote(str(source))}"
         ) from error
+    for note in [*manifest.notes[len(opened.notes) :], *_empty_classes(manifest)]:
+        console.warn(note)
     console.header(f"packed: {target.out}", _summary(manifest, time.monotonic() - started))
     return 0
+
+
+def _empty_classes(manifest: Manifest) -> list[str]:
+    """Return a warning if classes have no image in train."""
+    counts = manifest.splits["train"].class_counts
+    names = [name for name, count in zip(manifest.classes, counts, strict=True) if not count]
+    listed = ", ".join(names[:5]) + ", ..." * (len(names) > 5)
+    return [f"{len(names):,} classes have no image in train: {listed}"] if names else []
 
 
 def _summary(manifest: Manifest, seconds: float) -> dict[str, str]:
@@ -137,7 +151,12 @@ def _summary(manifest: Manifest, seconds: float) -> dict[str, str]:
     return {
         "lineage": manifest.lineage,
         "from": f"{manifest.description} ({manifest.layout})",
-        "images": f"{height} x {width}, {len(manifest.classes)} classes",
+        "images": f"{height} x {width}",
+        "classes": f"{len(manifest.classes):,}: {', '.join(manifest.classes[:10])}"
+        + ", ..." * (len(manifest.classes) > 10),
+        "recipe": "fast"
+        if manifest.lineage != "unknown"
+        else "--recipe images for photos; for digits and text --recipe fast --invert 0",
         **{name: f"{split.count:,} images in {len(split.shards)} shards" for name, split in manifest.splits.items()},
         **{f"pixels of {group}": digest for group, digest in manifest.pixels_sha256.items()},
         "took": f"{seconds:.1f} s",

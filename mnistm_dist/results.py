@@ -168,8 +168,11 @@ def header_rows(run: RunSetup, state: TrainState, schedule: Schedule, tracker: s
     tf32 = " (convolutions in TF32)" if in_tf32 else ""
     if state.steps_done:
         steps = f"resuming at step {state.steps_done:,} of {steps}"
+    inverts = config.augment.invert and manifest.lineage == "unknown"
+    hint = "it inverts colours, which suits MNIST-M; photos: --recipe images, other images: --invert 0"
     averaged = f", averaged weights ({optim.ema_decay})" if optim.ema_decay else ""
     return {
+        **({"augmentation": hint} if inverts else {}),
         # The first line of a new run has named it.
         **({"recipe": config.recipe} if config.run.resume else {}),
         "world size": str(world.size),

@@ -34,6 +34,16 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test that needs more GPUs than there are: one, or as many as its marker says."""
+    if marker := item.get_closest_marker("gpu"):
+        import torch
+
+        needed, found = max((1, *marker.args)), torch.cuda.device_count()
+        if found < needed:
+            pytest.skip(f"needs {needed} GPU{'s' * (needed > 1)}, torch finds {found}")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_native_bf16() -> Iterator[None]:
     """Train in fp32 on every CPU: the same bits on every machine. (So do the processes of processes.py.)"""
@@ -56,7 +66,12 @@ def part_of_the_sample(counts: dict[str, int]) -> Source:
         samples = (s for s in open_source("sample").samples() if s.split == "train")
         for (split, index), sample in zip(dealt, samples, strict=False):
             yield Sample(
-                split=split, index=index, label=sample.label, pixels=sample.pixels, png=sample.png, origin=sample.origin
+                split=split,
+                index=index,
+                label=sample.label,
+                pixels=sample.pixels,
+                encoded=sample.encoded,
+                origin=sample.origin,
             )
 
     return Source(layout="sample", description="part of the sample", counts=counts, read=read, lineage="regenerated")

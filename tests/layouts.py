@@ -145,6 +145,52 @@ def write_npz(folder: Path, parts: Parts) -> Path:
     return folder
 
 
+def write_npy(folder: Path, parts: Parts) -> Path:
+    """Loose NumPy arrays."""
+    folder.mkdir(parents=True)
+    for split, part in parts.items():
+        np.save(folder / f"{split}_images.npy", part.images)
+        np.save(folder / f"{split}_labels.npy", part.labels)
+    return folder
+
+
+def write_arrow(folder: Path, parts: Parts) -> Path:
+    """As `Dataset.save_to_disk` of Hugging Face: a folder of streams per split."""
+    import pyarrow as pa
+
+    for split, part in parts.items():
+        (folder / split).mkdir(parents=True)
+        images = [{"bytes": encode_png(image), "path": None} for image in part.images]
+        table = pa.table({"image": images, "label": pa.array(part.labels, pa.int64())})
+        path = folder / split / "data-00000-of-00001.arrow"
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+            stream.write_table(table, max_chunksize=7)
+    return folder
+
+
+def write_webdataset(folder: Path, parts: Parts) -> Path:
+    """Shards of 25 samples."""
+    folder.mkdir(parents=True)
+    for split, part in parts.items():
+        for shard, start in enumerate(range(0, len(part.labels), 25)):
+            files: Files = {}
+            for index in range(start, min(start + 25, len(part.labels))):
+                files[f"{index:06d}.cls"] = str(part.labels[index]).encode()
+                files[f"{index:06d}.png"] = encode_png(part.images[index])
+            write_tar(folder / f"{split}-{shard:06d}.tar", files, "w")
+    return folder
+
+
+def write_file_names(folder: Path, parts: Parts) -> Path:
+    """Names of images with their labels."""
+    files = {
+        f"{split}_images/{index:05d}_{label}.png": encode_png(image)
+        for split, part in parts.items()
+        for index, (image, label) in enumerate(zip(part.images, part.labels, strict=True))
+    }
+    return write_folder(folder, files)
+
+
 def write_hdf5(folder: Path, parts: Parts) -> Path:
     """Groups with X and Y."""
     import h5py
@@ -216,11 +262,21 @@ WRITERS: Mapping[str, Callable[[Path, Parts], Path]] = {
     "parquet": write_parquet,
     "pt": write_pt,
     "npz": write_npz,
+    "npy": write_npy,
+    "arrow": write_arrow,
+    "idx": write_mnist,
+    "webdataset": write_webdataset,
+    "file-names": write_file_names,
     "hdf5": write_hdf5,
     "mat": write_mat,
     "pickle": write_pickle,
 }
-"""The writer of each layout: it gets a new path and returns the path to open."""
+"""The writer of each layout, of image files per kind of tree: it gets a new path and returns the path to open."""
+
+
+def layout_of(name: str) -> str:
+    """Return the layout of a name in `WRITERS`."""
+    return {"official": "official", "image": "image-folder"}.get(name.partition("-")[0], name)
 
 
 def refusal(source: Path, **options: str) -> str:

@@ -52,7 +52,7 @@ def tiny_source(
                         split=split,
                         index=index,
                         label=label_of(split, index),
-                        png=None if arrays else encode_png(pixels),
+                        encoded=None if arrays else encode_png(pixels),
                         pixels=pixels if arrays else None,
                         origin=f"noise: {split}/{index}.png",
                     )

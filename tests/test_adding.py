@@ -20,11 +20,10 @@ import numpy as np
 import pytest
 import yaml
 from conftest import ROOT, RunCommand, output_of
-from layouts import noise, write_folder, write_tar
+from layouts import noise, write_tar
 from packed_sets import tiny_source
 
 from mnistm_dist.config import AugmentConfig
-from mnistm_dist.data.image_io import encode_png
 from mnistm_dist.data.packing.writer import pack
 
 TABLE = re.compile(r"^\| an? ([\w -]+?) +\| (.+?) \|", re.MULTILINE)
@@ -113,70 +112,28 @@ def metric(copy: Copy) -> None:
     copy.replace("reporting/html.py", anchor, rf"\1\2\1{tile}")
 
 
-IN_ONE_FILE = '''"""NumPy archives as Keras has them: one file with x_train, y_train, x_test and y_test."""
+LOADER = '''def load_safetensors(file: Path) -> Arrays:
+    """Return the arrays of a safetensors file."""
+    from safetensors.numpy import load_file
 
-from __future__ import annotations
-
-import zipfile
-from pathlib import Path
-
-import numpy as np
-
-from mnistm_dist.data.image_io import explain_decode_errors
-from mnistm_dist.data.sources.base import Source
-from mnistm_dist.data.sources.data_files import array_source
+    return load_file(file)
 
 
-def is_keras(file: Path) -> bool:
-    """Return whether a file is a NumPy archive with the names of this layout."""
-    return zipfile.is_zipfile(file) and {"x_train.npy", "y_train.npy"} <= set(zipfile.ZipFile(file).namelist())
-
-
-def open_keras(file: Path) -> Source:
-    """Open such an archive. Raises `UserError` for anything else."""
-    with explain_decode_errors(file, "the arrays x_train and y_train"), np.load(file, allow_pickle=False) as arrays:
-        splits = {s: (f"{file}: {s}", arrays[f"x_{s}"], arrays[f"y_{s}"]) for s in ("train", "test")}
-    return array_source("keras", splits)
-'''
-
-
-IN_FOLDERS = '''"""PNGs whose names say all: SPLIT_NUMBER_LABEL.png, in a folder, a tar or a zip."""
-
-from __future__ import annotations
-
-from mnistm_dist.data.sources.archives import Tree
-from mnistm_dist.data.sources.base import Source, parse_label
-from mnistm_dist.data.sources.image_files import Labelled, image_names, image_source
-
-
-def is_named(tree: Tree, top: str) -> bool:
-    """Return whether a folder of a tree holds such images."""
-    return any(name.startswith("train_") and name.endswith(".png") for name in tree.listing(top)[1])
-
-
-def open_named(tree: Tree, top: str) -> Source:
-    """Open the images of a folder of a tree. Raises `UserError` for anything else in it."""
-    splits: dict[str, Labelled] = {}
-    for name in image_names(tree, top):
-        split, _, label = name.removesuffix(".png").split("_")
-        splits.setdefault(split, []).append((f"{top}{name}", parse_label(tree.origin(name), label)))
-    return image_source(tree, layout="named", splits=splits)
 '''
 
 
 def layout(copy: Copy) -> None:
-    """A ``.npz`` with other names in it, and images that are named by split and label."""
-    copy.make("data/sources/keras.py", IN_ONE_FILE)
-    copy.make("data/sources/named.py", IN_FOLDERS)
-    file = "data/sources/catalog.py"
-    imported = "".join(
-        f"from mnistm_dist.data.sources.{name} import is_{name}, open_{name}\n" for name in ("keras", "named")
+    """Arrays in a safetensors file."""
+    file = "data/sources/data_files.py"
+    copy.replace(file, r"^(def load_idx\()", rf"{LOADER}\1")
+    copy.replace(
+        file, r"^(    \"idx\": \(load_idx, .*\n)", r'\1    "safetensors": (load_safetensors, "named arrays"),' + "\n"
     )
-    copy.replace(file, r"^(from mnistm_dist\.data\.sources\.synthesis import .*\n)", rf"{imported}\1")
-    known = '    "keras": "one .npz: x_train, y_train, x_test, y_test",\n    "named": "SPLIT_NUMBER_LABEL.png",\n'
-    copy.replace(file, r"^(    \"pickle\": \"one .*\n)", rf"\1{known}")
-    copy.replace(file, r"^(    \"mat\": .*open_mat\),\n)", r'\1    "keras": (is_keras, open_keras),' + "\n")
-    copy.replace(file, r"^(    \"csv\": \(is_.*\n)", r'\1    "named": (is_named, open_named),' + "\n")
+    file = "data/sources/catalog.py"
+    copy.replace(
+        file, r"^(    \"pickle\": \"a dict .*\n)", r'\1    "safetensors": "x_train, y_train, x_test, y_test",' + "\n"
+    )
+    copy.replace(file, r"^(    \"npz\": \(\"\.npz\",\),\n)", r'\1    "safetensors": (".safetensors",),' + "\n")
 
 
 ADDITIONS: dict[str, Callable[[Copy], None]] = {
@@ -184,7 +141,7 @@ ADDITIONS: dict[str, Callable[[Copy], None]] = {
     "augmentation": augmentation,
     "optimizer": optimizer,
     "metric": metric,
-    "layout of MNIST-M": layout,
+    "layout": layout,
 }
 """The rows of the table, and an example of each."""
 
@@ -308,29 +265,22 @@ def test_a_metric_needs_a_field_with_its_formula_and_a_place_on_the_page(added, 
     assert "validation balanced accuracy" in (run / "report.html").read_text()
 
 
-def test_a_layout_needs_a_reader_and_a_row_of_the_catalog(added, run_command: RunCommand, tmp_path) -> None:
-    copy, parts = added("layout of MNIST-M"), noise()
-    source = tmp_path / "source"
-    source.mkdir()
+def test_a_layout_needs_a_loader_and_its_rows(added, run_command: RunCommand, tmp_path) -> None:
+    from safetensors.numpy import save_file
+
+    copy, parts = added("layout"), noise()
     arrays = {f"x_{split}": part.images for split, part in parts.items()}
-    np.savez(source / "mnistm.npz", **arrays, **{f"y_{split}": part.labels for split, part in parts.items()})
-    images = {
-        f"mnistm/{split}_{index:05d}_{label}.png": encode_png(image)
-        for split, part in parts.items()
-        for index, (image, label) in enumerate(zip(part.images, part.labels, strict=True))
-    }
-    sources = {
-        "keras, in a folder": source,
-        "keras": source / "mnistm.npz",
-        "named": write_folder(tmp_path / "named", images),
-        "named, in a tar": write_tar(tmp_path / "named.tar.gz", images),
-    }
+    (tmp_path / "source").mkdir()
+    save_file(arrays | {f"y_{s}": part.labels for s, part in parts.items()}, tmp_path / "source" / "mnistm.safetensors")
+    archive = write_tar(
+        tmp_path / "set.tar", {"a/m.safetensors": (tmp_path / "source/mnistm.safetensors").read_bytes()}
+    )
     pixels = []
-    for name, path in sources.items():
-        out = tmp_path / f"set of {name}"
+    for number, path in enumerate((tmp_path / "source", tmp_path / "source" / "mnistm.safetensors", archive)):
+        out = tmp_path / f"set {number}"
         output_of(run_command("pack", path, "--out", out, before="test_adding:use_the_copy", PYTHONPATH=str(copy.root)))
         manifest = json.loads((out / "manifest.json").read_text())
-        assert manifest["layout"] == name.partition(",")[0]
+        assert manifest["layout"] == "safetensors"
         assert manifest["splits"]["test"]["count"] == len(parts["test"].labels)
         pixels.append({split: result["pixels_sha256"] for split, result in manifest["splits"].items()})
-    assert pixels == [pixels[0]] * 4
+    assert pixels == [pixels[0]] * 3

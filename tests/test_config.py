@@ -131,7 +131,7 @@ def test_a_dumped_configuration_reads_back_equal(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--recipe quick", "recipe quick: cannot be read .*baseline, fast, best, debug or a YAML file"),
+        ("--recipe quick", "recipe quick: cannot be read .*baseline, fast, best, images, debug or a YAML file"),
         ("--epochs many", "--epochs: found 'many'; should be a valid integer"),
         ("--epochs 0", "--epochs: found '0'; should be greater than 0"),
         ("--epochs 2.5", "--epochs: found '2.5'; should be a valid integer"),

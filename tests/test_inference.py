@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import VAL
+from conftest import VAL, output_of
 from PIL import Image
 
 from mnistm_dist import load_model
+from mnistm_dist.data.image_io import resize_and_crop
+from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.errors import UserError
 
 
@@ -133,3 +135,24 @@ def test_a_batch_is_that_of_the_evaluation():
     from mnistm_dist.training import evaluation
 
     assert inference.BATCH_SIZE == evaluation.BATCH_SIZE
+
+
+def test_a_picture_is_cropped_as_pack_with_resize_did(run_command, tmp_path):
+    random = np.random.default_rng(0)
+    for split, count in (("train", 8), ("val", 2)):
+        for name in ("cat", "dog"):
+            (tmp_path / "photos" / split / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = random.integers(0, 256, (20 + number, 40, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "photos" / split / name / f"{number}.png")
+    output_of(run_command("pack", "photos", "--resize", 16, "--out", "set"))
+    flags = ("--batch-size", 8, "--max-steps", 1, "--image-size", 16, "--tracker", "none", "--no-report")
+    output_of(run_command("train", "--shards", "set", "--run-dir", "run", *flags))
+    model = load_model(tmp_path / "run")
+    picture = tmp_path / "photos" / "val" / "cat" / "0.png"
+    cropped = resize_and_crop(np.array(Image.open(picture)), 16)
+    shards = ShardSet.open(tmp_path / "set")
+    assert any(np.array_equal(cropped, image) for image in shards.images("val", np.arange(4)))
+    image = Image.open(picture)
+    for given in (picture, image, np.array(image), torch.from_numpy(np.array(image))):
+        assert np.array_equal(model.predict(given), model.predict(cropped))

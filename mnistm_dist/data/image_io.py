@@ -2,9 +2,8 @@
 
 `explain_decode_errors` turns what the readers of all kinds of files raise at a damaged one into one line.
 
-A packed set accepts what MNIST-M's own archive contains: PNGs of 8-bit RGB, 1 to 1,024 pixels a side. Everything else
-is refused rather than converted: the shards keep PNG bytes as they are, and another reader of the shards might convert
-them differently.
+A packed set contains PNGs of 8-bit RGB, 1 to 1,024 pixels a side, and nothing else: another reader of the shards might
+convert other images differently. `pack` keeps such PNGs and converts all other files with `convert_to_png`.
 """
 
 import contextlib
@@ -16,6 +15,7 @@ import stat
 import struct
 import tarfile
 import tokenize
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -40,7 +40,7 @@ MAX_SIDE = 1024
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _COLOUR_TYPES = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGB with alpha"}
-_ADVICE = "accepted are 8-bit RGB PNGs: replace this image or leave it out"
+_ADVICE = "a packed set contains 8-bit RGB PNGs: pack it again"
 
 
 @contextlib.contextmanager
@@ -72,10 +72,56 @@ def png_size(data: bytes, origin: str) -> tuple[int, int]:
         raise UserError(f"{origin}: a PNG of {depth} bits, {kind} ({_ADVICE})")
     if not (1 <= width <= MAX_SIDE and 1 <= height <= MAX_SIDE):
         raise UserError(
-            f"{origin}: a PNG of {height} x {width} pixels; accepted are 1 to {MAX_SIDE:,} a side: resize it or leave "
-            "it out"
+            f"{origin}: a PNG of {height} x {width} pixels; accepted are 1 to {MAX_SIDE:,} a side: add "
+            "--resize N to shrink all images"
         )
     return height, width
+
+
+def is_plain_png(data: bytes, size: int | None = None) -> bool:
+    """Return whether a file is a PNG of 8-bit RGB by its header, and, if ``size`` is set, of ``size`` x ``size``."""
+    if data[:8] != _SIGNATURE or data[12:16] != b"IHDR" or data[24:26] != b"\x08\x02":
+        return False
+    return size is None or data[16:24] == struct.pack(">II", size, size)
+
+
+def convert_to_png(data: bytes, origin: str, size: int | None = None) -> tuple[bytes, str]:
+    """Convert an image file of any of `FORMATS` to a PNG of 8-bit RGB, as `to_rgb`; return it and what the file was.
+
+    ``size``: scale and crop to ``size`` x ``size``. Raises `UserError`, naming ``origin``, if it cannot be read or has
+    too many pixels.
+    """
+    with explain_decode_errors(origin, f"an image of {', '.join(FORMATS)}"), warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        if not data:
+            raise ValueError("an empty file")
+        if data.startswith(_SIGNATURE):
+            Image.open(io.BytesIO(data), formats=["PNG"]).verify()  # decoding does not check every CRC
+        with Image.open(io.BytesIO(data), formats=formats_here()) as image:
+            form = f"{image.format} {image.mode}"
+            pixels = to_rgb(image, origin)
+    if size is None and max(pixels.shape[:2]) > MAX_SIDE:
+        height, width = pixels.shape[:2]
+        raise UserError(
+            f"{origin}: {height} x {width} pixels; accepted are 1 to {MAX_SIDE:,} a side: add --resize N to shrink all "
+            "images"
+        )
+    return encode_png(resize_and_crop(pixels, size)), form
+
+
+def resize_and_crop(pixels: np.ndarray, size: int | None) -> np.ndarray:
+    """Scale uint8 (H, W, 3) so that its short side is ``size``, bilinear and antialiased, and crop its centre.
+
+    None leaves it as it is.
+    """
+    height, width = pixels.shape[:2]
+    if size is None or (height, width) == (size, size):
+        return pixels
+    scale = size / min(height, width)
+    target = max(size, round(width * scale)), max(size, round(height * scale))
+    image = Image.fromarray(pixels).resize(target, Image.Resampling.BILINEAR)
+    left, top = (target[0] - size) // 2, (target[1] - size) // 2
+    return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
 def check_png(data: bytes, origin: str) -> None:

@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from mnistm_dist.data.image_io import MAX_SIDE, explain_decode_errors
-from mnistm_dist.data.sources.base import SPLITS
+from mnistm_dist.data.sources.base import MAX_CLASSES, SPLITS
 from mnistm_dist.errors import UserError, escape_control
 
 MANIFEST_NAME = "manifest.json"
@@ -103,7 +103,11 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
     """The source's layout when it was packed."""
     description: Text
     """Where it came from, one line."""
-    classes: Annotated[tuple[Annotated[Text, Field(min_length=1)], ...], Field(min_length=1)]
+    notes: tuple[Text, ...] = ()
+    """What was left out of the source or converted; one line each."""
+    resize: Side | None = None
+    """``--resize`` of `pack`, pixels: `predict` prepares its pictures in the same way."""
+    classes: Annotated[tuple[Annotated[Text, Field(min_length=1)], ...], Field(min_length=1, max_length=MAX_CLASSES)]
     image_size: tuple[Side, Side]
     """(height, width) of every image, pixels."""
     seed: Count
@@ -135,17 +139,19 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
 
     @cached_property
     def identity(self) -> str:
-        """sha256 (hex) that names the set: of the canonical JSON of all fields except layout and description.
+        """sha256 (hex) that names the set: of the canonical JSON of all fields except layout, description, notes and
+        resize.
 
         The same images packed from a folder and from its archive are one set.
         """
-        content = self.model_dump(mode="json", exclude={"layout", "description"})
+        content = self.model_dump(mode="json", exclude={"layout", "description", "notes", "resize"})
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def render(manifest: Manifest) -> str:
     """Return the text of ``manifest.json``."""
-    return json.dumps({**manifest.model_dump(mode="json"), "identity": manifest.identity}, indent=1) + "\n"
+    content = manifest.model_dump(mode="json", exclude_defaults=True)
+    return json.dumps({**content, "identity": manifest.identity}, indent=1) + "\n"
 
 
 def parse(data: bytes, where: str) -> Manifest:

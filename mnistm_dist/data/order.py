@@ -117,7 +117,7 @@ class OrderPositions:
     """Samples in the stream's segment of the epoch."""
     windows: np.ndarray
     """Number of the window within the segment."""
-    clocks: np.ndarray
+    offsets: np.ndarray
     """How many earlier positions are in the same window."""
     places: np.ndarray
     """Place within the window in storage order."""
@@ -185,13 +185,13 @@ class WindowedOrder:
         """Return the window of each position and its place there, each in O(1)."""
         positions = np.asarray(positions, dtype=np.int64)
         epochs, streams = positions // self.size, self.stream(positions)
-        clock = self._count_of(positions, streams) - self._count_of(epochs * self.size, streams)
+        before = self._count_of(positions, streams) - self._count_of(epochs * self.size, streams)
         _, counts = self.segment(epochs, streams)
-        windows, clocks = np.divmod(clock, self.window)
+        windows, offsets = np.divmod(before, self.window)
         sizes = np.minimum(counts - windows * self.window, self.window)
-        places = permute(clocks, sizes, derive_key(self.seed, _TAG_WINDOWS, epochs, streams, windows))
+        places = permute(offsets, sizes, derive_key(self.seed, _TAG_WINDOWS, epochs, streams, windows))
         return OrderPositions(
-            epochs=epochs, streams=streams, counts=counts, windows=windows, clocks=clocks, places=places
+            epochs=epochs, streams=streams, counts=counts, windows=windows, offsets=offsets, places=places
         )
 
     def ids(self, positions: np.ndarray) -> np.ndarray:

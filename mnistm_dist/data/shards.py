@@ -72,6 +72,10 @@ class ShardSet:
         with explain_os_errors(root, verb="read", advice=advice):
             if where.is_file():
                 return ShardSet(root=root, manifest=parse(where.read_bytes(), str(where)))
+            if any(root.glob("*.tar")):
+                raise UserError(
+                    f"{root}: shards without a {MANIFEST_NAME}; python -m mnistm_dist.pack {root} --out DIR packs them"
+                )
             found = (
                 "a file"
                 if root.is_file()

@@ -131,7 +131,7 @@ class _Windows:
         self._held[stream], wanted, size = held, [window], self._order.window
         # Streams reach the end of their windows at the same time: spread their next reads over the second half.
         due = (0.5 + 0.4 * stream / self._order.streams) * size
-        if int(at.clocks[last]) >= min(due, int(at.counts[last]) - window[1] * size - 1):
+        if int(at.offsets[last]) >= min(due, int(at.counts[last]) - window[1] * size - 1):
             wanted.append(self._after(stream, *window))
         for epoch, number in wanted:
             if (epoch, number) not in held:

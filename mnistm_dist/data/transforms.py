@@ -17,9 +17,10 @@ from mnistm_dist.data.hashing import uniform
 
 POINTS = 5  # points per side of the square grid that an elastic deformation displaces
 # Random numbers per image: shift x and y, rotation, scale, inversion, whether and how channels are permuted, cutout
-# x and y, shear, displacement in x of each of the points, then in y.
+# x and y, shear, displacement in x of each of the points, then in y, flip, area of the crop and its place in x and y,
+# brightness, contrast, saturation.
 # Add an augmentation's own at the end: the others, and so the results of old runs, then stay the same.
-DRAWS = 60
+DRAWS = 67
 
 
 def upload(values: np.ndarray, device: torch.device) -> Tensor:
@@ -70,7 +71,8 @@ class Augment:
     def __init__(self, config: AugmentConfig, preprocess: Preprocess, seed: int) -> None:
         self.config, self.preprocess, self.seed = config, preprocess, seed
         self.orders = torch.tensor(CHANNEL_ORDERS, device=preprocess.mean.device)
-        self.moves = bool(config.shift or config.rotate or config.scale or config.shear or config.elastic)
+        affine = config.shift or config.rotate or config.scale or config.shear
+        self.moves = bool(affine or config.elastic or config.crop)
 
     def __call__(self, images: Tensor, positions: np.ndarray, size: int) -> Tensor:
         """Convert uint8 (B, H, W, 3) at training ``positions`` int64 (B,) to float32 (B, 3, size, size)."""
@@ -83,6 +85,10 @@ class Augment:
             images = images ^ (draws[:, 4] < config.invert).to(torch.uint8).mul_(255).view(-1, 1, 1, 1)
         if config.permute_channels:
             images = permute_channels(images, draws[:, 5] < config.permute_channels, draws[:, 6], self.orders)
+        if config.flip:
+            images = torch.where((draws[:, 60] < config.flip).view(-1, 1, 1, 1), images.flip(2), images)
+        if config.colour:
+            images = change_colours(images, 1 + config.colour * (2 * draws[:, 64:67] - 1))
         floats = self.preprocess.normalise(images)
         height, width = floats.shape[-2:]
         floats = self.warp(floats, draws, size) if self.moves else resize(floats, size)
@@ -91,10 +97,11 @@ class Augment:
         return floats
 
     def warp(self, images: Tensor, draws: Tensor, size: int) -> Tensor:
-        """Shear, rotate, scale and shift about the centre while resizing; the image is mirrored beyond its edges.
+        """Crop, shear, rotate, scale and shift while resizing; the image is mirrored beyond its edges.
 
         The affine map takes output to input coordinates in [-1, 1]: p_in = R(angle) S(slant) p_out / scale + shift,
-        with S = ((1, slant), (0, 1)) (torch.nn.functional.affine_grid), plus the elastic displacement of p_out.
+        with S = ((1, slant), (0, 1)) (torch.nn.functional.affine_grid), plus the elastic displacement of p_out. A crop
+        comes last: the output is a square within what the others would give, at a random place.
         """
         height, width = images.shape[-2:]
         signed = draws[:, :4] * 2 - 1
@@ -105,6 +112,11 @@ class Augment:
         shift_x = signed[:, 0] * (2 * self.config.shift / width)
         shift_y = signed[:, 1] * (2 * self.config.shift / height)
         theta = torch.stack([cos, cos * slant - sin, shift_x, sin, sin * slant + cos, shift_y], dim=1).view(-1, 2, 3)
+        if self.config.crop:
+            side = (1 - self.config.crop * draws[:, 61]).sqrt()
+            centre = (draws[:, 62:64] * 2 - 1) * (1 - side[:, None])
+            moved = theta[:, :, 2:] + theta[:, :, :2] @ centre[:, :, None]
+            theta = torch.cat([theta[:, :, :2] * side.view(-1, 1, 1), moved], dim=2)
         grid = functional.affine_grid(theta, [len(images), 1, size, size], align_corners=False)
         if self.config.elastic:
             grid += elastic_displacement(
@@ -126,6 +138,24 @@ def elastic_displacement(draws: Tensor, reach_x: float, reach_y: float, size: in
     points = (draws * 2 - 1).view(-1, 2, POINTS, POINTS)
     smooth = functional.interpolate(points, (size, size), mode="bicubic", align_corners=True)
     return torch.stack([smooth[:, 0] * reach_x, smooth[:, 1] * reach_y], dim=-1)
+
+
+GREY = (0.299, 0.587, 0.114)  # luma of ITU-R BT.601, as torchvision and Pillow use it
+
+
+def change_colours(images: Tensor, factors: Tensor) -> Tensor:
+    """Multiply brightness, contrast and saturation of uint8 (B, H, W, 3) by ``factors`` (B, 3), in this order.
+
+    Contrast is the distance from the mean grey of the image, saturation that from the grey of the pixel, as in
+    torchvision's ColorJitter.
+    """
+    brightness, contrast, saturation = factors.float().view(-1, 3, 1, 1, 1).unbind(1)
+    floats = (images.float() * brightness).clamp_(0, 255)
+    weights = floats.new_tensor(GREY)
+    mean = (floats @ weights).mean((1, 2)).view(-1, 1, 1, 1)
+    floats = (mean + (floats - mean) * contrast).clamp_(0, 255)
+    grey = (floats @ weights).unsqueeze(3)
+    return (grey + (floats - grey) * saturation).clamp_(0, 255).round_().to(torch.uint8)
 
 
 CHANNEL_ORDERS = tuple(itertools.permutations(range(3)))

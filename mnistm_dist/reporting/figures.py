@@ -18,10 +18,33 @@ from mnistm_dist.reporting.predictions import Mistake
 from mnistm_dist.reporting.style import COLUMN_INCHES, GRID, INK, MUTED, SERIES, SMALL, PageFigure, new_figure, styled
 
 TILES_ACROSS = 6
+MOST_CLASSES, LONGEST_NAME = 30, 16  # classes in a figure, letters of their names
 MOST_MISTAKES = 36  # that a figure shows
 # Opacity of the lightest and the darkest cell: the text stays legible on both, in a light and in a dark theme.
 WEAKEST_SHADE, STRONGEST_SHADE = 0.10, 0.60
 CENTRED: Any = {"ha": "center", "va": "center"}
+
+
+def most_confused(metrics: Metrics) -> list[int]:
+    """Return the classes that figures show, in order: all, or of more than `MOST_CLASSES` those with the largest cells
+    off the diagonal."""
+    width = len(metrics.classes)
+    cells = np.array(metrics.confusion_matrix) * ~np.eye(width, dtype=bool)
+    order = np.argsort(-cells, axis=None, kind="stable")[: MOST_CLASSES**2]
+    pairs = np.stack(np.unravel_index(order, cells.shape), axis=1).ravel().tolist()
+    return (
+        sorted(list(dict.fromkeys([*pairs, *range(width)]))[:MOST_CLASSES]) if width > MOST_CLASSES else [*range(width)]
+    )
+
+
+def _of_all(metrics: Metrics, shown: int) -> str:
+    width = len(metrics.classes)
+    return f" (the {shown} most confused of {width:,} classes)" if shown < width else ""
+
+
+def shorten(name: str) -> str:
+    """Return a class name, cut for a figure."""
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
 
 
 @styled
@@ -32,19 +55,22 @@ def confusion_matrix(metrics: Metrics, title: str = "Confusion matrix") -> Figur
     they stay visible beside a strong diagonal.
     """
     matrix = np.array(metrics.confusion_matrix)
-    width = len(metrics.classes)
     shares = matrix / np.maximum(matrix.sum(axis=1), 1)[:, None]
+    chosen = most_confused(metrics)
+    matrix, shares = matrix[np.ix_(chosen, chosen)], shares[np.ix_(chosen, chosen)]
+    width, names = len(chosen), [shorten(metrics.classes[i]) for i in chosen]
     largest = (shares * ~np.eye(width, dtype=bool)).max() or 1.0
     size = (0.44 if width <= 12 else 0.38) * (width + 3.2)
     figure = new_figure(height=size * 0.92, width=max(size, COLUMN_INCHES))
     title = f"{title}: {plural(metrics.total - metrics.correct, 'error')} in {plural(metrics.total, 'image')}"
+    title += _of_all(metrics, width)
     axes = figure.add_subplot(
         xlim=(-0.5, width + 1.0),
         ylim=(width - 0.5, -0.5),
         xticks=range(width),
         yticks=range(width),
-        xticklabels=metrics.classes,
-        yticklabels=metrics.classes,
+        xticklabels=names,
+        yticklabels=names,
         aspect="equal",
         title=title,
     )
@@ -66,10 +92,12 @@ def confusion_matrix(metrics: Metrics, title: str = "Confusion matrix") -> Figur
         axes.plot([-0.5, width - 0.5], [line - 0.5] * 2, color=GRID, linewidth=0.6)
         axes.plot([line - 0.5] * 2, [-0.5, width - 0.5], color=GRID, linewidth=0.6)
     axes.text(width - 0.3, -0.62, "recall", ha="left", va="bottom", fontsize=SMALL, color=MUTED)
-    for i, scores in enumerate(metrics.per_class):
+    for i, scores in enumerate(metrics.per_class[row] for row in chosen):
         recall, colour = ("no images", MUTED) if scores.recall is None else (percent(scores.recall, 1), INK)
         axes.text(width - 0.3, i, recall, ha="left", va="center", fontsize=SMALL, color=colour)
     axes.tick_params(length=0, top=False, labeltop=True, bottom=False, labelbottom=False)
+    if max(map(len, names)) > 3:
+        axes.tick_params(axis="x", labelrotation=90)
     axes.xaxis.set_label_position("top")
     axes.set_xlabel("predicted", loc="left")
     axes.set_ylabel("true", loc="top", labelpad=8)
@@ -120,13 +148,18 @@ def batch_grid(images: Sequence[np.ndarray], captions: Sequence[str], title: str
 
 @styled
 def per_class(metrics: Metrics, title: str = "Precision and recall of each class") -> PageFigure:
-    """Draw the precision and the recall of each class as dots; the axis begins below the lowest."""
-    width = len(metrics.classes)
+    """Draw the precision and the recall of each class as dots; the axis begins below the lowest.
+
+    Of more than `MOST_CLASSES` classes, those of the confusion matrix are drawn.
+    """
+    chosen = most_confused(metrics)
+    width, rows = len(chosen), [metrics.per_class[i] for i in chosen]
+    title += _of_all(metrics, width)
     figure = new_figure(height=0.8 + 0.24 * width)
     axes = figure.add_subplot()
     lowest = 1.0
     # The precision of a class without images says only that it was predicted somewhere.
-    present = [(i, scores) for i, scores in enumerate(metrics.per_class) if scores.support]
+    present = [(i, scores) for i, scores in enumerate(rows) if scores.support]
     for name, colour, marker, fill, shift in (
         ("recall", SERIES[0], "o", SERIES[0], 0.12),
         ("precision", SERIES[1], "D", "none", -0.12),
@@ -151,12 +184,12 @@ def per_class(metrics: Metrics, title: str = "Precision and recall of each class
         xlim=(start, 100),
         ylim=(width - 0.5, -0.5),
         yticks=range(width),
-        yticklabels=metrics.classes,
+        yticklabels=[shorten(metrics.classes[i]) for i in chosen],
         xlabel="%",
         ylabel="class",
         title=title,
     )
-    for i, scores in enumerate(metrics.per_class):
+    for i, scores in enumerate(rows):
         note = "no images" if not scores.support else "never predicted" if not scores.predicted else ""
         shares = [
             f"{name} {percent(v)}" for name in ("recall", "precision") if (v := getattr(scores, name)) is not None

@@ -53,6 +53,8 @@ class Scalars(Record):
     """Whether model.safetensors holds the averaged weights."""
     image_size: int = Field(gt=0, le=1024)
     """Image size of the last step, pixels: evaluation uses it."""
+    resize: int | None = None
+    """``--resize`` with which the set was packed, pixels."""
     mean: list[float] = Field(min_length=3, max_length=3)
     """Per channel, for the normalisation, on a scale of 0 to 1."""
     std: list[float] = Field(min_length=3, max_length=3)

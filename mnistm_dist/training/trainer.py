@@ -200,6 +200,7 @@ class Trainer:
             scaler=scaler.state_dict() if scaler is not None else None,
             averaged=state.ema is not None,
             image_size=self.schedule.image_size(state.steps_done - 1),
+            resize=manifest.resize,
             mean=list(manifest.splits["train"].mean),
             std=list(manifest.splits["train"].std),
         )

@@ -98,7 +98,7 @@ def test_a_window_has_the_samples_of_its_positions(given_order, epoch):
             held = order.window_ids(epoch, stream, window)
             here = (at.streams == stream) & (at.windows == window)
             assert ids[here].tolist() == held[at.places[here]].tolist()
-            assert at.clocks[here].tolist() == list(range(len(held)))
+            assert at.offsets[here].tolist() == list(range(len(held)))
             assert 0 < len(held) <= order.window
             seen += len(held)
     assert seen == order.size

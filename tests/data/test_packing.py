@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import subprocess
 import tarfile
 from collections.abc import Callable, Iterator
@@ -14,8 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed_sets import label_of, names_in, pixels_of, png_with, tiny_source
+from PIL import ExifTags, Image
 
-from mnistm_dist.data.image_io import decode_png, encode_png
+from mnistm_dist.data.image_io import decode_png, encode_png, to_rgb
 from mnistm_dist.data.packing.splits import count_shards, cut_splits
 from mnistm_dist.data.packing.statistics import OFFICIAL_PIXELS, channel_histogram, find_lineage, moments_of
 from mnistm_dist.data.packing.writer import pack, tar_member
@@ -32,8 +34,8 @@ def bytes_of(folder: Path) -> dict[str, str]:
 def with_pngs(source: Source) -> Iterator[tuple[str, int, bytes]]:
     """Split, place and PNG bytes of every sample of a source."""
     for sample in source.samples():
-        assert sample.png is not None
-        yield sample.split, sample.index, sample.png
+        assert sample.encoded is not None
+        yield sample.split, sample.index, sample.encoded
 
 
 def test_stock_webdataset_reads_every_image_and_label(tmp_path: Path) -> None:
@@ -90,7 +92,7 @@ GOLDEN = {
 
 
 def test_the_bytes_of_a_packed_set_are_golden(tmp_path: Path) -> None:
-    source = tiny_source(train=12, test=3, spoil=lambda sample: replace(sample, png=DOT))
+    source = tiny_source(train=12, test=3, spoil=lambda sample: replace(sample, encoded=DOT))
     pack(source, tmp_path / "set", num_shards=2)
     assert {name: digest[:12] for name, digest in bytes_of(tmp_path / "set").items()} == GOLDEN
 
@@ -204,20 +206,27 @@ def test_only_the_hashes_make_a_set_official() -> None:
 
 
 def spoiled(png: bytes) -> Callable[[Sample], Sample]:
-    return lambda sample: replace(sample, png=png) if (sample.split, sample.index) == ("train", 5) else sample
+    return lambda sample: replace(sample, encoded=png) if (sample.split, sample.index) == ("train", 5) else sample
 
 
 GOOD = encode_png(pixels_of("train", 5))
 
 
+def as_file(form: str, mode: str = "RGB", **options: object) -> bytes:
+    """The image of `spoiled` in another format."""
+    target = io.BytesIO()
+    Image.fromarray(pixels_of("train", 5)).convert(mode).save(target, form, **options)
+    return target.getvalue()
+
+
+GREY = as_file("PNG", "L")
 BAD_PNGS = {
     "bomb": png_with(50_000, 50_000, 8, 2),
     "text": b"I am no image, I am a text, and a long one",
     "empty": b"",
-    "16 bits": png_with(32, 32, 16, 2),
-    "grey": png_with(32, 32, 8, 0),
-    "palette": png_with(32, 32, 8, 3),
-    "alpha": png_with(32, 32, 8, 6),
+    "grey, one byte changed": GREY[:60] + bytes([GREY[60] ^ 1]) + GREY[61:],
+    "a JPEG, cut": as_file("JPEG")[:-200],
+    "a GIF bomb": b"GIF89a" + b"\xff" * 4 + bytes(20),
     "another size": png_with(28, 28, 8, 2),
     "cut": GOOD[:-20],
     "one byte changed": GOOD[:100] + bytes([GOOD[100] ^ 1]) + GOOD[101:],
@@ -230,6 +239,65 @@ def test_a_bad_image_is_named_and_leaves_nothing_behind(tmp_path: Path, png: byt
         pack(tiny_source(spoil=spoiled(png)), tmp_path / "new" / "set")
     assert "\n" not in str(error.value)
     assert names_in(tmp_path) == []
+
+
+def upright() -> bytes:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    return as_file("JPEG", exif=exif, quality=95)
+
+
+OTHER_FILES = {
+    "JPEG RGB": as_file("JPEG", quality=95),
+    "JPEG L": as_file("JPEG", "L"),
+    "JPEG CMYK": as_file("JPEG", "CMYK"),
+    "JPEG RGB turned": upright(),
+    "WEBP RGB": as_file("WEBP", lossless=True),
+    "PNG L": GREY,
+    "PNG P": as_file("PNG", "P"),
+    "PNG RGBA": as_file("PNG", "RGBA"),
+    "PNG I;16": as_file("PNG", "I;16"),
+    "PNG 1": as_file("PNG", "1"),
+    "GIF P": as_file("GIF"),
+    "BMP RGB": as_file("BMP"),
+}
+
+
+@pytest.mark.parametrize("form", OTHER_FILES)
+def test_another_image_file_becomes_an_rgb_png_with_a_note(tmp_path: Path, form: str) -> None:
+    data = OTHER_FILES[form]
+    manifest = pack(tiny_source(spoil=spoiled(data)), tmp_path / "set")
+    shards = ShardSet.open(tmp_path / "set")
+    row = shards.keys("train", np.arange(manifest.splits["train"].count)).index("00000005")
+    expected = to_rgb(Image.open(io.BytesIO(data)), form)
+    assert np.array_equal(shards.images("train", [row])[0], expected)
+    if form in ("WEBP RGB", "PNG RGBA", "BMP RGB"):
+        assert np.array_equal(expected, pixels_of("train", 5))
+    (note,) = manifest.notes
+    assert note.startswith(f"converted to 8-bit RGB PNG: 1 {form.removesuffix(' turned')}; 0.0 MB became")
+
+
+def test_resize_scales_the_short_side_and_crops_the_centre(tmp_path: Path) -> None:
+    wide = np.zeros((20, 60, 3), np.uint8)
+    wide[:, 20:40] = 200
+    source = tiny_source(spoil=spoiled(encode_png(wide)))
+    with pytest.raises(UserError, match=r"all images of a set have one size: add --resize N"):
+        pack(source, tmp_path / "no")
+    pack(source, tmp_path / "set", resize=32)
+    shards = ShardSet.open(tmp_path / "set")
+    keys = shards.keys("train", np.arange(len(shards.index("train"))))
+    images = shards.images("train", np.arange(len(keys)))
+    assert (images[keys.index("00000005")] == 200).mean() > 0.9
+    same = keys.index("00000004")  # of this size already: its bytes are kept
+    assert shards.read("train", [same]) == [encode_png(pixels_of("train", 4))]
+
+
+def test_a_photo_larger_than_a_set_may_have_is_refused_with_the_flag_that_shrinks_it(tmp_path: Path) -> None:
+    target = io.BytesIO()
+    Image.new("RGB", (1500, 1100)).save(target, "JPEG")
+    with pytest.raises(UserError, match=r"1100 x 1500 pixels; accepted are 1 to 1,024 a side: add --resize N"):
+        pack(tiny_source(spoil=spoiled(target.getvalue())), tmp_path / "set")
+    pack(tiny_source(spoil=spoiled(target.getvalue())), tmp_path / "set", resize=16)
 
 
 def test_a_png_that_is_found_broken_only_when_decoded_is_named(tmp_path: Path) -> None:

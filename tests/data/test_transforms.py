@@ -13,6 +13,7 @@ from mnistm_dist.data.transforms import (
     POINTS,
     Augment,
     Preprocess,
+    change_colours,
     cut_out,
     elastic_displacement,
     permute_channels,
@@ -20,7 +21,19 @@ from mnistm_dist.data.transforms import (
 )
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
-ALL = AugmentConfig(shift=3, rotate=15, scale=0.1, shear=10, elastic=2, invert=0.5, permute_channels=0.5, cutout=6)
+ALL = AugmentConfig(
+    shift=3,
+    rotate=15,
+    scale=0.1,
+    shear=10,
+    elastic=2,
+    invert=0.5,
+    permute_channels=0.5,
+    cutout=6,
+    flip=0.5,
+    crop=0.4,
+    colour=0.2,
+)
 
 
 def images(count: int, size: int = 32) -> torch.Tensor:
@@ -148,3 +161,36 @@ def test_cutout_sets_a_square_to_the_mean():
     seen = cut_out(torch.ones(1, 3, 32, 32), torch.tensor([[0.5, 0.25]]), 8 / 32, 8 / 32)
     assert (seen == 0).sum() == 3 * 8 * 8
     assert (seen[:, :, 4:12, 12:20] == 0).all()
+
+
+def test_a_flip_mirrors_left_and_right():
+    preprocess = Preprocess(MEAN, STD)
+    flipped = Augment(AugmentConfig(flip=1), preprocess, seed=0)(images(4), np.arange(4), 32)
+    assert torch.equal(flipped, preprocess(images(4).flip(2), 32))
+
+
+def test_a_crop_is_a_square_of_the_image_of_at_least_the_area_that_is_kept():
+    ramp = torch.arange(64, dtype=torch.uint8).mul(4).view(1, 1, 64, 1).expand(500, 64, 64, 3).contiguous()
+    seen = Augment(AugmentConfig(crop=0.5), Preprocess((0, 0, 0), (1, 1, 1)), seed=0)(ramp, np.arange(500), 64)
+    left, right = seen[:, 0, 32, 1] * 255 / 4, seen[:, 0, 32, -2] * 255 / 4
+    sides = (right - left) / 61  # of the image's side
+    assert 0.70 < sides.min() < 0.73
+    assert 0.98 < sides.max() < 1.01
+    assert left.max() > 15
+    assert left.min() < 2
+
+
+def test_colours_change_by_at_most_the_asked_factor_and_grey_stays_grey():
+    grey = torch.full((300, 8, 8, 3), 100, dtype=torch.uint8)
+    seen = Augment(AugmentConfig(colour=0.2), Preprocess((0, 0, 0), (1, 1, 1)), seed=0)(grey, np.arange(300), 8) * 255
+    assert (seen.amax(1) - seen.amin(1)).max() < 1e-3
+    assert 79.9 < seen.min() < 83
+    assert 117 < seen.max() < 120.1
+
+
+def test_saturation_zero_is_grey_and_brightness_zero_black():
+    batch = images(2)
+    assert change_colours(batch, torch.tensor([[0.0, 1, 1]] * 2)).max() == 0
+    grey = change_colours(batch, torch.tensor([[1.0, 1, 0]] * 2))
+    assert torch.equal(grey[..., 0], grey[..., 2])
+    assert torch.equal(change_colours(batch, torch.ones(2, 3)), batch)

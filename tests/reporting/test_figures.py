@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -282,3 +283,17 @@ def test_the_tips_of_several_runs_show_each_of_them() -> None:
 def test_the_same_figure_is_the_same_svg() -> None:
     metrics = measure(np.array([0, 1]), np.eye(2), ("a", "b"))
     assert to_svg(figures.per_class(metrics), "x", "y") == to_svg(figures.per_class(metrics), "x", "y")
+
+
+def test_figures_of_many_classes_show_those_that_are_confused_most(tmp_path: Path) -> None:
+    names = tuple(f"a class of a long name {number}" for number in range(1000))
+    matrix = np.eye(1000, dtype=np.int64) * 20
+    matrix[7, 991], matrix[500, 3] = 9, 8
+    metrics = replace(metrics_of_matrix(matrix.tolist()), classes=names)
+    chosen = figures.most_confused(metrics)
+    assert len(chosen) == figures.MOST_CLASSES
+    assert {3, 7, 500, 991} <= set(chosen)
+    assert chosen == sorted(chosen)
+    for figure in (figures.confusion_matrix(metrics), figures.per_class(metrics)):
+        assert any("(the 30 most confused of 1,000 classes)" in text for text in texts(figure))
+        assert max(figure.get_size_inches()) < 20

@@ -24,6 +24,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.skipif(ABSENT is not None, reason=f
 SCRIPT = ROOT / "slurm" / "train.sh"
 STEPS = 80
 FLAGS = (
+    *("--precision", "fp32"),
     *("--recipe", "fast", "--batch-size", 32, "--image-size", 28, "--epochs", 8, "--evaluate-every", 4),
     *("--checkpoint-every", 20, "--log-every", 4, "--threads", 1, "--no-report"),
 )

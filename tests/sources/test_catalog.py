@@ -21,6 +21,7 @@ from layouts import (
     Part,
     csv_files,
     image_folder_files,
+    layout_of,
     noise,
     official_files,
     refusal,
@@ -35,7 +36,7 @@ from layouts import (
 )
 from PIL import Image
 
-from mnistm_dist.data.sources.base import Sample, Source
+from mnistm_dist.data.sources.base import CLASSES, Sample, Source
 from mnistm_dist.data.sources.catalog import KNOWN_LAYOUTS, open_source
 from mnistm_dist.errors import UserError
 
@@ -46,8 +47,8 @@ def read(source: Source) -> dict[str, Part]:
     """Read a whole source in its order, decoded; asserts that each sample comes once."""
     result: dict[str, dict[int, tuple[np.ndarray, int]]] = {split: {} for split in source.counts}
     for sample in source.samples():
-        assert (sample.png is None) != (sample.pixels is None)
-        pixels = sample.pixels if sample.png is None else np.asarray(Image.open(io.BytesIO(sample.png)))
+        assert (sample.encoded is None) != (sample.pixels is None)
+        pixels = sample.pixels if sample.encoded is None else np.asarray(Image.open(io.BytesIO(sample.encoded)))
         assert sample.index not in result[sample.split]
         result[sample.split][sample.index] = pixels, sample.label
     assert {split: list(range(count)) for split, count in source.counts.items()} == {
@@ -75,22 +76,27 @@ def assert_same(source: Source, parts=PARTS, renamed: dict[str, str] | None = No
 def test_every_layout_is_detected_and_gives_the_same_images_and_labels_in_order(tmp_path, layout):
     path = WRITERS[layout](tmp_path / "set", PARTS)
     mnist = str(write_mnist(tmp_path / "mnist", PARTS)) if layout == "pickle" else None
-    for forced in (None, layout):
+    grey = {}
+    if layout == "idx":
+        inks = {split: part.images[..., :1] * (part.images[..., :1] > 170) for split, part in PARTS.items()}
+        grey = {split: Part(images=ink.repeat(3, axis=3), labels=PARTS[split].labels) for split, ink in inks.items()}
+    for forced in (None, layout_of(layout)):
         source = open_source(str(path), layout=forced, mnist=mnist)
-        assert (source.layout, source.lineage, source.val_size()) == (layout, None, None)
-        assert_same(source, renamed={"test": "val"} if layout == "csv" else None)
+        assert (source.layout, source.lineage, source.val_size()) == (layout_of(layout), None, None)
+        assert source.classes == CLASSES
+        assert_same(source, grey or PARTS, renamed={"test": "val"} if layout == "csv" else None)
 
 
 @pytest.mark.parametrize("kind", WRITE)
 @pytest.mark.parametrize("family", ["official", "image"])
 def test_a_layout_can_be_forced_for_a_folder_a_tar_and_a_zip(tmp_path, family, kind):
     path = WRITERS[f"{family}-{kind}"](tmp_path / "set", PARTS)
-    assert open_source(str(path), layout=family).layout == f"{family}-{kind}"
+    layout = layout_of(family)
+    assert open_source(str(path), layout=layout).layout == layout
 
 
 def test_every_known_layout_is_tested():
-    families = {"official", "image"}
-    assert set(WRITERS) | {"sample", "mnist+photos"} | families == set(KNOWN_LAYOUTS)
+    assert set(map(layout_of, WRITERS)) | {"sample", "mnist+photos"} == set(KNOWN_LAYOUTS)
 
 
 @pytest.mark.parametrize("around", ["", "mnist_m/", "a/b/"])
@@ -120,7 +126,8 @@ def test_files_of_operating_systems_and_leading_dots_are_ignored(tmp_path):
 def test_a_set_without_test_is_accepted_and_one_without_train_is_not(tmp_path):
     only = {"train": PARTS["train"]}
     assert_same(open_source(str(write_tar(tmp_path / "train.tar.gz", official_files(only)))), only)
-    path = write_tar(tmp_path / "test.tar.gz", official_files({"test": PARTS["test"]}))
+    (tmp_path / "other").mkdir()
+    path = write_tar(tmp_path / "other" / "test.tar.gz", official_files({"test": PARTS["test"]}))
     assert "found 12 test images; expected train" in refusal(path)
 
 
@@ -173,7 +180,7 @@ def test_images_that_no_csv_file_names_are_skipped_with_a_note(tmp_path):
     files = csv_files(PARTS)
     files["mnistm/data/private.png"] = next(data for name, data in files.items() if name.endswith(".png"))
     source = open_source(str(write_folder(tmp_path, files)))
-    assert source.notes == ("1 images that no CSV file names are left out",)
+    assert source.notes == ("left out: mnistm/data/private.png",)
     assert_same(source, renamed={"test": "val"})
 
 
@@ -191,14 +198,14 @@ def test_a_set_of_the_official_size_gives_its_last_4001_as_val_in_any_layout(tmp
 
 @pytest.mark.parametrize("index", [-1, 1])
 def test_an_image_beyond_the_counted_ones_is_refused(index):
-    sample = Sample(split="train", index=index, label=0, png=b"", origin="set: image")
+    sample = Sample(split="train", index=index, label=0, encoded=b"", origin="set: image")
     source = Source(layout="x", description="set", counts={"train": 1}, read=lambda: iter([sample]))
     with pytest.raises(UserError, match="set: image: set has changed since it was opened"):
         list(source.samples())
 
 
 def test_a_source_that_misses_an_image_is_refused():
-    sample = Sample(split="train", index=0, label=0, png=b"", origin="set: image")
+    sample = Sample(split="train", index=0, label=0, encoded=b"", origin="set: image")
     source = Source(layout="x", description="set", counts={"train": 3}, read=lambda: iter([sample]))
     with pytest.raises(UserError, match="set: 2 of 3 train images are gone"):
         list(source.samples())
@@ -244,10 +251,12 @@ UNKNOWN: dict[str, tuple[Callable[[Path], object], str]] = {
     "text": (lambda path: path.write_text("hello\n"), r"found a file that starts with b'hello\n'"),
     "a web page": (lambda path: path.write_text("<!DOCTYPE html><html>"), "found a web page"),
     "a Git LFS pointer": (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"), "git lfs pull"),
-    "another tar": (lambda path: write_tar(path, {"a.py": b"1"}), "found a tar file"),
-    "another zip": (lambda path: write_zip(path, {"a.py": b"1"}), "found a zip file"),
-    "MNIST": (lambda path: write_mnist(path, PARTS), "found MNIST itself; blend it"),
-    "a packed set": (lambda path: write_folder(path, {"manifest.json": b"{}"}), "found a packed set"),
+    "another tar": (lambda path: write_tar(path, {"a.py": b"1"}), "found an archive of a.py"),
+    "another zip": (lambda path: write_zip(path, {"a.py": b"1"}), "found an archive of a.py"),
+    "LMDB": (lambda path: write_folder(path, {"train/data.mdb": b"x"}), "train/data.mdb: an LMDB database"),
+    "a 7z archive": (lambda path: path.write_bytes(b"7z\xbc\xaf\x27\x1c"), "unpack it with 7z x FILE"),
+    "a RAR archive": (lambda path: path.write_bytes(b"Rar!\x1a\x07"), "unpack it with unrar x FILE"),
+    "zstd": (lambda path: write_folder(path, {"mnist_m.tar.zst": b"\x28\xb5\x2f\xfd"}), "unpack it with zstd -d FILE"),
     "a pipe": (os.mkfifo, "found neither a file nor a folder"),
     "MATLAB 7.3": (lambda path: path.write_bytes(b"MATLAB 7.3 MAT-file".ljust(512)), "save it with -v7"),
 }
@@ -260,29 +269,35 @@ def test_an_unrecognised_path_is_refused_with_what_was_found_and_the_known_layou
     message = refusal(tmp_path / "thing")
     assert "unrecognised layout" in message
     assert part in message
-    assert "expected one of official-folder, official-tar, official-zip, image-folder" in message
+    assert "expected one of official, image-folder, csv" in message
     assert message.endswith("pickle (see pack --layouts)")
 
 
-def test_a_file_whose_name_has_no_split_is_refused(tmp_path):
-    folder = write_npz(tmp_path / "set", PARTS)
+def test_a_file_whose_name_has_no_split_is_train(tmp_path):
+    folder = write_npz(tmp_path / "set", {"train": PARTS["train"]})
     (folder / "train.npz").rename(folder / "arrays.npz")
-    assert "a npz file without train, val or test in its name" in refusal(folder / "arrays.npz")
+    assert_same(open_source(str(folder / "arrays.npz")), {"train": PARTS["train"]})
+
+
+def test_a_packed_set_is_named_as_such(tmp_path):
+    folder = write_folder(tmp_path / "set", {"manifest.json": b"{}", "train.index.npy": b""})
+    assert "a packed set; train on it with --shards" in refusal(folder)
 
 
 def test_two_sets_in_one_folder_are_refused_with_both_paths(tmp_path):
     for name in ("a", "b"):
         write_folder(tmp_path / "set" / name, official_files(PARTS))
     message = refusal(tmp_path / "set")
-    assert "several sets of images (official-folder: " in message
+    assert "several sets of images (official: " in message
     assert "set/a/mnist_m; " in message
     assert "set/b/mnist_m)" in message
 
 
-@pytest.mark.parametrize("forced", ["image-folder", "official-tar", "npz", "pickle"])
+@pytest.mark.parametrize("forced", ["image-folder", "npz", "pickle"])
 def test_a_forced_layout_that_does_not_fit_is_refused(tmp_path, forced):
     folder = write_folder(tmp_path / "set", official_files(PARTS))
-    assert f"found mnist_m/; expected {forced}: " in refusal(folder, layout=forced)
+    message = refusal(folder, layout=forced)
+    assert f"found mnist_m/; expected {forced}: " in message or "52 images without labels" in message
     assert "found a npz file" in refusal(write_npz(tmp_path / "n", PARTS) / "train.npz", layout="pt")
 
 

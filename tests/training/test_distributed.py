@@ -24,7 +24,7 @@ from mnistm_dist.training.run_dir import read_state, write_state
 
 QUICK = (
     *("--recipe", "fast", "--batch-size", 32, "--image-size", 28, "--epochs", 2, "--max-steps", 4),
-    *("--threads", 1, "--no-report"),
+    *("--threads", 1, "--precision", "fp32", "--no-report"),
 )
 needs_mounts = pytest.mark.skipif(
     os.geteuid() != 0 or subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode != 0,

@@ -53,6 +53,7 @@ def test_a_launch_whose_restarts_would_fail_or_start_over_is_refused(run, enviro
 
 
 FLAGS = (
+    *("--precision", "fp32"),
     *("--recipe", "fast", "--batch-size", 32, "--micro-batch", 8, "--image-size", 28, "--max-steps", 250),
     *("--epochs", 60, "--checkpoint-every", 20, "--log-every", 5, "--evaluate-every", 1000, "--reproducible"),
     *("--precision", "fp32"),

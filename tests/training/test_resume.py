@@ -23,6 +23,7 @@ from mnistm_dist.training.models import create_model
 from mnistm_dist.training.run_dir import read_log, read_state
 
 FLAGS = (
+    *("--precision", "fp32"),
     *("--recipe", "fast", "--batch-size", "32", "--micro-batch", "16", "--image-size", "28", "--epochs", "4"),
     *("--checkpoint-every", "3", "--log-every", "4", "--threads", "1", "--tracker", "none", "--no-report"),
 )

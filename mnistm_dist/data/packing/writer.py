@@ -30,7 +30,7 @@ from mnistm_dist.data.manifest import (
 from mnistm_dist.data.packing.splits import Part, count_shards, cut_splits, read_image, spool_images
 from mnistm_dist.data.packing.statistics import PixelStatistics, find_lineage, measure_pixels
 from mnistm_dist.data.parallel import Progress, stage
-from mnistm_dist.data.sources.base import CLASSES, SPLITS, Source
+from mnistm_dist.data.sources.base import SPLITS, Source
 from mnistm_dist.errors import UserError
 from mnistm_dist.files import explain_os_errors, staged_folder
 
@@ -51,13 +51,15 @@ def pack(
     num_shards: int = TRAIN_SHARDS,
     val_size: int | None = None,
     seed: int = 0,
+    resize: int | None = None,
     lineage: str | None = None,
     progress: Progress | None = None,
 ) -> Manifest:
     """Pack a source into the new folder ``out`` and return its manifest.
 
     ``num_shards``: tars of the train split, fewer if it has fewer samples; val and test get as many in proportion.
-    ``val_size``: see `cut_splits`. ``seed``: of the storage order. The same PNGs and seed give the same tars, byte for
+    ``val_size``: see `cut_splits`. ``seed``: of the storage order. ``resize``: see
+    `spool_images`. The same PNGs and seed give the same tars, byte for
     byte, on every machine. ``lineage``: what the pixels must prove the set to be. ``progress(done, total)`` counts
     images.
 
@@ -70,7 +72,8 @@ def pack(
         with explain_os_errors(folder):
             file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 (it is closed below)
         with file:
-            rows, image_size = spool_images(source, parts, file, folder, stage(progress, 0, 3, count))
+            report = stage(progress, 0, 3, count)
+            rows, image_size, notes = spool_images(source, parts, file, folder, report, resize)
             statistics = measure_pixels(
                 ((name, *read_image(file, row)) for name in rows for row in rows[name]),
                 count=count,
@@ -89,13 +92,17 @@ def pack(
                 )
             with explain_os_errors(folder):
                 report = stage(progress, 2, 3, count)
-                splits = _write_splits(folder, parts, rows, file, num_shards, seed, statistics, report)
+                splits = _write_splits(
+                    folder, parts, rows, file, num_shards, seed, statistics, report, len(source.classes)
+                )
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             lineage=found,
             layout=source.layout,
-            description="".join(letter if letter.isprintable() else "?" for letter in source.description),
-            classes=CLASSES,
+            description=_printable(source.description),
+            notes=tuple(map(_printable, (*source.notes, *notes))),
+            resize=resize,
+            classes=source.classes,
             image_size=image_size,
             seed=seed,
             pixels_sha256=groups,
@@ -104,6 +111,10 @@ def pack(
         with explain_os_errors(folder):
             (folder / MANIFEST_NAME).write_text(render(manifest))
     return manifest
+
+
+def _printable(text: str) -> str:
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def _write_splits(
@@ -115,6 +126,7 @@ def _write_splits(
     seed: int,
     statistics: PixelStatistics,
     progress: Progress,
+    num_classes: int,
 ) -> dict[str, Split]:
     total, done = sum(part.count for part in parts.values()), 0
     splits = {}
@@ -140,7 +152,7 @@ def _write_splits(
         mean, std = statistics.moments[name]
         splits[name] = Split(
             count=part.count,
-            class_counts=tuple(np.bincount(index["label"], minlength=len(CLASSES)).tolist()),
+            class_counts=tuple(np.bincount(index["label"], minlength=num_classes).tolist()),
             mean=mean,
             std=std,
             pixels_sha256=statistics.sha256[name],

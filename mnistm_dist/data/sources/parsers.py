@@ -7,6 +7,7 @@ numpy's array constructors and refuses every other name, so nothing is executed.
 
 import io
 import pickle
+import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -81,13 +82,21 @@ def _elements(data: bytes, order: str) -> Iterator[tuple[int, int, int]]:
         at += 8 if small else 8 + -(-size // 8) * 8
 
 
-def read_pickle(file: Path) -> dict[Any, np.ndarray]:
-    """Read a pickled dict of uint8 arrays, compressed or not. Keys of Python 2 are bytes.
+def read_pickle(file: Path) -> dict[Any, Any]:
+    """Read a pickled dict of numeric arrays, lists and such dicts, compressed or not. Keys of Python 2 are bytes.
 
-    Raises `pickle.UnpicklingError` for one that needs more than such arrays, and other exceptions for a damaged one.
+    Raises `pickle.UnpicklingError` for one that needs more, and other exceptions for a damaged one.
     """
-    calls = _Unpickler(io.BytesIO(Decompressed(file).read()), encoding="bytes").load()
-    return {key: _to_array(call) for key, call in calls.items()}
+    content = _Unpickler(io.BytesIO(Decompressed(file).read()), encoding="bytes").load()
+    if not isinstance(content, dict):
+        raise pickle.UnpicklingError(f"it holds a {type(content).__name__}")
+    return {key: _resolve(value) for key, value in content.items()}
+
+
+def _resolve(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _resolve(inner) for key, inner in value.items()}
+    return _to_array(value) if isinstance(value, _Call) else value
 
 
 class _Call:
@@ -126,6 +135,8 @@ def _to_array(call: _Call) -> np.ndarray:
     else:
         _, shape, dtype, is_fortran, data = call.state
         order = "F" if is_fortran else "C"
-    if dtype.args[0] not in ("u1", b"u1"):
-        raise pickle.UnpicklingError(f"an array of {dtype.args[0]!r}")
-    return np.frombuffer(data, np.uint8).reshape(shape, order=order)
+    kind = dtype.args[0].decode() if isinstance(dtype.args[0], bytes) else dtype.args[0]
+    if not re.fullmatch(r"[uif][1248]|b1", kind):
+        raise pickle.UnpicklingError(f"an array of {kind!r}")
+    order_of_bytes = ">" if dtype.state and dtype.state[1] in (">", b">") else "<"
+    return np.frombuffer(data, np.dtype(order_of_bytes + kind)).reshape(shape, order=order)

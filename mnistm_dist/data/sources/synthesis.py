@@ -23,7 +23,7 @@ from PIL import Image
 from mnistm_dist.data.hashing import uniform
 from mnistm_dist.data.image_io import UNREADABLE, explain_decode_errors, formats_here
 from mnistm_dist.data.sources.archives import Decompressed
-from mnistm_dist.data.sources.base import Sample, Source, check_labels
+from mnistm_dist.data.sources.base import CLASSES, Sample, Source, check_labels
 from mnistm_dist.errors import UserError
 from mnistm_dist.files import explain_os_errors
 
@@ -43,9 +43,12 @@ def read_digits(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     `MNIST/raw` below it, for names with `-idx` or `.idx`, with or without `.gz`. Raises `UserError` if a file is
     missing, is not IDX or has another size than its header says, and if images and labels do not match.
     """
-    images = _read_idx(_find(folder, split, "images-idx3"), dimensions=3)
+    images = read_idx(_find(folder, split, "images-idx3"), dimensions=3)
     labels_file = _find(folder, split, "labels-idx1")
-    return images, check_labels(str(labels_file), _read_idx(labels_file, dimensions=1), len(images))
+    labels = check_labels(str(labels_file), read_idx(labels_file, dimensions=1), len(images))
+    for index in np.flatnonzero(labels >= len(CLASSES))[:1]:
+        raise UserError(f"{labels_file}: label {labels[index]} at index {index}; accepted are 0 to 9")
+    return images, labels
 
 
 def _find(folder: Path, split: str, content: str) -> Path:
@@ -57,13 +60,15 @@ def _find(folder: Path, split: str, content: str) -> Path:
     raise UserError(f"{folder}: no {names[0]}(.gz); expected a folder with MNIST's four IDX files")
 
 
-def _read_idx(file: Path, *, dimensions: int) -> np.ndarray:
-    with explain_decode_errors(file, f"an IDX file of {dimensions} dimensions"):
+def read_idx(file: Path, *, dimensions: int | None = None) -> np.ndarray:
+    """Read an IDX file of uint8, compressed or not. Raises `UserError` if it is another file or has other
+    ``dimensions``."""
+    with explain_decode_errors(file, f"an IDX file of {dimensions or '1 to 4'} dimensions"):
         stream = Decompressed(file)
-        header = np.frombuffer(stream.read(4 * (1 + dimensions)), ">u4")
-        if header[0] != 0x800 + dimensions:
-            raise ValueError(f"it starts with {header[0]:08x}")
-        shape = tuple(header[1:].tolist())
+        start = int.from_bytes(stream.read(4), "big")
+        if start - 0x800 not in ((1, 2, 3, 4) if dimensions is None else (dimensions,)):
+            raise ValueError(f"it starts with {start:08x}")
+        shape = tuple(np.frombuffer(stream.read(4 * (start - 0x800)), ">u4").tolist())
         data = stream.read(prod(shape) + 1)
         if not data or len(data) != prod(shape):
             raise ValueError(f"its data do not fit its shape {shape}")

@@ -186,6 +186,12 @@ def test_the_model_is_the_same_bytes_on_one_two_and_three_processes(trained, fla
     assert len({(run / "predictions_test.csv").read_bytes() for run in runs}) == 1
 
 
+@pytest.mark.slow
+def test_in_bf16_the_model_is_the_same_bytes_on_one_two_and_three_processes(trained):
+    runs = [trained(w, *QUICK, "--precision", "bf16", before="injected:native_bf16") for w in (1, 2, 3)]
+    assert len({model_of(run) for run in runs}) == 1
+
+
 def test_a_model_with_dropout_is_the_same_bytes_on_any_processes_and_after_a_resume(trained):
     dropout = {"before": "injected:add_dropout"}
     runs = [trained(world_size, *QUICK, **dropout) for world_size in (1, 3)]

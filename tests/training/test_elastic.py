@@ -56,7 +56,6 @@ FLAGS = (
     *("--precision", "fp32"),
     *("--recipe", "fast", "--batch-size", 32, "--micro-batch", 8, "--image-size", 28, "--max-steps", 250),
     *("--epochs", 60, "--checkpoint-every", 20, "--log-every", 5, "--evaluate-every", 1000, "--reproducible"),
-    *("--precision", "fp32"),
     *("--tracker", "none", "--no-report"),
 )
 

@@ -213,14 +213,13 @@ def test_a_killed_task_fails_the_job_within_a_minute(cluster, environment, small
 
 @pytest.mark.slow
 def test_a_job_whose_head_was_killed_resumes_on_another_node(cluster, environment, small_set, tmp_path, reference):
-    """The lock of the killed rank 0 remains, and another host cannot check whether its owner is alive."""
+    """A survivor of the job takes over the lock of the killed rank 0, or it remains until its heartbeat is missed."""
     flags = ("--shards", small_set, *FLAGS)
     job = submit(cluster, environment, tmp_path, *flags, run=tmp_path / "run")
     job.wait_for_step(24)
     (victim,) = job.processes(rank=0)
     os.kill(victim, signal.SIGKILL)
     assert job.ended(seconds=60)["JobState"] == "FAILED"
-    assert "\nhost=node1" in (job.run / ".lock").read_text()
 
     again = submit(cluster, environment, tmp_path, *flags, run=job.run, options=("--nodes", 1, "--nodelist", "node2"))
     again.output_of()

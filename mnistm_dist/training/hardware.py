@@ -191,7 +191,7 @@ def core_wait_seconds() -> float:
 def native_precisions(device: str) -> tuple[Precision, ...]:
     """Return the precisions that ``device``, "cuda" or "cpu", does not emulate, the one to train in first.
 
-    A CPU has bf16 with AMX, which is twice as fast as fp32, or with AVX-512 alone, which is slower.
+    A CPU has bf16 with AMX, or with AVX-512 alone, where auto leaves it to --precision bf16.
     """
     if device == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)

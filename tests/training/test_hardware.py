@@ -38,7 +38,7 @@ V100, A100 = ("fp32", "fp16"), ("bf16", "fp32", "fp16")
         ("bf16", AVX512, "fp32"),
     ],
 )
-def test_auto_is_bf16_where_native_and_faster_whatever_starts_the_run(launcher, native, chosen):
+def test_auto_is_bf16_where_native_on_gpus_and_with_amx_whatever_starts_the_run(launcher, native, chosen):
     assert choose_precision("auto", launcher, native) == chosen
 
 

@@ -37,7 +37,8 @@ def most_confused(metrics: Metrics) -> list[int]:
     )
 
 
-def _of_all(metrics: Metrics, shown: int) -> str:
+def of_all(metrics: Metrics, shown: int) -> str:
+    """Return `` (the 30 most confused of 1,000 classes)`` for a title, or an empty text if all are shown."""
     width = len(metrics.classes)
     return f" (the {shown} most confused of {width:,} classes)" if shown < width else ""
 
@@ -63,7 +64,7 @@ def confusion_matrix(metrics: Metrics, title: str = "Confusion matrix") -> Figur
     size = (0.44 if width <= 12 else 0.38) * (width + 3.2)
     figure = new_figure(height=size * 0.92, width=max(size, COLUMN_INCHES))
     title = f"{title}: {plural(metrics.total - metrics.correct, 'error')} in {plural(metrics.total, 'image')}"
-    title += _of_all(metrics, width)
+    title += of_all(metrics, width)
     axes = figure.add_subplot(
         xlim=(-0.5, width + 1.0),
         ylim=(width - 0.5, -0.5),
@@ -154,7 +155,7 @@ def per_class(metrics: Metrics, title: str = "Precision and recall of each class
     """
     chosen = most_confused(metrics)
     width, rows = len(chosen), [metrics.per_class[i] for i in chosen]
-    title += _of_all(metrics, width)
+    title += of_all(metrics, width)
     figure = new_figure(height=0.8 + 0.24 * width)
     axes = figure.add_subplot()
     lowest = 1.0

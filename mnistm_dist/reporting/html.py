@@ -106,6 +106,7 @@ def run_values(run: RunRecord) -> dict[str, Any]:
     """Return the values of ``run.html.j2``."""
     evaluations = [row for row in run.rows if row["kind"] == "evaluation" and row.get("val/accuracy") is not None]
     wrong = [_mistakes(run, split) for split in SPLITS]
+    facts = _facts(run)
     resumes, processes = sum(row["kind"] == "resume" for row in run.rows), run.environment.get("world_size")
     sections = {
         "results": ("Results", run.metrics),
@@ -120,8 +121,8 @@ def run_values(run: RunRecord) -> dict[str, Any]:
     return {
         "run": run,
         "title": run.name,
-        "subtitle": _subtitle(run, resumes),
-        "facts": _facts(run),
+        "subtitle": _subtitle(run, resumes, facts.get("ended", "")),
+        "facts": facts,
         "tiles": _tiles(run),
         "sections": {anchor: title for anchor, (title, content) in sections.items() if content},
         "checkpoint": run.summary.checkpoint and describe_checkpoint(run.summary.checkpoint.model_dump()),
@@ -139,7 +140,7 @@ def run_values(run: RunRecord) -> dict[str, Any]:
     }
 
 
-def _subtitle(run: RunRecord, resumes: int) -> str:
+def _subtitle(run: RunRecord, resumes: int, moment: str) -> str:
     state, step = run.state.state, run.state.step
     if state == "running":
         # A run writes its summary, then this page, and then the state `finished`.
@@ -147,7 +148,6 @@ def _subtitle(run: RunRecord, resumes: int) -> str:
     recipe = run.summary.recipe or run.config.get("recipe", "unknown")
     at_step = "" if step is None else f"step {step:,}"
     resumed = f"resumed {plural(resumes, 'time')}" if resumes else ""
-    moment = _facts(run).get("ended", "")
     return " · ".join(filter(None, (f"recipe {recipe}", state, at_step, run.state.reason, resumed, moment)))
 
 
@@ -221,20 +221,31 @@ def _mistakes(run: RunRecord, split: str) -> dict[str, Any]:
     return {"split": split, "name": SPLIT_NAMES[split], "rows": rows, "total": len(wrong)}
 
 
-def _matrix(metrics: Metrics) -> dict[str, list[list[tuple[str, float]]]]:
-    """Return the text and the shade, -1 to 1, of every cell: as counts, and in percent of its row and its column.
+def _matrix(metrics: Metrics) -> dict[str, Any]:
+    """Return the classes, the counts, and the text and the shade, -1 to 1, of every cell of the classes that figures
+    show: as counts, and in percent of its row and its column.
 
     Correct ones have the shade of their share, errors that of their share of the largest error, negative.
     """
     counts = np.array(metrics.confusion_matrix)
     right = np.eye(len(counts), dtype=bool)
-    modes = {}
+    chosen = figures.most_confused(metrics)
+    shown = np.ix_(chosen, chosen)
+    modes: dict[str, list[list[tuple[str, float]]]] = {}
     for name, total in (("counts", 1), ("rows", counts.sum(axis=1, keepdims=True)), ("columns", counts.sum(axis=0))):
         shares = counts / np.maximum(total, 1)
         shades = np.where(right, shares / (shares[right].max() or 1), -shares / (shares[~right].max(initial=0) or 1))
-        texts = np.vectorize("{:,.0f}".format if name == "counts" else lambda share: f"{100 * share:.1f}")(shares)
-        modes[name] = [list(zip(*row, strict=True)) for row in zip(texts.tolist(), shades.tolist(), strict=True)]
-    return modes
+        texts = np.vectorize("{:,.0f}".format if name == "counts" else lambda share: f"{100 * share:.1f}")(
+            shares[shown]
+        )
+        rows = zip(texts.tolist(), shades[shown].tolist(), strict=True)
+        modes[name] = [list(zip(*row, strict=True)) for row in rows]
+    return {
+        "classes": [metrics.classes[i] for i in chosen],
+        "counts": counts[shown].tolist(),
+        "modes": modes,
+        "note": figures.of_all(metrics, len(chosen)).strip(" ()"),
+    }
 
 
 def _config(config: Mapping[str, Any], command: str) -> dict[str, list[tuple[str, str, str]]]:

@@ -7,6 +7,7 @@
 
 import math
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -87,7 +88,7 @@ class Metrics:
         """Wilson's 95 % interval of the accuracy."""
         return wilson_interval(self.correct, self.total)
 
-    @property
+    @cached_property
     def per_class(self) -> tuple[ClassScores, ...]:
         """Scores of each class, in the order of the classes."""
         columns = [sum(column) for column in zip(*self.confusion_matrix, strict=True)]
@@ -104,7 +105,7 @@ class Metrics:
             for i, (name, row) in enumerate(zip(self.classes, self.confusion_matrix, strict=True))
         )
 
-    @property
+    @cached_property
     def confusions(self) -> tuple[ConfusionCell, ...]:
         """The nonzero cells off the diagonal, the largest first, equal ones in the order of the classes."""
         cells = [

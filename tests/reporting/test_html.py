@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote
 
+import numpy as np
 import pytest
 from browser import CHROMEDRIVER, CHROMIUM, Browser, browser
 from PIL import Image
@@ -20,7 +21,7 @@ from mnistm_dist import __version__, report
 from mnistm_dist.errors import run_cli
 from mnistm_dist.reporting.html import write_report
 from mnistm_dist.reporting.pictures import read_pictures, write_pictures
-from mnistm_dist.reporting.predictions import mistakes
+from mnistm_dist.reporting.predictions import Predictions, mistakes
 from mnistm_dist.reporting.runs import read_run
 
 
@@ -199,6 +200,26 @@ def test_a_report_takes_less_than_five_seconds_of_cpu_time_and_two_megabytes(tmp
     write_report([run], tmp_path / "report.html")
     assert time.process_time() - began < 5.0
     assert (tmp_path / "report.html").stat().st_size < 2e6
+
+
+def test_the_page_of_many_classes_shows_those_that_are_confused_most(tmp_path: Path) -> None:
+    run, count = small_run(tmp_path / "run"), 300
+    labels = np.arange(2 * count) % count
+    predicted = np.where(labels == 7, 291, labels)
+    probabilities = np.full((2 * count, count), 1e-6)
+    probabilities[np.arange(2 * count), predicted] = 1
+    predictions = Predictions(
+        keys=tuple(f"{key:08d}" for key in range(2 * count)),
+        labels=labels,
+        predicted=predicted,
+        probabilities=probabilities,
+        classes=tuple(f"class {number}" for number in range(count)),
+    )
+    write_report([run], tmp_path / "report.html", {"val": predictions})
+    html = (tmp_path / "report.html").read_text()
+    assert "the 30 most confused of 300 classes" in html
+    assert "2 images of class class 7 predicted as class 291" in html
+    assert len(html) < 2e6
 
 
 def test_a_run_that_was_killed_is_reported_as_far_as_it_goes(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ CONFIG_NAME, STATE_NAME, LOG_NAME = "config.yaml", "state.json", "log.jsonl"
 SUMMARY_NAME = "summary.json"
 # The results of a run, which results.py writes.
 RESULT_NAMES = (
-    *(SUMMARY_NAME, "report.html", "learning_curve.png"),
+    *(SUMMARY_NAME, "report.html", "learning_curve.png", "mistakes"),
     *(f"{name}_{split}.*" for split in ("val", "test") for name in ("predictions", "confusion_matrix", "mistakes")),
 )
 

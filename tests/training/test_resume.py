@@ -354,6 +354,8 @@ def test_later_checkpoints_and_their_results_are_set_aside_with_a_line(run_main,
     from mnistm_dist.train import main
 
     earlier, *later = sorted(path.name for path in (preempted / "checkpoints").iterdir())
+    (preempted / "mistakes").mkdir()
+    (preempted / "mistakes" / "val.png").write_bytes(b"pictures of the report")
     before = contents(preempted)
     out = output_of(
         run_main(main, "--resume", preempted / "checkpoints" / earlier, "--max-steps", int(earlier[5:]) + 1)
@@ -362,7 +364,13 @@ def test_later_checkpoints_and_their_results_are_set_aside_with_a_line(run_main,
     assert f"{', '.join(later)} and any results were moved to {aside}" in out
     moved = contents(aside)
     assert {name: before[name] for name in moved} == moved
-    assert {*(f"checkpoints/{name}/state.json" for name in later), "summary.json", "log.jsonl"} <= moved.keys()
+    assert {
+        *(f"checkpoints/{name}/state.json" for name in later),
+        "summary.json",
+        "log.jsonl",
+        "mistakes/val.png",
+    } <= moved.keys()
+    assert not (preempted / "mistakes").exists()
     summary = json.loads((preempted / "summary.json").read_text())
     assert (summary["steps"], summary["checkpoint"]["step"]) == (int(earlier[5:]) + 1, int(earlier[5:]) + 1)
     assert max(row["step"] for row in read_log(preempted / "log.jsonl")) == int(earlier[5:]) + 1

@@ -31,7 +31,7 @@ from mnistm_dist.config import (
     read_recipe,
     replace,
 )
-from mnistm_dist.errors import UserError, errors_once_per_node
+from mnistm_dist.errors import UserError, errors_once_per_node, is_first
 
 TRAIN_HELP = f"""Train an image classifier on packed shards.
 
@@ -245,7 +245,7 @@ def _tyro(target: Any, argv: list[str], name: str, head: str = "", **options: An
             usage, *rest = map(str.rstrip, text.splitlines())
             usage = textwrap.fill(usage, 80, subsequent_indent=" " * 7, break_long_words=False, break_on_hyphens=False)
             text = "\n".join([head, "", usage, *rest, ""])
-        if os.environ.get("RANK", "0") == "0":
+        if is_first():
             write_result(text)
         raise
 

@@ -61,9 +61,14 @@ def errors_once_per_node() -> Iterator[None]:
         raise
 
 
+def is_first(rank: str = "RANK") -> bool:
+    """Return whether this process is number 0 by a launcher's variable, or has no launcher."""
+    return os.environ.get(rank, "0") == "0"
+
+
 def print_error(message: str, printed_by: str | None = None) -> None:
     """Print ``error: MESSAGE`` as one line on stderr, in the processes that `UserError.printed_by` describes."""
-    if printed_by is None or os.environ.get(printed_by, "0") == "0":
+    if printed_by is None or is_first(printed_by):
         print(f"error: {escape_control(' '.join(message.split())):.2500}", file=sys.stderr, flush=True)
 
 

@@ -3,7 +3,6 @@
 import time
 
 from mnistm_dist.config import dump
-from mnistm_dist.data.loader import train_batches
 from mnistm_dist.data.transforms import Augment, Preprocess
 from mnistm_dist.reporting.console import Console
 from mnistm_dist.reporting.describe import duration
@@ -31,17 +30,8 @@ def print_estimate(run: RunSetup, console: Console, steps_done: int) -> None:
     state, left = create_train_state(config, world, len(run.shards.manifest.classes), run.shares), TimeLeft()
     state.train_model.train()
     for size in schedule.work_left(steps_done, config.run.evaluate_every)[0]:
-        batches = train_batches(
-            run.readers["train"],
-            run.order,
-            batch_size=config.steps.batch_size,
-            micro_batch=int(config.steps.micro_batch),
-            world_size=world.size,
-            rank=world.rank,
-            stop_step=STEPS,
-        )
         seconds = []
-        for micro_batches in batches:
+        for micro_batches in run.batches(0, STEPS):
             started = time.perf_counter()
             losses, _ = train_step(world, state, augment, micro_batches, size, config)
             # Waits for the device.

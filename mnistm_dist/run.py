@@ -9,7 +9,6 @@
 
 import dataclasses
 import functools
-import os
 import shlex
 import statistics
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ from pathlib import Path
 
 from mnistm_dist.cli import TrainRequest, write_result
 from mnistm_dist.config import Config, dump
-from mnistm_dist.errors import EXIT_PREEMPTED, errors_once_per_node
+from mnistm_dist.errors import EXIT_PREEMPTED, errors_once_per_node, is_first
 from mnistm_dist.estimate import images_left, print_estimate
 from mnistm_dist.reporting.console import Console
 from mnistm_dist.reporting.run_logger import RunLogger
@@ -44,11 +43,11 @@ def launch(request: TrainRequest, *, process_ends: bool) -> int:
         starts = [(one, start) for one in requests if (start := choose_start(one)) is not None]
     run_dirs = [Path(str(one.config.run.run_dir)) for one in requests if request.seeds]
     if not starts:
-        compare_seeds(run_dirs, Console(enabled=os.environ.get("RANK", "0") == "0"))
+        compare_seeds(run_dirs, Console(enabled=is_first()))
         return 0
     _, (config, checkpoint) = starts[0]
     if request.print_config:
-        if os.environ.get("RANK", "0") == "0":
+        if is_first():
             write_result(dump(config))
         return 0
     timeout, stop = config.run.collective_timeout, StopRequest(parse_signals(config.run.stop_signals))

@@ -5,12 +5,11 @@ accelerate launch --config_file accelerate_config.yaml --num_processes 8 -m mnis
 sbatch slurm/train.sh --recipe fast --shards shards/official            a cluster
 """
 
-import os
 import sys
 
 from mnistm_dist import __version__
 from mnistm_dist.cli import parse_train_flags
-from mnistm_dist.errors import run_cli
+from mnistm_dist.errors import is_first, run_cli
 
 
 def main(argv: list[str]) -> int:
@@ -21,8 +20,7 @@ def main(argv: list[str]) -> int:
     config = request.config
     what = f"resume {config.run.resume}" if config.run.resume else f"recipe {config.recipe}"
     # Of the configuration, stdout holds nothing else.
-    is_first = os.environ.get("RANK", "0") == "0" and not request.print_config
-    Console(enabled=is_first).line(f"mnistm_dist {__version__}: {what}")
+    Console(enabled=is_first() and not request.print_config).line(f"mnistm_dist {__version__}: {what}")
     # After the flags and the first line: torch takes seconds to import.
     from mnistm_dist.run import launch
 

@@ -23,7 +23,7 @@ from mnistm_dist.data import resident
 from mnistm_dist.data.loader import Batch, Reader
 from mnistm_dist.errors import UserError
 from mnistm_dist.reporting import figures, html
-from mnistm_dist.training import checkpoint, distributed, evaluation, preemption, train_state
+from mnistm_dist.training import checkpoint, distributed, evaluation, preemption, setup, train_state
 from mnistm_dist.training import trainer as loop
 
 CLONE_NEWNS, MS_RDONLY, MS_REC, MS_PRIVATE = 0x20000, 1, 0x4000, 0x40000
@@ -223,7 +223,7 @@ def add_dropout() -> None:
 
 def record_batches() -> None:
     """Append ``[step, [id, ...]]`` to ``consumed-RANK.jsonl`` before each training step."""
-    original = loop.train_batches
+    original = setup.train_batches
     path = Path(f"consumed-{os.environ.get('RANK', '0')}.jsonl")
 
     def recorded(reader: Reader, *args: Any, start_step: int = 0, **kwargs: Any) -> Iterator[list[Batch]]:
@@ -234,4 +234,4 @@ def record_batches() -> None:
                 file.write(json.dumps([step, ids]) + "\n")
             yield micro_batches
 
-    loop.train_batches = recorded
+    setup.train_batches = recorded

@@ -134,8 +134,9 @@ class GradientTree:
             parameter.grad = view
         if self.norms:
             own = torch.stack(self.statistics)
-            keep = torch.cat([torch.full((2 * n.num_features,), 1 - cast(float, n.momentum)) for n in self.norms]).to(
-                own.device
+            # Filled on the device: a copy from the host would wait for a GPU.
+            keep = torch.cat(
+                [own.new_full((2 * norm.num_features,), 1 - cast(float, norm.momentum)) for norm in self.norms]
             )
             for statistics in self.world.gather_rows(own, [len(share) for share in self.shares]):
                 self.running.mul_(keep).add_(statistics)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mnistm_dist.config import Config, fields_of, load, replace
-from mnistm_dist.errors import UserError
+from mnistm_dist.errors import UserError, is_first
 from mnistm_dist.training import checkpoint as checkpoints
 from mnistm_dist.training.checkpoint import Checkpoint
 from mnistm_dist.training.distributed import World
@@ -115,8 +115,7 @@ def agree_on_start(config: Config, checkpoint: Checkpoint | None, world: World) 
 def check_resume(checkpoint: Checkpoint, run: RunSetup, warn: Callable[[str], None]) -> None:
     """Call ``warn`` if results may differ from here on; the run folder is not changed.
 
-    Raise `UserError` if the checkpoint is of another packed set, or was trained with another
-    configuration.
+    Raise `UserError` if the checkpoint is of another packed set, or was trained with another configuration.
     """
     scalars = checkpoint.scalars
     if scalars.shards != run.shards.manifest.identity:
@@ -153,5 +152,5 @@ def restore_state(state: TrainState, checkpoint: Checkpoint, run: RunSetup) -> N
 
 def print_on_main(text: str) -> None:
     """Print a line to stderr on rank 0, before the processes have joined."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_first():
         print(text, file=sys.stderr, flush=True)

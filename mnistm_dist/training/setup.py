@@ -8,7 +8,7 @@
 import functools
 import itertools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Protocol
 from mnistm_dist.config import Config, DataConfig, dump, replace
 from mnistm_dist.data.cache import choose_cache_dir
 from mnistm_dist.data.fetch import is_address, open_shards
-from mnistm_dist.data.loader import Reader, open_reader
+from mnistm_dist.data.loader import Batch, Reader, open_reader, train_batches
 from mnistm_dist.data.manifest import Manifest
 from mnistm_dist.data.order import Order, choose_micro_batch, choose_reading, create_order, micro_batch_share
 from mnistm_dist.data.packing.writer import pack
@@ -66,6 +66,19 @@ class RunSetup:
     def order(self) -> Order:
         """The training order."""
         return create_order(self.config.data, self.config.steps, self.shards.manifest)
+
+    def batches(self, start_step: int, stop_step: int) -> Iterator[list[Batch]]:
+        """Return this rank's micro-batches of each step from ``start_step`` up to ``stop_step``."""
+        return train_batches(
+            self.readers["train"],
+            self.order,
+            start_step=start_step,
+            stop_step=stop_step,
+            batch_size=self.config.steps.batch_size,
+            micro_batch=int(self.config.steps.micro_batch),
+            world_size=self.world.size,
+            rank=self.world.rank,
+        )
 
     @functools.cached_property
     def shares(self) -> list[range]:

@@ -8,14 +8,12 @@ gives all ranks the BatchNorm statistics of rank 0, the only ones that are kept.
 import math
 import shlex
 import time
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from mnistm_dist.data.loader import Batch, train_batches
 from mnistm_dist.data.order import step_positions
 from mnistm_dist.data.parallel import Progress
 from mnistm_dist.data.transforms import Augment, Preprocess
@@ -91,7 +89,8 @@ class Trainer:
             torch.random.fork_rng(),
         ):
             self.window.start_clock()
-            for step, micro_batches in enumerate(self.batches(), start=state.steps_done):
+            batches = self.run.batches(state.steps_done, schedule.last_step)
+            for step, micro_batches in enumerate(batches, start=state.steps_done):
                 image_size = schedule.image_size(step)
                 for group in state.optimizer.param_groups:
                     group["lr"] = schedule.learning_rate(step)
@@ -119,19 +118,6 @@ class Trainer:
                 if action == EXIT and not ends_run:
                     self.exit_preempted()
                 self.window.start_clock()
-
-    def batches(self) -> Iterator[list[Batch]]:
-        """Return this rank's micro-batches of each remaining step."""
-        return train_batches(
-            self.run.readers["train"],
-            self.run.order,
-            start_step=self.state.steps_done,
-            stop_step=self.schedule.last_step,
-            batch_size=self.config.steps.batch_size,
-            micro_batch=int(self.config.steps.micro_batch),
-            world_size=self.world.size,
-            rank=self.world.rank,
-        )
 
     def log_training(self, step: int, norm: float) -> None:
         """Log the steps since the last row; ``norm`` is the gradient's, of ``step``, before clipping."""

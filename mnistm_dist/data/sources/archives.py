@@ -67,6 +67,10 @@ class Tree(ABC):
         """Return the folders around one file that may say its split or class, outermost first."""
         return name.split("/")[:-1]
 
+    def context(self, name: str) -> str:
+        """Return the name of one file and the folders around it that may say its split."""
+        return "/".join([*self.folders(name), name.rpartition("/")[2]])
+
     def origin(self, name: str) -> str:
         """Return how messages name one file of the tree."""
         return escape_control(f"{self.name or self.path}/{name}".replace("//", "/"))

@@ -81,6 +81,7 @@ _FOREIGN: Mapping[str, tuple[bytes, tuple[str, ...]]] = {
     "a RAR archive, which is not read; unpack it with unrar x FILE": (b"Rar!", (".rar",)),
     "compressed by zstd, which is not read; unpack it with zstd -d FILE": (b"\x28\xb5\x2f\xfd", (".zst", ".zstd")),
 }
+_DATA_KINDS = (*LOADERS, "parquet", "arrow")  # kinds of files that hold images with their labels
 _NESTED = 2  # archives in archives
 _PART = re.compile(r"(\d{3,})(?:-of-(\d+))?(?=\D*$)")
 
@@ -187,12 +188,12 @@ def _read_sets(
     stems = images | {key_of(name) for name, kind in kinds.items() if kind == "archive"}
     sets: dict[tuple[str, str], list[str]] = {}
     for name, kind in kinds.items():
-        if kind in (*LOADERS, "parquet", "arrow") and key_of(name) not in stems and layout in (None, kind):
+        if kind in _DATA_KINDS and key_of(name) not in stems and layout in (None, kind):
             sets.setdefault((str(kind), _set_key(tree, name)), []).append(name)
     readers: list[Callable[[], Iterator[_Found]]] = [
         partial(_open_data, tree, kind, files, mnist) for (kind, _), files in sets.items()
     ]
-    if images and layout not in (*LOADERS, "parquet", "arrow"):
+    if images and layout not in _DATA_KINDS:
         of_images = [name for name, kind in kinds.items() if kind in ("image", "text")]
         readers.append(partial(_open_images, tree, path, of_images, layout))
     for reader in readers:
@@ -258,7 +259,7 @@ def _siblings(path: Path) -> dict[str, str | None]:
     """Return the kinds of a file and of the others of its set in its folder."""
     kind, folder = _file_kind(path), Folder(path.parent)
     kinds: dict[str, str | None] = {path.name: kind}
-    if kind in (*LOADERS, "archive", "parquet", "arrow") and path.suffix:
+    if kind in (*_DATA_KINDS, "archive") and path.suffix:
         key = _set_key(folder, path.name)
         for file in sorted(path.parent.iterdir()):
             of_set = file.suffix == path.suffix and _set_key(folder, file.name) == key

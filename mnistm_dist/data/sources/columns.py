@@ -64,10 +64,11 @@ def open_columns(layout: str, tree: Tree, files: Sequence[str]) -> tuple[list[Ta
             raise UserError(f"{origin}: row {cells.index(None)}: no label; every row needs both")
         are_numbers = all(isinstance(cell, int) for cell in cells)
         labels = np.array(cells, np.int64) if are_numbers else parse_labels(origin, list(map(str, cells)))
-        around = "/".join([*tree.folders(file), file.rpartition("/")[2]])
         read = partial(_read, layout, path, origin, image)
         names = _class_names(schema, label)
-        tables.append(Table(origin=origin, labels=labels, splits=split_of(around), classes=names, read=read))
+        tables.append(
+            Table(origin=origin, labels=labels, splits=split_of(tree.context(file)), classes=names, read=read)
+        )
     return tables, tuple(notes)
 
 

@@ -174,7 +174,7 @@ def open_arrays(
         origin, path = tree.origin(file), tree.local(file)
         with explain_decode_errors(origin, expected, AssertionError, AttributeError):
             arrays = load(path)
-        around = "/".join([*tree.folders(file), file.rpartition("/")[2]])
+        around = tree.context(file)
         # Arrays whose names say what they are come first: another one may have the shape of labels.
         for name, array in sorted(arrays.items(), key=lambda item: role_of(item[0]) is None):
             full, key = f"{origin}: {name}" if name else origin, name or file.rpartition("/")[2].partition(".")[0]

@@ -106,7 +106,7 @@ def choose_folder(run_dir: Path, out: Path | None, console: Console, stack: Exit
 
     ``stack`` releases it. Raises `UserError` if it cannot be written.
     """
-    from mnistm_dist.training.run_lock import RunLock
+    from mnistm_dist.run_lock import RunLock
 
     if out is not None:
         with explain_os_errors(out):

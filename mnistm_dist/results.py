@@ -38,6 +38,9 @@ def choose_checkpoint(run_dir: Path, which: str, *, has_test: bool) -> tuple[che
     ``which`` is best, last, a path, or chosen: the best on val if there is a test split to give an unbiased result,
     else the last. Raise `UserError` if there is no such checkpoint.
     """
+    if which == "chosen" and (run_dir / checkpoints.MODEL).exists():
+        # A folder of `export --to hub`.
+        which = str(run_dir)
     if which not in ("best", "last", "chosen"):
         checkpoint, chosen = checkpoints.open_checkpoint(Path(which)), "named"
     else:

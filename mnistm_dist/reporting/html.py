@@ -142,9 +142,9 @@ def run_values(run: RunRecord) -> dict[str, Any]:
 
 def _subtitle(run: RunRecord, resumes: int, moment: str) -> str:
     state, step = run.state.state, run.state.step
-    if state == "running":
+    if state == "killed" and run.summary.steps:
         # A run writes its summary, then this page, and then the state `finished`.
-        state, step = ("finished", run.summary.steps) if run.summary.steps else ("running, or killed", step)
+        state, step = "finished", run.summary.steps
     recipe = run.summary.recipe or run.config.get("recipe", "unknown")
     at_step = "" if step is None else f"step {step:,}"
     resumed = f"resumed {plural(resumes, 'time')}" if resumes else ""

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from mnistm_dist.errors import PeerFailure, UserError, near_path
 from mnistm_dist.files import explain_os_errors, write_atomic
-from mnistm_dist.training.run_lock import RunLock
+from mnistm_dist.run_lock import RunLock
 
 State = Literal["running", "preempted", "finished", "failed"]
 CONFIG_NAME, STATE_NAME, LOG_NAME = "config.yaml", "state.json", "log.jsonl"

@@ -89,8 +89,8 @@ def format_table(rows: list[dict[str, Any]]) -> str:
 def prune(runs: list[tuple[Path, dict[str, Any]]], *, remove: bool) -> int:
     """Print what can be removed of the runs and how much it frees; remove it if ``remove``. Return the exit code."""
     from mnistm_dist.results import read_summary
-    from mnistm_dist.training.checkpoint import checkpoint_dirs
     from mnistm_dist.run_lock import RunLock
+    from mnistm_dist.training.checkpoint import checkpoint_dirs
 
     freed = 0
     for path, row in runs:

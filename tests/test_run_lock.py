@@ -10,10 +10,10 @@ import time
 import pytest
 from run_folders import is_locked
 
-from mnistm_dist.errors import UserError
 from mnistm_dist import run_lock
-from mnistm_dist.training.run_dir import read_state, write_state, write_state_for_dead_owner
+from mnistm_dist.errors import UserError
 from mnistm_dist.run_lock import RunLock
+from mnistm_dist.training.run_dir import read_state, write_state, write_state_for_dead_owner
 
 HOLD = """
 import sys, time

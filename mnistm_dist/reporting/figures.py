@@ -148,66 +148,6 @@ def batch_grid(images: Sequence[np.ndarray], captions: Sequence[str], title: str
 
 
 @styled
-def per_class(metrics: Metrics, title: str = "Precision and recall of each class") -> PageFigure:
-    """Draw the precision and the recall of each class as dots; the axis begins below the lowest.
-
-    Of more than `MOST_CLASSES` classes, those of the confusion matrix are drawn.
-    """
-    chosen = most_confused(metrics)
-    width, rows = len(chosen), [metrics.per_class[i] for i in chosen]
-    title += of_all(metrics, width)
-    figure = new_figure(height=0.8 + 0.24 * width)
-    axes = figure.add_subplot()
-    lowest = 1.0
-    # The precision of a class without images says only that it was predicted somewhere.
-    present = [(i, scores) for i, scores in enumerate(rows) if scores.support]
-    for name, colour, marker, fill, shift in (
-        ("recall", SERIES[0], "o", SERIES[0], 0.12),
-        ("precision", SERIES[1], "D", "none", -0.12),
-    ):
-        dots = [(value, i - shift) for i, scores in present if (value := getattr(scores, name)) is not None]
-        lowest = min([lowest, *(value for value, _ in dots)])
-        axes.plot(
-            [100 * value for value, _ in dots],
-            [place for _, place in dots],
-            marker,
-            label=name,
-            color=colour,
-            markersize=5.5,
-            markerfacecolor=fill,
-            markeredgewidth=1.4,
-            clip_on=False,
-            zorder=3,
-        )
-    # A round start of the axis that leaves space for the differences between the classes.
-    start = next((low for low in (99, 98, 95, 90, 80, 50) if 100 * lowest > low + (100 - low) * 0.1), 0)
-    axes.set(
-        xlim=(start, 100),
-        ylim=(width - 0.5, -0.5),
-        yticks=range(width),
-        yticklabels=[shorten(metrics.classes[i]) for i in chosen],
-        xlabel="%",
-        ylabel="class",
-        title=title,
-    )
-    for i, scores in enumerate(rows):
-        note = "no images" if not scores.support else "never predicted" if not scores.predicted else ""
-        shares = [
-            f"{name} {percent(v)}" for name in ("recall", "precision") if (v := getattr(scores, name)) is not None
-        ]
-        text = f"class {scores.name}: {', '.join([plural(scores.support, 'image'), *shares])}"
-        figure.add_tip(axes.get_yaxis_transform(), (0, i + 0.5, 1, i - 0.5), text)
-        axes.annotate(
-            note, (0, i), (6, 0), ("axes fraction", "data"), "offset points", va="center", fontsize=SMALL, color=MUTED
-        )
-    axes.tick_params(length=0)
-    axes.tick_params(axis="y", pad=8)
-    axes.spines["left"].set_visible(False)
-    axes.legend(loc="lower right", bbox_to_anchor=(1.02, 0.985), ncols=2, borderaxespad=0, handletextpad=0.1)
-    return figure
-
-
-@styled
 def calibration(bins: Sequence[CalibrationBin], error: float, title: str = "Calibration") -> PageFigure:
     """Draw accuracy against confidence, and below it the number of images at each confidence.
 

@@ -31,6 +31,7 @@ from mnistm_dist.reporting.runs import SPLITS, RunRecord, differing_fields, flat
 from mnistm_dist.reporting.style import to_svg
 
 SPLIT_NAMES = {"val": "validation", "test": "test"}
+BAR_STARTS = (0.99, 0.98, 0.95, 0.9, 0.8, 0.5)  # of the bars of precision and recall
 LIKELIEST = 3  # classes that a mistake shows, besides the true one
 
 
@@ -62,6 +63,8 @@ def write_report(
     environment.filters |= {
         "count": "{:,}".format,
         "duration": duration,
+        "moment": moment,
+        "number": number,
         "percent": percent,
         "plural": plural,
         "points": lambda share: None if share is None else f"{100 * share:.2f}",
@@ -93,6 +96,11 @@ def value_text(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def moment(seconds: float) -> str:
+    """Return the local time of a Unix time."""
+    return time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(seconds))
+
+
 def _links(run_dir: Path, out: Path) -> dict[str, str]:
     """Return the address of every file of a run folder by its name, relative to the page."""
     files = sorted(
@@ -106,7 +114,7 @@ def run_values(run: RunRecord) -> dict[str, Any]:
     """Return the values of ``run.html.j2``."""
     evaluations = [row for row in run.rows if row["kind"] == "evaluation" and row.get("val/accuracy") is not None]
     wrong = [_mistakes(run, split) for split in SPLITS]
-    facts = _facts(run)
+    times = [row["time"] for row in run.rows if "time" in row]
     resumes, processes = sum(row["kind"] == "resume" for row in run.rows), run.environment.get("world_size")
     sections = {
         "results": ("Results", run.metrics),
@@ -121,9 +129,9 @@ def run_values(run: RunRecord) -> dict[str, Any]:
     return {
         "run": run,
         "title": run.name,
-        "subtitle": _subtitle(run, resumes, facts.get("ended", "")),
-        "facts": facts,
-        "tiles": _tiles(run),
+        "subtitle": _subtitle(run, resumes, moment(max(times)) if times else ""),
+        "times": times,
+        "resumes": resumes,
         "sections": {anchor: title for anchor, (title, content) in sections.items() if content},
         "checkpoint": run.summary.checkpoint and describe_checkpoint(run.summary.checkpoint.model_dump()),
         "splits": [_split(run, split) for split in run.metrics],
@@ -140,7 +148,7 @@ def run_values(run: RunRecord) -> dict[str, Any]:
     }
 
 
-def _subtitle(run: RunRecord, resumes: int, moment: str) -> str:
+def _subtitle(run: RunRecord, resumes: int, ended: str) -> str:
     state, step = run.state.state, run.state.step
     if state == "killed" and run.summary.steps:
         # A run writes its summary, then this page, and then the state `finished`.
@@ -148,50 +156,12 @@ def _subtitle(run: RunRecord, resumes: int, moment: str) -> str:
     recipe = run.summary.recipe or run.config.get("recipe", "unknown")
     at_step = "" if step is None else f"step {step:,}"
     resumed = f"resumed {plural(resumes, 'time')}" if resumes else ""
-    return " · ".join(filter(None, (f"recipe {recipe}", state, at_step, run.state.reason, resumed, moment)))
-
-
-def _facts(run: RunRecord) -> dict[str, str]:
-    """Return when, how long and where the run was."""
-    summary, environment = run.summary, run.environment
-    times = [row["time"] for row in run.rows if "time" in row]
-    parts = {"training": summary.train_seconds, "evaluation": summary.evaluate_seconds, "saving": summary.save_seconds}
-    spent = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items() if seconds)
-    facts: dict[str, Any] = {
-        name: time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(moment))
-        for name, moment in zip(("started", "ended"), (min(times), max(times)) if times else (), strict=False)
-    }
-    if times:
-        # Of all launches, with the time between them.
-        facts["duration"] = duration(max(times) - min(times)) + (f" ({spent})" if spent else "")
-    size, threads = environment.get("world_size"), environment.get("threads")
-    facts["machine"] = ", ".join(
-        str(environment[name]) for name in ("host", "device", "platform") if name in environment
-    )
-    facts["processes"] = f"{size}, {threads} threads each" if size and threads else ""
-    facts["peak memory"] = f"{summary.peak_memory_gb:.2f} GB" if summary.peak_memory_gb else ""
-    return {name: text for name, text in facts.items() if text}
-
-
-def _tiles(run: RunRecord) -> list[tuple[str, str]]:
-    summary, tiles = run.summary, []
-    for split, metrics in run.metrics.items():
-        low, high = metrics.interval95
-        name = f"{SPLIT_NAMES[split]} accuracy, 95 % interval {100 * low:.2f} to {100 * high:.2f} %"
-        tiles.append((percent(metrics.accuracy), name))
-    if summary.train_seconds:
-        epochs = f", {number(summary.epochs)} epochs" if summary.epochs else ""
-        tiles.append((duration(summary.train_seconds), f"training{epochs}"))
-    if summary.images_per_second:
-        processes = f", world size {summary.world_size:,}" if summary.world_size else ""
-        tiles.append((number(summary.images_per_second), f"images/s{processes}"))
-    if summary.parameters:
-        tiles.append((f"{summary.parameters:,}", "parameters"))
-    return tiles
+    return " · ".join(filter(None, (f"recipe {recipe}", state, at_step, run.state.reason, resumed, ended)))
 
 
 def _split(run: RunRecord, split: str) -> dict[str, Any]:
     metrics, name, results = run.metrics[split], SPLIT_NAMES[split], run.predictions.get(split)
+    scores = [share for row in metrics.per_class for share in (row.precision, row.recall) if share is not None]
     calibration = None
     if results is not None:
         bins = calibration_bins(results.labels, results.probabilities, results.predicted)
@@ -202,7 +172,8 @@ def _split(run: RunRecord, split: str) -> dict[str, Any]:
         "text": describe(metrics).splitlines(),
         "split": split,
         "matrix": _matrix(metrics),
-        "classes": to_svg(figures.per_class(metrics), f"classes-{split}", f"Precision and recall, {name}"),
+        # A round start of the bars that leaves space for the differences between the classes.
+        "start": next((start for start in BAR_STARTS if min(scores) > start + (1 - start) / 10), 0),
         "calibration": calibration and to_svg(calibration, f"calibration-{split}", "Accuracy at each confidence"),
     }
 

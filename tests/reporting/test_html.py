@@ -99,7 +99,7 @@ def test_the_report_of_a_run_shows_everything_in_the_run_folder(finished: Path, 
     ):
         assert part in text, part
     assert "Missing or unreadable" not in text
-    assert html.count("<svg") == 3 * 2 + 2
+    assert html.count("<svg") == 2 * 2 + 2
     assert "<details>" in html
     assert '<a href="../../runs' in html or 'fast-1/log.jsonl">log.jsonl</a>' in html
 
@@ -164,6 +164,17 @@ def test_a_cell_of_the_matrix_names_its_count_and_both_shares(page: Path, finish
         assert len(cells) == 100
     # The last of them: the columns sum to 100 %.
     assert sum(float(cells[10 * i + 3].replace("·", "0")) for i in range(10)) == pytest.approx(100, abs=0.5)
+
+
+def test_a_bar_of_precision_and_of_recall_has_the_length_of_its_share(page: Path, finished: Path) -> None:
+    metrics = read_run(finished, __version__).metrics["val"]
+    html = page.read_text().split('<table class="scores">')[1].split("</section>")[0]
+    start = int(re.search(r"Bars of precision and recall: (\d+) to 100 %", html.replace("\xa0", " "))[1]) / 100
+    assert start < min(min(row.precision, row.recall) for row in metrics.per_class)
+    bars = [float(share) for share in re.findall(r"--share: ([\d.]+)", html.split("</table>")[0])]
+    shares = [share for row in metrics.per_class for share in (row.precision, row.recall)]
+    assert bars == pytest.approx([(share - start) / (1 - start) for share in shares], abs=1e-3)
+    assert f"{metrics.per_class[0].correct} of {metrics.per_class[0].support} images correct" in html
 
 
 def test_the_page_loads_nothing_and_runs_nothing(page: Path, comparison: Path) -> None:
@@ -393,7 +404,6 @@ def test_the_pointer_finds_a_tip_over_cells_curves_and_bars(chromium: Browser, p
     for figure, text in (
         (".matrix svg", " of class "),
         ("svg[aria-label='Learning curve']", "training loss "),
-        ("svg[aria-label='Precision and recall, validation']", "recall "),
         ("svg[aria-label='Accuracy at each confidence']", "confidence "),
     ):
         assert text in (chromium.evaluate(script % figure) or ""), figure

@@ -54,13 +54,12 @@ def main(
         evaluate_checkpoint,
         next_commands,
         print_result,
-        read_summary,
         write_summary,
     )
     from mnistm_dist.training import distributed
     from mnistm_dist.training.hardware import find_device, native_precisions
     from mnistm_dist.training.preemption import exit_promptly
-    from mnistm_dist.training.run_dir import CONFIG_NAME, require_run
+    from mnistm_dist.training.run_dir import CONFIG_NAME, read_summary, require_run
     from mnistm_dist.training.setup import EVALUATED_SPLITS, open_evaluation
 
     run_dir = Path(run)

@@ -4,9 +4,9 @@
     python -m mnistm_dist.export runs/NAME --to torch --out model.pt2
     python -m mnistm_dist.export runs/NAME --to hub --out FOLDER --push ME/NAME
 
-onnx and torch: images, uint8 (N, H, W, 3), RGB, any N, H and W; the preprocessing is
-part of the model. Output: probabilities, float32 (N, C), computed in float32
-whatever the run's precision was.
+onnx and torch. Input: images, uint8 (N, H, W, 3), RGB, any N, H and W; the
+preprocessing is part of the model. Output: probabilities, float32 (N, C),
+computed in float32 whatever the run's precision was.
 
     session = onnxruntime.InferenceSession("model.onnx")
     session.run(None, {"images": images})[0]
@@ -84,12 +84,10 @@ def main(
             if to == "hub":
                 hub.write_folder(model, Path(run), temporary)
                 exported = replace(load_model(temporary, device="cpu"), autocast=None).predict
-            elif to == "onnx":
-                temporary.write_bytes(exported_model.to_onnx(model))
-                exported = exported_model.run_onnx(temporary)
             else:
-                temporary.write_bytes(exported_model.to_torch(model))
-                exported = exported_model.run_torch(temporary)
+                write, load = exported_model.FORMATS[to]
+                temporary.write_bytes(write(model))
+                exported = load(temporary)
             difference = exported_model.compare(model, exported, exported_model.sample_images(IMAGES))
             # Not `difference > TOLERANCE`, which is False for NaN.
             if not difference <= TOLERANCE:

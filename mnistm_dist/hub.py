@@ -15,9 +15,8 @@ from mnistm_dist import __version__
 from mnistm_dist import config as configuration
 from mnistm_dist.errors import UserError, escape_control
 from mnistm_dist.inference import TrainedModel
-from mnistm_dist.results import read_summary
 from mnistm_dist.training.checkpoint import MODEL, STATE, TRAINING
-from mnistm_dist.training.run_dir import CONFIG_NAME, SUMMARY_NAME
+from mnistm_dist.training.run_dir import CONFIG_NAME, SUMMARY_NAME, read_summary
 
 CARD = Path(__file__).parent / "reporting" / "templates" / "model_card.md.j2"
 TASK = "image-classification"
@@ -26,8 +25,8 @@ TASK = "image-classification"
 def write_folder(model: TrainedModel, run_dir: Path, folder: Path) -> None:
     """Write the files of a model of a run to an empty folder. Raises `OSError`."""
     config = configuration.load(run_dir / CONFIG_NAME)
-    recipe = Path(config.recipe).stem
-    config = replace(configuration.replace(config, shards=None, cache_dir=None, run_dir=None), recipe=recipe)
+    config = configuration.replace(config, shards=None, cache_dir=None, run_dir=None)
+    config = replace(config, recipe=Path(config.recipe).stem)
     state = json.loads((model.checkpoint / STATE).read_bytes())
     # Without it, the folder can be evaluated but not resumed.
     del state["files"][TRAINING]
@@ -35,14 +34,13 @@ def write_folder(model: TrainedModel, run_dir: Path, folder: Path) -> None:
     if summary.get("checkpoint", {}).get("step") != model.step:
         # The results are of another checkpoint.
         summary = {}
-    summary = summary | {"recipe": recipe, "data": {**summary.get("data", {}), "path": None}}
+    summary = summary | {"recipe": config.recipe, "data": {**summary.get("data", {}), "path": None}}
     shutil.copyfile(model.checkpoint / MODEL, folder / MODEL)
     (folder / STATE).write_text(json.dumps(state, indent=1))
     (folder / CONFIG_NAME).write_text(configuration.dump(config))
     (folder / SUMMARY_NAME).write_text(json.dumps(summary, indent=1))
     name = escape_control(run_dir.resolve().name)
     results = {split: summary[split] for split in ("val", "test") if split in summary}
-    lineage = summary["data"].get("lineage", "unknown")
     data = ModelCardData(
         model_name=name,
         library_name="mnistm_dist",
@@ -51,8 +49,8 @@ def write_folder(model: TrainedModel, run_dir: Path, folder: Path) -> None:
         eval_results=[
             EvalResult(
                 task_type=TASK,
-                dataset_type=lineage,
-                dataset_name=lineage,
+                dataset_type=summary["data"]["lineage"],
+                dataset_name=summary["data"]["lineage"],
                 dataset_split=split,
                 metric_type="accuracy",
                 metric_value=scores["accuracy"],
@@ -61,8 +59,8 @@ def write_folder(model: TrainedModel, run_dir: Path, folder: Path) -> None:
         ]
         or None,
     )
-    values = {"name": name, "model": model, "config": config, "summary": summary, "results": results}
-    ModelCard.from_template(data, template_path=str(CARD), version=__version__, **values).save(folder / "README.md")
+    values = {"name": name, "model": model, "summary": summary, "results": results, "version": __version__}
+    ModelCard.from_template(data, template_path=str(CARD), **values).save(folder / "README.md")
 
 
 def require_token() -> None:

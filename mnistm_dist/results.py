@@ -6,11 +6,13 @@
 import functools
 import json
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from mnistm_dist.data.loader import Reader
 from mnistm_dist.data.transforms import Preprocess
@@ -113,7 +115,6 @@ def write_split(run: RunSetup, split: str, outputs: SplitOutputs | None) -> Pred
 def draw_split(run_dir: Path, split: str, predictions: Predictions, reader: Reader) -> None:
     """Draw the figures of a split. Raise `UserError` if the run folder cannot be written."""
     from mnistm_dist.reporting import figures
-    from mnistm_dist.reporting.pictures import write_pictures
     from mnistm_dist.reporting.style import save
 
     wrong = mistakes(predictions)
@@ -123,7 +124,11 @@ def draw_split(run_dir: Path, split: str, predictions: Predictions, reader: Read
     with writing(run_dir):
         save(matrix, run_dir / f"confusion_matrix_{split}.png")
         save(figures.mistakes(images, shown, len(wrong), f"Mistakes, {split}"), run_dir / f"mistakes_{split}.png")
-        write_pictures(run_dir / "mistakes" / f"{split}.png", images, [m.key for m in shown])
+        folder = run_dir / "mistakes" / split
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        for image, mistake in zip(images, shown, strict=True):
+            Image.fromarray(image).save(folder / f"{mistake.key}.png")
 
 
 def finish(run: RunSetup, run_dir: RunDir, state: TrainState, console: Console, tracker: Tracker) -> None:
@@ -225,15 +230,6 @@ def summary_fields(run: RunSetup, state: TrainState) -> dict[str, Any]:
             "pixels_sha256": manifest.pixels_sha256,
         },
     }
-
-
-def read_summary(run_dir: Path) -> dict[str, Any]:
-    """Return the content of ``summary.json``, empty if it is missing or damaged."""
-    try:
-        summary = json.loads((run_dir / SUMMARY_NAME).read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return summary if isinstance(summary, dict) else {}
 
 
 def write_summary(run_dir: Path, summary: dict[str, Any], results: dict[str, Predictions]) -> dict[str, Any]:

@@ -22,11 +22,12 @@ from mnistm_dist.estimate import images_left, print_estimate
 from mnistm_dist.reporting.console import Console
 from mnistm_dist.reporting.run_logger import RunLogger
 from mnistm_dist.reporting.tracking import Tracker, open_tracker
-from mnistm_dist.results import finish, header_rows, read_summary
+from mnistm_dist.results import finish, header_rows
 from mnistm_dist.training import distributed
 from mnistm_dist.training.checkpoint import Checkpoint
 from mnistm_dist.training.preemption import Preempted, StopRequest, exit_promptly, parse_signals
 from mnistm_dist.training.resume import agree_on_start, check_resume, choose_start, restore_state
+from mnistm_dist.training.run_dir import read_summary
 from mnistm_dist.training.schedule import Schedule
 from mnistm_dist.training.setup import RunSetup, acquire_run_dir, open_run, write_start
 from mnistm_dist.training.train_state import create_train_state

@@ -8,6 +8,7 @@ codes.
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import sys
 import textwrap
@@ -22,7 +23,7 @@ from rich.console import Console as RichConsole
 from rich.console import RenderableType
 from rich.constrain import Constrain
 from rich.panel import Panel
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.progress import BarColumn, Progress, Task, TextColumn
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -77,19 +78,6 @@ class Bars(Progress):
             yield Text(f"  {bar_text(task)}", style="cyan", no_wrap=True, overflow="ellipsis")
 
 
-class TimeLeftColumn(ProgressColumn):
-    """The time that is left, of a total that is known."""
-
-    def render(self, task: Task) -> Text:
-        return Text(time_left(task), style="cyan")
-
-
-def time_left(task: Task) -> str:
-    """Return ``3:05 left``: what the work itself estimates, or what follows from its recent speed."""
-    seconds = task.time_remaining if task.fields["left"] is None else task.fields["left"]
-    return f"{duration(seconds)} left" if seconds else ""
-
-
 def bar_text(task: Task) -> str:
     """Return ``1,200/55,000 images  1,204 images/s``, or the note of the bar instead of the speed."""
     return f"{_amount(task)}  {task.fields['note'] or _rate(task, task.speed or 0.0)}".rstrip()
@@ -125,7 +113,9 @@ class Bar:
         ``note`` is shown instead of the speed; ``left``: seconds, instead of what follows from the speed.
         """
         console, task, now = self._console, self._task, time.monotonic()
-        console.bars.update(task.id, total=total or None, completed=done, note=note, left=left)
+        console.bars.update(task.id, total=total or None, completed=done, note=note)
+        seconds = task.time_remaining if left is None else left
+        task.fields["left"] = f"{duration(seconds)} left" if seconds else ""
         line_seconds = min(max(FIRST_LINE_SECONDS, (task.elapsed or 0.0) / 50), LAST_LINE_SECONDS)
         if now - self._drawn < (REFRESH_SECONDS if console.live else line_seconds):
             return
@@ -134,7 +124,7 @@ class Bar:
             console.bars.refresh()
         else:
             share = f" {task.percentage:.0f} %" if task.total else ""
-            console.line(f"{task.description}{share}  {bar_text(task)}  {time_left(task)}".rstrip())
+            console.line(f"{task.description}{share}  {bar_text(task)}  {task.fields['left']}".rstrip())
 
 
 class Console:
@@ -161,7 +151,7 @@ class Console:
             TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=None),
             TextColumn("{task.percentage:3.0f} %"),
-            TimeLeftColumn(),
+            TextColumn("{task.fields[left]}", style="cyan"),
             console=self._rich,
             auto_refresh=False,
             transient=True,
@@ -208,7 +198,7 @@ class Console:
             "unit": (1e-6, 1, "MB") if unit == "bytes" else (1, 0, unit),
             "first": start,
             "note": "",
-            "left": None,
+            "left": "",
         }
         self.bars.start()
         self.bars.add_task(escape_control(description), total=total, completed=start, **fields)
@@ -282,13 +272,11 @@ class Console:
     @contextmanager
     def library_warnings(self) -> Iterator[None]:
         """Show Python warnings inside the context as one line each, equal ones once."""
-        shown: set[str] = set()
+        warn_once = functools.cache(self.warn)
 
         def show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
             text = textwrap.shorten(str(message), LONGEST_WARNING, placeholder=" ...")
-            if text not in shown:
-                shown.add(text)
-                self.warn(f"{category.__name__}: {text}")
+            warn_once(f"{category.__name__}: {text}")
 
         with warnings.catch_warnings():
             warnings.showwarning = show

@@ -3,6 +3,7 @@
 The templates hold the markup; this module prepares the values that they show.
 """
 
+import base64
 import dataclasses
 import os
 import re
@@ -25,7 +26,6 @@ from mnistm_dist.reporting import figures
 from mnistm_dist.reporting.curves import learning_curve, learning_curves, machine_curve
 from mnistm_dist.reporting.describe import describe, describe_checkpoint, duration, number, percent, plural
 from mnistm_dist.reporting.metrics import Metrics, calibration_bins
-from mnistm_dist.reporting.pictures import read_pictures
 from mnistm_dist.reporting.predictions import Predictions, mistakes, paired_difference
 from mnistm_dist.reporting.runs import SPLITS, RunRecord, differing_fields, flatten, read_runs, seed_groups
 from mnistm_dist.reporting.style import to_svg
@@ -63,7 +63,7 @@ def write_report(
     environment.filters |= {
         "count": "{:,}".format,
         "duration": duration,
-        "moment": moment,
+        "moment": lambda seconds: time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(seconds)),
         "number": number,
         "percent": percent,
         "plural": plural,
@@ -96,11 +96,6 @@ def value_text(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def moment(seconds: float) -> str:
-    """Return the local time of a Unix time."""
-    return time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(seconds))
-
-
 def _links(run_dir: Path, out: Path) -> dict[str, str]:
     """Return the address of every file of a run folder by its name, relative to the page."""
     files = sorted(
@@ -129,7 +124,6 @@ def run_values(run: RunRecord) -> dict[str, Any]:
     return {
         "run": run,
         "title": run.name,
-        "subtitle": _subtitle(run, resumes, moment(max(times)) if times else ""),
         "times": times,
         "resumes": resumes,
         "sections": {anchor: title for anchor, (title, content) in sections.items() if content},
@@ -146,17 +140,6 @@ def run_values(run: RunRecord) -> dict[str, Any]:
         "command_title": ("Command of the last launch" if resumes else "To reproduce this run")
         + (f", on {processes} processes" if isinstance(processes, int) and processes > 1 else ""),
     }
-
-
-def _subtitle(run: RunRecord, resumes: int, ended: str) -> str:
-    state, step = run.state.state, run.state.step
-    if state == "killed" and run.summary.steps:
-        # A run writes its summary, then this page, and then the state `finished`.
-        state, step = "finished", run.summary.steps
-    recipe = run.summary.recipe or run.config.get("recipe", "unknown")
-    at_step = "" if step is None else f"step {step:,}"
-    resumed = f"resumed {plural(resumes, 'time')}" if resumes else ""
-    return " · ".join(filter(None, (f"recipe {recipe}", state, at_step, run.state.reason, resumed, ended)))
 
 
 def _split(run: RunRecord, split: str) -> dict[str, Any]:
@@ -179,7 +162,7 @@ def _split(run: RunRecord, split: str) -> dict[str, Any]:
 
 
 def _mistakes(run: RunRecord, split: str) -> dict[str, Any]:
-    predictions, pictures = run.predictions.get(split), read_pictures(run.path / "mistakes" / f"{split}.png")
+    predictions, pictures = run.predictions.get(split), run.path / "mistakes" / split
     wrong = mistakes(predictions) if predictions else []
     rows = []
     for row in wrong[: figures.MOST_MISTAKES]:
@@ -188,7 +171,9 @@ def _mistakes(run: RunRecord, split: str) -> dict[str, Any]:
         likeliest = [int(i) for i in np.argsort(-probabilities, kind="stable")[:LIKELIEST]]
         shown = dict.fromkeys([*likeliest, int(predictions.labels[row.id])])
         classes = [(predictions.classes[i], float(probabilities[i])) for i in shown]
-        rows.append({"mistake": row, "picture": pictures.get(row.key), "classes": classes})
+        file = pictures / f"{row.key}.png"
+        picture = base64.b64encode(file.read_bytes()).decode("ascii") if file.is_file() else None
+        rows.append({"mistake": row, "picture": picture, "classes": classes})
     return {"split": split, "name": SPLIT_NAMES[split], "rows": rows, "total": len(wrong)}
 
 
@@ -268,31 +253,22 @@ def comparison_values(runs: Sequence[RunRecord]) -> dict[str, Any]:
         **values,
         "runs": runs,
         "title": f"{len(runs)} runs",
-        "subtitle": ", ".join(run.name for run in runs),
         "sections": sections,
     }
 
 
 def _accuracy(runs: Sequence[RunRecord], split: str) -> dict[str, Any]:
-    """Return the accuracies on one split, with the differences to the first run as numbers and in sentences."""
+    """Return run, metrics and paired difference to the first run of each that has results on the split, and the names
+    of those that differ from the first in their seed alone."""
     scored = [run for run in runs if split in run.metrics]
-    reference, rows, text = scored[0], [], []
-    (seeds,) = (group for group in seed_groups(runs) if reference in group)
+    reference, rows = scored[0], []
     for run in scored:
         both = split in run.predictions and split in reference.predictions and run is not reference
         difference = paired_difference(run.predictions[split], reference.predictions[split]) if both else None
         rows.append((run, run.metrics[split], difference))
-        if difference is not None:
-            better = run.name if difference.difference > 0 else reference.name
-            verdict = f"{better} is better" if difference.significant else "not significant"
-            text.append(
-                f"Only {run.name} correct: {difference.only_correct:,}; only {reference.name}: "
-                f"{difference.only_reference_correct:,} "
-                + ("(the seed alone differs)." if run in seeds else f"(p = {difference.p_value:.2g}): {verdict}.")
-            )
-        elif run is not reference:
-            text.append(f"{run.name} and {reference.name} cannot be paired: no predictions, or of other images.")
-    return {"name": SPLIT_NAMES[split], "reference": reference, "rows": rows, "text": text}
+    (seeds,) = (group for group in seed_groups(runs) if reference in group)
+    names = {run.name for run in seeds}
+    return {"name": SPLIT_NAMES[split], "reference": reference, "rows": rows, "seeds": names}
 
 
 def _seeds(group: Sequence[RunRecord], split: str) -> dict[str, Any]:

@@ -169,6 +169,9 @@ def read_run(path: Path, version: str, predictions: Mapping[str, Predictions] | 
     rows = _rows(path / "log.jsonl", missing)
     state = _read_state(path, rows, missing)
     summary = _read(path / "summary.json", Summary, missing) or Summary()
+    if state.state == "killed" and summary.steps:
+        # A run writes its summary, then its report, and then the state `finished`.
+        state.state, state.step = "finished", summary.steps
     # The predictions of a split that a complete summary does not have are those of another checkpoint.
     scored = SPLITS if missing or not summary.checkpoint else tuple(name for name in SPLITS if getattr(summary, name))
     config = flatten(_read(path / "config.yaml", dict[str, Any], missing) or {})

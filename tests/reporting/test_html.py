@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import subprocess
@@ -20,7 +21,6 @@ from run_folders import synthetic_images, write_run
 from mnistm_dist import __version__, report
 from mnistm_dist.errors import run_cli
 from mnistm_dist.reporting.html import write_report
-from mnistm_dist.reporting.pictures import read_pictures, write_pictures
 from mnistm_dist.reporting.predictions import Predictions, mistakes
 from mnistm_dist.reporting.runs import read_run
 
@@ -37,13 +37,20 @@ def text_of(page: Path) -> str:
     return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", text)).replace("\xa0", " ")
 
 
+def write_pictures(run: Path, split: str, most: int) -> list[str]:
+    """Write the pictures of the first mistakes, as a run does; return their keys."""
+    predictions = read_run(run, __version__).predictions[split]
+    wrong = mistakes(predictions, most)
+    (run / "mistakes" / split).mkdir(parents=True)
+    for row, image in zip(wrong, synthetic_images(predictions.labels[[row.id for row in wrong]], 0), strict=True):
+        Image.fromarray(image).save(run / "mistakes" / split / f"{row.key}.png")
+    return [row.key for row in wrong]
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = small_run(tmp_path_factory.mktemp("runs") / "fast-1", test_split=True)
-    predictions = read_run(run, __version__).predictions["val"]
-    wrong = mistakes(predictions, 12)
-    images = synthetic_images(predictions.labels[[row.id for row in wrong]], 0)
-    write_pictures(run / "mistakes" / "val.png", images, [row.key for row in wrong])
+    write_pictures(run, "val", 12)
     return run
 
 
@@ -115,27 +122,16 @@ def test_each_mistake_has_its_picture_its_key_and_its_probabilities(finished: Pa
     wrong = mistakes(predictions)
     cards = re.findall(r'<div class="card">(.*?)<code>(.*?)</code>', page.read_text(), re.DOTALL)
     assert [key for _, key in cards][: len(wrong)] == [row.key for row in wrong]
-    pictures = read_pictures(finished / "mistakes" / "val.png")
+    pictures = {path.stem: path.read_bytes() for path in (finished / "mistakes" / "val").iterdir()}
     for (card, key), row in zip(cards, wrong, strict=False):
-        assert (pictures.get(key) or "no picture") in card or key not in pictures
+        assert key not in pictures or base64.b64encode(pictures[key]).decode() in card
         assert f"<b>{row.true} as {row.predicted}</b>" in card
         assert f"<b>{row.true}</b>" in card, "the true class is always among the probabilities"
     assert page.read_text().count("data:image/png;base64,") == len(pictures) == min(len(wrong), 12)
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut", "no keys"])
-def test_without_its_pictures_a_mistake_is_listed_all_the_same(tmp_path: Path, damage: str) -> None:
-    run = small_run(tmp_path / "run")
-    path = run / "mistakes" / "val.png"
-    write_pictures(path, synthetic_images(read_run(run, __version__).predictions["val"].labels, 0), [])
-    if damage == "missing":
-        path.unlink()
-    elif damage == "cut":
-        path.write_bytes(path.read_bytes()[:100])
-    else:
-        Image.new("RGB", (8, 8)).save(path)
-    assert read_pictures(path) == {}
-    write_report([run], tmp_path / "report.html")
+def test_without_its_pictures_a_mistake_is_listed_all_the_same(tmp_path: Path) -> None:
+    write_report([small_run(tmp_path / "run")], tmp_path / "report.html")
     assert '<div class="card">' in (tmp_path / "report.html").read_text()
 
 
@@ -203,10 +199,7 @@ def test_markup_in_names_and_commands_is_escaped(tmp_path: Path) -> None:
 def test_a_report_takes_less_than_five_seconds_of_cpu_time_and_two_megabytes(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", val_size=9001, accuracy=0.9, epochs=16, steps_per_epoch=430)
     for split in ("val", "test"):
-        predictions = read_run(run, __version__).predictions[split]
-        wrong = mistakes(predictions, 36)
-        images = synthetic_images(predictions.labels[[row.id for row in wrong]], 0)
-        write_pictures(run / "mistakes" / f"{split}.png", images, [row.key for row in wrong])
+        write_pictures(run, split, 36)
     began = time.process_time()
     write_report([run], tmp_path / "report.html")
     assert time.process_time() - began < 5.0

@@ -51,9 +51,6 @@ class Silent:
     def evaluating(self, split: str, count: int) -> Iterator[Progress]:
         yield lambda done, total: None
 
-    def exclude_time(self, seconds: float) -> None:
-        pass
-
     def message(self, text: str) -> None:
         pass
 

@@ -40,7 +40,7 @@ def print_estimate(run: RunSetup, console: Console, steps_done: int) -> None:
             losses.mean().item()
             seconds.append(time.perf_counter() - started)
         # The first ones allocate memory.
-        left.trained(size, median(seconds[WARM_UP:]) / config.steps.batch_size)
+        left.add("train", size, median(seconds[WARM_UP:]) / config.steps.batch_size)
     total = left.seconds(*images_left(run, schedule, steps_done))
     rows = header_rows(run, state, schedule, config.run.tracker)
     rows["peak memory"] = f"{peak_memory_gb(world.device):.2f} GB, of the first process in these steps"

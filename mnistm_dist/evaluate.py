@@ -53,7 +53,6 @@ def main(
         choose_checkpoint,
         evaluate_checkpoint,
         next_commands,
-        print_result,
         write_summary,
     )
     from mnistm_dist.training import distributed
@@ -96,7 +95,7 @@ def main(
                     write_report([run_dir], run_dir / "report.html", predictions)
                 shown = folder if folder in (run_dir, out) else None
                 commands = next_commands(opened) if folder == run_dir else {}
-                print_result(console, shown, summary, predictions, commands, report=report)
+                console.result(shown, summary, predictions, commands, report=report)
     return 0
 
 

@@ -62,19 +62,19 @@ def main(
     """
     if push is not None and to != "hub":
         raise UserError(f"--push {push}: needs --to hub, found --to {to}")
-    if to != "hub" and out.is_dir():
-        raise UserError(f"--out {out}: is a folder; name a file in it")
-    if to != "hub" and os.path.lexists(out) and not force:
-        raise UserError(f"--out {out}: already exists; choose another name, or replace it with --force")
+    if to != "hub" and (out.is_dir() or (os.path.lexists(out) and not force)):
+        raise UserError(f"--out {out}: already exists; choose another name, or replace a file with --force")
     for package in PACKAGES[to]:
         import_optional(package, f"--to {to}", "export")
+
+    from huggingface_hub import get_token
 
     from mnistm_dist import exported_model, hub
     from mnistm_dist.inference import load_model
     from mnistm_dist.reporting.console import Console
 
-    if push is not None:
-        hub.require_token()
+    if push is not None and get_token() is None:
+        raise UserError("--push: found no token of the Hugging Face Hub; set HF_TOKEN, or run hf auth login")
     console = Console()
     # An export is for any machine, so it is made, and compared, in float32 on the CPU, whatever the run's precision is.
     model = replace(load_model(run, checkpoint, device="cpu"), autocast=None)

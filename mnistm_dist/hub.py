@@ -8,7 +8,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, get_token
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 
 from mnistm_dist import __version__
@@ -61,12 +61,6 @@ def write_folder(model: TrainedModel, run_dir: Path, folder: Path) -> None:
     )
     values = {"name": name, "model": model, "summary": summary, "results": results, "version": __version__}
     ModelCard.from_template(data, template_path=str(CARD), **values).save(folder / "README.md")
-
-
-def require_token() -> None:
-    """Raise `UserError` unless there is a token of the Hub."""
-    if get_token() is None:
-        raise UserError("--push: found no token of the Hugging Face Hub; set HF_TOKEN, or run hf auth login")
 
 
 def push(folder: Path, repo: str) -> str:

@@ -19,7 +19,7 @@ from mnistm_dist.data.transforms import Preprocess
 from mnistm_dist.errors import UserError, escape_control
 from mnistm_dist.files import write_atomic
 from mnistm_dist.reporting.console import Console
-from mnistm_dist.reporting.describe import describe, describe_failure
+from mnistm_dist.reporting.describe import describe_failure
 from mnistm_dist.reporting.predictions import Predictions, mistakes, read_predictions
 from mnistm_dist.reporting.run_logger import log_results
 from mnistm_dist.reporting.tracking import Tracker
@@ -156,7 +156,7 @@ def finish(run: RunSetup, run_dir: RunDir, state: TrainState, console: Console, 
     if run.config.run.upload_checkpoint:
         tracker.log_checkpoint(checkpoint.path, [str(entry["chosen"]).split()[0]])
     run_dir.set_state("finished")
-    print_result(console, run.path, summary, predictions, next_commands(run), report=run.config.run.report)
+    console.result(run.path, summary, predictions, next_commands(run), report=run.config.run.report)
     losses = [row["train/loss"] for row in run_dir.rows if row["kind"] == "train"]
     failures = (describe_failure(results.metrics, losses) for results in predictions.values())
     if failure := next(filter(None, failures), ""):
@@ -203,8 +203,7 @@ def header_rows(run: RunSetup, state: TrainState, schedule: Schedule, tracker: s
 def summary_fields(run: RunSetup, state: TrainState) -> dict[str, Any]:
     """Return the fields of ``summary.json`` that describe the training; those of the splits are added to them."""
     config, manifest = run.config, run.shards.manifest
-    history = state.history
-    images, seconds = state.steps_done * config.steps.batch_size, history.train_seconds
+    images, seconds = state.steps_done * config.steps.batch_size, state.history.train_seconds
     return {
         "recipe": config.recipe,
         "world_size": run.world.size,
@@ -217,8 +216,8 @@ def summary_fields(run: RunSetup, state: TrainState) -> dict[str, Any]:
         "steps": state.steps_done,
         "epochs": round(images / run.shards.split("train").count, 4),
         "train_seconds": round(seconds, 3),
-        "evaluate_seconds": round(history.evaluate_seconds, 3),
-        "save_seconds": round(history.save_seconds, 3),
+        "evaluate_seconds": round(state.history.evaluate_seconds, 3),
+        "save_seconds": round(state.history.save_seconds, 3),
         "peak_memory_gb": peak_memory_gb(run.world.device),
         "images_per_second": round(images / seconds, 2) if seconds else None,
         "parameters": count_parameters(state.model),
@@ -249,20 +248,3 @@ def next_commands(run: RunSetup) -> dict[str, str]:
         last = checkpoints.checkpoint_dir(run.path, run.config.run.max_steps)
         commands["resume"] = f"{python}.train --resume {shlex.quote(str(last))}"
     return commands
-
-
-def print_result(
-    console: Console,
-    folder: Path | None,
-    summary: dict[str, Any],
-    results: dict[str, Predictions],
-    commands: dict[str, str],
-    *,
-    report: bool,
-) -> None:
-    """Print accuracy, the most common confusions, if there is a ``folder`` what was written there, and what is next."""
-    text = "\n\n".join(f"{split}: {describe(predictions.metrics)}" for split, predictions in results.items())
-    files = {f"predictions, {split}": f"predictions_{split}.csv" for split in results}
-    if report:
-        files = {"report": "report.html", **files}
-    console.result(summary, text, {name: folder / file for name, file in files.items()} if folder else {}, commands)

@@ -28,7 +28,8 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from mnistm_dist.errors import escape_control
-from mnistm_dist.reporting.describe import describe_accuracy, describe_checkpoint, duration, number
+from mnistm_dist.reporting.describe import describe, describe_accuracy, describe_checkpoint, duration, number
+from mnistm_dist.reporting.predictions import Predictions
 
 WIDEST = 100  # columns that panels and bars fill at most
 TEXT_WIDTH = 71  # columns that paragraphs are wrapped to: 80 with the time
@@ -139,7 +140,6 @@ class Console:
         stream = stream or sys.stdout
         # Whether bars are redrawn in place.
         self.live = enabled and stream.isatty() and os.environ.get("TERM", "").lower() not in ("", "dumb", "unknown")
-        self.left_out = 0.0  # seconds that the bars do not count; add to it what was spent on something else
         self._rich = RichConsole(
             file=cast(TextIO, LossyStream(stream)),
             highlight=False,
@@ -157,7 +157,7 @@ class Console:
             transient=True,
             expand=True,
             speed_estimate_period=30.0,
-            get_time=lambda: time.monotonic() - self.left_out,
+            get_time=lambda: time.monotonic(),
             disable=not self.live,
         )
         self._has_evaluations = False
@@ -237,16 +237,27 @@ class Console:
         self.line(text.rstrip(), "green" if row.get("best") else "")
 
     def result(
-        self, summary: Mapping[str, Any], text: str, paths: Mapping[str, Path], commands: Mapping[str, str]
+        self,
+        folder: Path | None,
+        summary: Mapping[str, Any],
+        results: Mapping[str, Predictions],
+        commands: Mapping[str, str],
+        *,
+        report: bool,
     ) -> None:
-        """Show the result: accuracy of each split with its interval, the time, a text, and what was written.
+        """Show the result: accuracy of each split with its interval, the time, the most common confusions.
 
         Args:
+            folder: where the results were written, if they were; in a terminal, links lead there.
             summary: as in ``summary.json``.
-            text: a paragraph per line.
-            paths: what was written; in a terminal, links.
+            results: the predictions of each split.
             commands: what to do next, quoted for a shell; never wrapped, so that they can be copied.
+            report: whether the report was written, too.
         """
+        text = "\n\n".join(f"{split}: {describe(predictions.metrics)}" for split, predictions in results.items())
+        names = {"report": "report.html"} if report else {}
+        names |= {f"predictions, {split}": f"predictions_{split}.csv" for split in results}
+        paths = {name: folder / file for name, file in names.items()} if folder else {}
         rows = {
             split: describe_accuracy(score["correct"], score["total"], score["interval95"])
             for split in ("val", "test")

@@ -43,11 +43,6 @@ def of_all(metrics: Metrics, shown: int) -> str:
     return f" (the {shown} most confused of {width:,} classes)" if shown < width else ""
 
 
-def shorten(name: str) -> str:
-    """Return a class name, cut for a figure."""
-    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
-
-
 @styled
 def confusion_matrix(metrics: Metrics, title: str = "Confusion matrix") -> Figure:
     """Draw the confusion matrix with counts, shares of the true class off the diagonal, and recall in the margin.
@@ -59,7 +54,8 @@ def confusion_matrix(metrics: Metrics, title: str = "Confusion matrix") -> Figur
     shares = matrix / np.maximum(matrix.sum(axis=1), 1)[:, None]
     chosen = most_confused(metrics)
     matrix, shares = matrix[np.ix_(chosen, chosen)], shares[np.ix_(chosen, chosen)]
-    width, names = len(chosen), [shorten(metrics.classes[i]) for i in chosen]
+    width, names = len(chosen), [metrics.classes[i] for i in chosen]
+    names = [name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…" for name in names]
     largest = (shares * ~np.eye(width, dtype=bool)).max() or 1.0
     size = (0.44 if width <= 12 else 0.38) * (width + 3.2)
     figure = new_figure(height=size * 0.92, width=max(size, COLUMN_INCHES))
@@ -138,8 +134,6 @@ def batch_grid(images: Sequence[np.ndarray], captions: Sequence[str], title: str
     figure = new_figure(height=0.3 + height * COLUMN_INCHES / width, gap=0.02, title=title)
     axes = figure.add_subplot(xlim=(0, width), ylim=(height, 0), aspect="equal")
     axes.set_axis_off()
-    if not images:
-        axes.text(0.5, 0.5, "no images", transform=axes.transAxes, **CENTRED)
     for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
         left, top = i % TILES_ACROSS * (1 + gap), i // TILES_ACROSS * (1 + text)
         axes.imshow(image, interpolation="nearest", extent=(left, left + 1, top + 1, top))

@@ -174,9 +174,7 @@ def read_run(path: Path, version: str, predictions: Mapping[str, Predictions] | 
         state.state, state.step = "finished", summary.steps
     # The predictions of a split that a complete summary does not have are those of another checkpoint.
     scored = SPLITS if missing or not summary.checkpoint else tuple(name for name in SPLITS if getattr(summary, name))
-    config = flatten(_read(path / "config.yaml", dict[str, Any], missing) or {})
     environment = _read(path / "environment.json", dict[str, Any], missing) or {}
-    architecture = _read(path / "architecture.json", list[Layer], missing) or []
     read: dict[str, Predictions] = {}
     metrics: dict[str, Metrics] = {}
     for split in SPLITS:
@@ -203,12 +201,12 @@ def read_run(path: Path, version: str, predictions: Mapping[str, Predictions] | 
     return RunRecord(
         path=path,
         name=escape_control(path.resolve().name),
-        config=config,
+        config=flatten(_read(path / "config.yaml", dict[str, Any], missing) or {}),
         environment=environment,
         state=state,
         summary=summary,
         rows=rows,
-        architecture=architecture,
+        architecture=_read(path / "architecture.json", list[Layer], missing) or [],
         predictions=read,
         metrics=metrics,
         missing=tuple(missing),

@@ -194,14 +194,16 @@ class WandbTracker(BackgroundTracker):
     def log_results(
         self, summary: Mapping[str, Any], figures: Mapping[str, Path], tables: Mapping[str, Table], step: int
     ) -> None:
-        def log(wandb: Any) -> None:
-            wandb.summary.update(dict(summary))
-            wandb.log({STEP: step, **{name: wandb.Image(str(path)) for name, path in figures.items()}})
-            wandb.log(
-                {STEP: step, **{name: wandb.Table(columns=head, data=rows) for name, (head, rows) in tables.items()}}
+        self.submit(lambda wandb: wandb.summary.update(dict(summary)))
+        self.submit(
+            lambda wandb: wandb.log(
+                {
+                    STEP: step,
+                    **{name: wandb.Image(str(path)) for name, path in figures.items()},
+                    **{name: wandb.Table(columns=head, data=rows) for name, (head, rows) in tables.items()},
+                }
             )
-
-        self.submit(log)
+        )
 
     def log_checkpoint(self, folder: Path, aliases: Sequence[str] = ()) -> None:
         self.submit(
@@ -251,10 +253,8 @@ class AccelerateTracker(BackgroundTracker):
     def log_results(
         self, summary: Mapping[str, Any], figures: Mapping[str, Path], tables: Mapping[str, Table], step: int
     ) -> None:
-        splits = [
-            (split, scores) for split, scores in summary.items() if isinstance(scores, dict) and "accuracy" in scores
-        ]
-        self.log({f"result/{split}_accuracy": scores["accuracy"] for split, scores in splits}, step)
+        scored = [split for split in ("val", "test") if split in summary]
+        self.log({f"result/{split}_accuracy": summary[split]["accuracy"] for split in scored}, step)
         for name, path in figures.items():
             if self.name == "tensorboard":
                 image = {name: np.asarray(Image.open(path).convert("RGB"))[None]}

@@ -221,7 +221,7 @@ def test_the_page_of_many_classes_shows_those_that_are_confused_most(tmp_path: P
     )
     write_report([run], tmp_path / "report.html", {"val": predictions})
     html = (tmp_path / "report.html").read_text()
-    assert "the 30 most confused of 300 classes" in html
+    assert "The 30 most confused of 300 classes" in html
     assert "2 images of class class 7 predicted as class 291" in html
     assert len(html) < 2e6
 

@@ -112,7 +112,10 @@ def test_a_cut_predictions_file_is_named_and_the_summary_is_used(run: Path) -> N
     text = (run / "predictions_val.csv").read_text()
     (run / "predictions_val.csv").write_text(text[:-20])
     record = read(run)
-    assert record.missing[0] == "predictions_val.csv: the last line is cut off; evaluate the run again."
+    assert (
+        record.missing[0]
+        == "predictions_val.csv: cut off, or a value is missing or out of range; evaluate the run again."
+    )
     assert record.metrics["val"].total == 60
 
 

@@ -80,9 +80,8 @@ class TrainRequest:
     """The recipe that ``--recipe`` names."""
     config: Config
     """The configuration of a new run: defaults, recipe, flags."""
-    print_config: bool = False
-    dry_run: bool = False
-    seeds: tuple[int, ...] = ()
+    flags: TrainFlags
+    seeds: tuple[int, ...]
 
     def of_seed(self, seed: int) -> "TrainRequest":
         """Return the request of one of the `seeds`: a run of its own in ``RUN/seed-N``."""
@@ -133,8 +132,7 @@ def parse_train_flags(argv: list[str]) -> TrainRequest:
         argv=argv,
         recipe=named or None,
         config=build(recipe, fields_of(flags)),
-        print_config=flags.print_config,
-        dry_run=flags.dry_run,
+        flags=flags,
         seeds=tuple(dict.fromkeys(map(int, seeds))),
     )
 

@@ -83,7 +83,7 @@ def main(
         with staged_folder(out) if to == "hub" else atomic_path(out) as temporary:
             if to == "hub":
                 hub.write_folder(model, Path(run), temporary)
-                exported = replace(load_model(temporary, device="cpu"), autocast=None).predict
+                exported: exported_model.Runner = replace(load_model(temporary, device="cpu"), autocast=None).predict
             else:
                 write, load = exported_model.FORMATS[to]
                 temporary.write_bytes(write(model))

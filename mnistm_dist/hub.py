@@ -7,6 +7,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
@@ -20,6 +21,8 @@ from mnistm_dist.training.run_dir import CONFIG_NAME, SUMMARY_NAME, read_summary
 
 CARD = Path(__file__).parent / "reporting" / "templates" / "model_card.md.j2"
 TASK = "image-classification"
+# The bases are those of every failure of a connection: httpx's, below huggingface_hub 1.0 that of requests.
+FAILURES: Any = (*HfHubHTTPError.__bases__, OSError, ValueError)
 
 
 def write_folder(model: TrainedModel, run_dir: Path, folder: Path) -> None:
@@ -59,8 +62,16 @@ def write_folder(model: TrainedModel, run_dir: Path, folder: Path) -> None:
         ]
         or None,
     )
-    values = {"name": name, "model": model, "summary": summary, "results": results, "version": __version__}
-    ModelCard.from_template(data, template_path=str(CARD), **values).save(folder / "README.md")
+    card = ModelCard.from_template(
+        data,
+        template_path=str(CARD),
+        name=name,
+        model=model,
+        summary=summary,
+        results=results,
+        version=__version__,
+    )
+    card.save(folder / "README.md")
 
 
 def push(folder: Path, repo: str) -> str:
@@ -69,7 +80,6 @@ def push(folder: Path, repo: str) -> str:
     try:
         api.create_repo(repo, exist_ok=True)
         return str(api.upload_folder(repo_id=repo, folder_path=folder))
-    # The base is that of every failure of a connection: httpx's, below huggingface_hub 1.0 that of requests.
-    except (HfHubHTTPError.__bases__[0], OSError, ValueError) as error:
+    except FAILURES as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"--push {repo}: {reason}; {folder} is complete: hf upload {repo} {folder}") from error

@@ -47,7 +47,7 @@ def launch(request: TrainRequest, *, process_ends: bool) -> int:
         compare_seeds(run_dirs, Console(enabled=is_first()))
         return 0
     _, (config, checkpoint) = starts[0]
-    if request.print_config:
+    if request.flags.print_config:
         if is_first():
             write_result(dump(config))
         return 0
@@ -59,7 +59,7 @@ def launch(request: TrainRequest, *, process_ends: bool) -> int:
         ) as world:
             console = Console(enabled=world.is_main)
             with console.library_warnings(), distributed.peer_failures(timeout):
-                if request.dry_run:
+                if request.flags.dry_run:
                     print_estimate(open_run(config, world, console), console, checkpoint.step if checkpoint else 0)
                     return 0
                 for one, (config, checkpoint) in starts:

@@ -193,15 +193,17 @@ class Console:
 
         If the context exits without an error and no other bar is open, one line with time and speed is left.
         """
-        # The unit: its scale, decimals and name.
-        fields: Any = {
-            "unit": (1e-6, 1, "MB") if unit == "bytes" else (1, 0, unit),
-            "first": start,
-            "note": "",
-            "left": "",
-        }
         self.bars.start()
-        self.bars.add_task(escape_control(description), total=total, completed=start, **fields)
+        self.bars.add_task(
+            escape_control(description),
+            total=total,
+            completed=start,
+            # Its scale, decimals and name.
+            unit=(1e-6, 1, "MB") if unit == "bytes" else (1, 0, unit),
+            first=start,
+            note="",
+            left="",
+        )
         task = self.bars.tasks[-1]
         try:
             yield Bar(self, task)
@@ -286,8 +288,7 @@ class Console:
         warn_once = functools.cache(self.warn)
 
         def show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
-            text = textwrap.shorten(str(message), LONGEST_WARNING, placeholder=" ...")
-            warn_once(f"{category.__name__}: {text}")
+            warn_once(f"{category.__name__}: {textwrap.shorten(str(message), LONGEST_WARNING, placeholder=' ...')}")
 
         with warnings.catch_warnings():
             warnings.showwarning = show

@@ -162,16 +162,15 @@ def _split(run: RunRecord, split: str) -> dict[str, Any]:
 
 
 def _mistakes(run: RunRecord, split: str) -> dict[str, Any]:
-    predictions, pictures = run.predictions.get(split), run.path / "mistakes" / split
+    predictions, rows = run.predictions.get(split), []
     wrong = mistakes(predictions) if predictions else []
-    rows = []
     for row in wrong[: figures.MOST_MISTAKES]:
         assert predictions is not None
         probabilities = predictions.probabilities[row.id]
         likeliest = [int(i) for i in np.argsort(-probabilities, kind="stable")[:LIKELIEST]]
         shown = dict.fromkeys([*likeliest, int(predictions.labels[row.id])])
         classes = [(predictions.classes[i], float(probabilities[i])) for i in shown]
-        file = pictures / f"{row.key}.png"
+        file = run.path / "mistakes" / split / f"{row.key}.png"
         picture = base64.b64encode(file.read_bytes()).decode("ascii") if file.is_file() else None
         rows.append({"mistake": row, "picture": picture, "classes": classes})
     return {"split": split, "name": SPLIT_NAMES[split], "rows": rows, "total": len(wrong)}

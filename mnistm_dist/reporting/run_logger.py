@@ -102,9 +102,8 @@ def log_results(
     """Log summary and figures of a run, and per split confusion matrix (exact counts) and mistakes as tables."""
     tables: dict[str, Table] = {}
     for split, results in predictions.items():
-        classes = results.classes
         cells = [
-            [classes[i], classes[j], count]
+            [results.classes[i], results.classes[j], count]
             for i, row in enumerate(results.metrics.confusion_matrix)
             for j, count in enumerate(row)
             if count

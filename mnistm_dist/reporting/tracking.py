@@ -289,8 +289,8 @@ def open_tracker(
         say: shows one line; called from another thread, too.
     """
     if tracker not in ("auto", "none", "wandb"):
-        local = {"run_name": name, "logging_dir": str(run_dir / tracker)}
-        mlflow = {"experiment_name": PROJECT, "run_name": name, "tags": {"group": group or name}}
+        local: dict[str, Any] = {"run_name": name, "logging_dir": str(run_dir / tracker)}
+        mlflow: dict[str, Any] = {"experiment_name": PROJECT, "run_name": name, "tags": {"group": group or name}}
         init = {"tensorboard": local, "aim": local, "mlflow": mlflow}.get(tracker, {"run_name": PROJECT})
         return AccelerateTracker(tracker, say, init, flatten(config))
     mode, reason = choose_mode(tracker, os.environ)

@@ -7,7 +7,8 @@
 --json prints [{"name": ..., "recipe": ..., "state": ..., "step": S,
 "val_accuracy": A, "seconds": T}, ...]. prune removes checkpoints of finished
 runs, but the last one and that of the result, and run folders without a
-checkpoint that nobody trains in. Without --yes it says what it would free.
+checkpoint that nobody trains in. Without --yes it says what it would free. A
+run is killed if its state is running and no live process holds its folder.
 """
 
 import json

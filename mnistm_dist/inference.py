@@ -124,7 +124,7 @@ def load_model(
     """Return the model of a run.
 
     Args:
-        run: a run folder.
+        run: a run folder, or a folder that ``export --to hub`` wrote.
         checkpoint: ``best`` on val, ``last``, the folder of a checkpoint, or ``chosen``: the best if there is a test
             split to give an unbiased result, else the last.
         device: by default a GPU if there is one, else the CPU.

@@ -39,8 +39,7 @@ def most_confused(metrics: Metrics) -> list[int]:
 
 def of_all(metrics: Metrics, shown: int) -> str:
     """Return `` (the 30 most confused of 1,000 classes)`` for a title, or an empty text if all are shown."""
-    width = len(metrics.classes)
-    return f" (the {shown} most confused of {width:,} classes)" if shown < width else ""
+    return f" (the {shown} most confused of {len(metrics.classes):,} classes)" if shown < len(metrics.classes) else ""
 
 
 @styled
@@ -54,13 +53,12 @@ def confusion_matrix(metrics: Metrics, title: str = "Confusion matrix") -> Figur
     shares = matrix / np.maximum(matrix.sum(axis=1), 1)[:, None]
     chosen = most_confused(metrics)
     matrix, shares = matrix[np.ix_(chosen, chosen)], shares[np.ix_(chosen, chosen)]
-    width, names = len(chosen), [metrics.classes[i] for i in chosen]
-    names = [name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…" for name in names]
+    width, shown = len(chosen), (metrics.classes[i] for i in chosen)
+    names = [name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…" for name in shown]
     largest = (shares * ~np.eye(width, dtype=bool)).max() or 1.0
     size = (0.44 if width <= 12 else 0.38) * (width + 3.2)
     figure = new_figure(height=size * 0.92, width=max(size, COLUMN_INCHES))
-    title = f"{title}: {plural(metrics.total - metrics.correct, 'error')} in {plural(metrics.total, 'image')}"
-    title += of_all(metrics, width)
+    errors = plural(metrics.total - metrics.correct, "error")
     axes = figure.add_subplot(
         xlim=(-0.5, width + 1.0),
         ylim=(width - 0.5, -0.5),
@@ -69,7 +67,7 @@ def confusion_matrix(metrics: Metrics, title: str = "Confusion matrix") -> Figur
         xticklabels=names,
         yticklabels=names,
         aspect="equal",
-        title=title,
+        title=f"{title}: {errors} in {plural(metrics.total, 'image')}{of_all(metrics, width)}",
     )
     axes.grid(False)
     count_size = {1: 8.5, 2: 8.5, 3: 8.5, 4: 8.0}.get(len(str(matrix.max())), 6.5)

@@ -159,12 +159,8 @@ def read_run(path: Path, version: str, predictions: Mapping[str, Predictions] | 
     Raises:
         UserError: the folder does not exist, or is no run folder.
     """
-    if not path.is_dir():
-        raise UserError(
-            f"{path}: no such run folder{near_path(path)}; name a folder that training wrote, such as runs/NAME"
-        )
     if not any((path / name).exists() for name in FILES):
-        raise UserError(f"{path}: not a run folder; a run folder holds {', '.join(FILES)}")
+        raise UserError(f"{path}: not a run folder{near_path(path)}; name one, which holds {', '.join(FILES)}")
     missing: list[str] = []
     rows = _rows(path / "log.jsonl", missing)
     state = _read_state(path, rows, missing)

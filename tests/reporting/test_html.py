@@ -292,7 +292,7 @@ def test_the_command_writes_into_the_run_and_prints_where(tmp_path: Path, capsys
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere"], "nowhere: no such run folder"),
+        (["nowhere"], "nowhere: not a run folder"),
         (["run", "run"], "run, run: a run is given twice"),
         (["run", "--out", "missing/folder/x.html"], "missing/folder/x.html: cannot be written"),
     ],

@@ -163,5 +163,5 @@ def test_runs_of_equal_names_are_named_by_their_paths_and_a_run_is_given_once(ru
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere: not a run folder"):
         read_run(tmp_path / "nowhere", __version__)
-    with pytest.raises(UserError, match="not a run folder; a run folder holds config"):
+    with pytest.raises(UserError, match=r"not a run folder.*; name one, which holds config"):
         read_run(tmp_path, __version__)

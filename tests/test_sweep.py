@@ -15,7 +15,7 @@ QUICK = ("--batch-size", "32", "--image-size", "16", "--threads", "1", "--tracke
 
 
 def test_a_sweep_finishes_its_trials_and_names_the_best(small_set, cache_dir, tmp_path):
-    pytest.importorskip("optuna", reason="needs pip install optuna")
+    pytest.importorskip("optuna", reason='needs pip install "mnistm-dist[sweeps]"')
     flags = ["--trials", "2", "--shards", str(small_set), "--cache-dir", str(cache_dir), "--epochs", "1", *QUICK]
     command = [sys.executable, ROOT / "docs" / "sweep.py", *flags]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
@@ -31,7 +31,7 @@ def test_a_sweep_finishes_its_trials_and_names_the_best(small_set, cache_dir, tm
 
 
 def test_a_pruned_trial_is_stopped_and_can_be_resumed(small_set, cache_dir, tmp_path):
-    optuna = pytest.importorskip("optuna", reason="needs pip install optuna")
+    optuna = pytest.importorskip("optuna", reason='needs pip install "mnistm-dist[sweeps]"')
     from optuna.distributions import FloatDistribution
     from optuna.storages.journal import JournalFileBackend
 

@@ -1,6 +1,6 @@
 """Benchmarks that measure alternatives side by side in one run.
 
-python -m benchmarks loader|step|ranks|startup|recipe [--shards DIR] [--json FILE]
+python -m benchmarks loader|step|logs|ranks|startup|recipe [--shards DIR] [--json FILE]
 
 Rounds are interleaved (A B C, A B C); rates, ratios and spreads are over the rounds. --json FILE writes {"bench": NAME,
 "rows": [{"name", "output": "uint8"|"model-ready", "images_per_second", "ratio", "against", "spread"}, ...],
@@ -15,11 +15,11 @@ import sys
 
 import tyro
 
-from benchmarks.options import Loader, Options, Ranks, Recipe, Startup, Step
+from benchmarks.options import Loader, Logs, Options, Ranks, Recipe, Startup, Step
 from mnistm_dist.errors import run_cli
 
 # The module of a benchmark's function, which has the benchmark's name. It is imported after the flags are parsed.
-MODULES = {Loader: "loader", Step: "steps", Ranks: "steps", Startup: "runs", Recipe: "runs"}
+MODULES = {Loader: "loader", Step: "steps", Logs: "logs", Ranks: "steps", Startup: "runs", Recipe: "runs"}
 
 
 def main(argv: list[str]) -> int:
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
     )
     name, load_before = type(options).__name__.lower(), os.getloadavg()
     # Before torch and NumPy are imported: their threads inherit the affinity.
-    cores = pin(options.threads if name in ("loader", "step") else 0)
+    cores = pin(options.threads if name in ("loader", "step", "logs") else 0)
     # WebDataset reads it when it is imported: no pickles, no shell commands.
     os.environ["WDS_SECURE"] = "1"
     from benchmarks.measure import print_table

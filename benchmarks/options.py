@@ -98,6 +98,13 @@ class Step(Training):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Logs(Training):
+    """The trainer with its console in a terminal and TensorBoard, against one that logs nowhere."""
+
+    log_every: int = 10  # Steps between rows of the log.
+
+
+@dataclass(frozen=True, kw_only=True)
 class Ranks(Training):
     """One process against several, and the share of communication."""
 

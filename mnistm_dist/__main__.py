@@ -14,7 +14,7 @@ COMMANDS = {
     "train": "train a model, with any number of processes",
     "evaluate": "evaluate a trained run",
     "predict": "classify image files",
-    "export": "write a trained model as one file",
+    "export": "write a trained model as one file, or a folder for the Hub",
     "report": "write the report of a run, or compare runs",
     "runs": "list runs, or free what they no longer need",
 }
@@ -26,7 +26,7 @@ def main() -> int:
     listing = "\n".join(f"  {command:<10}{text}" for command, text in COMMANDS.items())
     if name in ("-h", "--help"):
         print(f"usage: mnistm-dist COMMAND ...\n\n{listing}\n\nFor the flags of a command: mnistm-dist COMMAND --help")
-        print('To complete commands and flags in bash (or zsh, fish): eval "$(mnistm-dist --completion bash)"')
+        print('To complete commands and flags in bash (or zsh, fish):\n  eval "$(mnistm-dist --completion bash)"')
     elif name == "--version":
         print(f"mnistm-dist {__version__}")
     elif name == "--completion":

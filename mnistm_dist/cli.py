@@ -22,6 +22,7 @@ from mnistm_dist.config import (
     DEFAULT_RECIPE,
     MAY_CHANGE_AT_RESUME,
     RECIPES,
+    SECTIONS,
     Config,
     LocalPath,
     build,
@@ -74,13 +75,13 @@ class TrainRequest:
     """The command line of one launch of ``mnistm_dist.train``."""
 
     argv: list[str]
+    """The flags, as `_plain` returns them."""
     recipe: str | None
     """The recipe that ``--recipe`` names."""
     config: Config
     """The configuration of a new run: defaults, recipe, flags."""
-    print_config: bool = False
-    dry_run: bool = False
-    seeds: tuple[int, ...] = ()
+    flags: TrainFlags
+    seeds: tuple[int, ...]
 
     def of_seed(self, seed: int) -> "TrainRequest":
         """Return the request of one of the `seeds`: a run of its own in ``RUN/seed-N``."""
@@ -101,7 +102,7 @@ class TrainRequest:
         # These hold for one launch only.
         before = replace(stored, resume=None, expect_world_size=None, profile_steps=0)
         recipe = read_recipe(self.recipe) if self.recipe is not None else {}
-        flags = _parse_flags(self.argv, replace(before, **recipe))
+        flags = _train_flags(self.argv, replace(before, **recipe))
         asked = fields_of(build(flags.recipe, fields_of(flags)))
         kept = fields_of(before)
         changed = {name: value for name, value in asked.items() if value not in ("auto", kept[name])}
@@ -118,11 +119,12 @@ def parse_train_flags(argv: list[str]) -> TrainRequest:
 
     Raises `UserError` for what is not accepted, `SystemExit` at ``--help``.
     """
+    argv = _plain(argv)
     named = _tyro(_only_recipe, argv, "train", return_unknown_args=True, add_help=False)[0]
     recipe = named or DEFAULT_RECIPE
     with errors_once_per_node():
         base = build(recipe, read_recipe(recipe))
-    flags = _parse_flags(argv, base)
+    flags = _train_flags(argv, base)
     seeds = [] if flags.seeds == "none" else flags.seeds.split(",")
     if not all(seed.isdecimal() for seed in seeds) or (seeds and flags.run.run_dir is None):
         raise UserError(f"--seeds: found {flags.seeds!r}; should be numbers such as 0,1,2, with --run-dir RUN")
@@ -130,8 +132,7 @@ def parse_train_flags(argv: list[str]) -> TrainRequest:
         argv=argv,
         recipe=named or None,
         config=build(recipe, fields_of(flags)),
-        print_config=flags.print_config,
-        dry_run=flags.dry_run,
+        flags=flags,
         seeds=tuple(dict.fromkeys(map(int, seeds))),
     )
 
@@ -211,13 +212,19 @@ def _only_seeds(*, seeds: str = "none") -> str:
     return seeds
 
 
-def _parse_flags(argv: list[str], base: Config) -> TrainFlags:
+def _train_flags(argv: list[str], base: Config) -> TrainFlags:
     """Return ``base`` with the fields that flags set, as text."""
-    # tyro has --compile and --no-compile; --compile=True and --compile=False are accepted, too.
-    switches = "|".join(name.replace("_", "[-_]") for name, value in fields_of(base).items() if isinstance(value, bool))
-    argv = [re.sub(rf"(?i)^--({switches})=true$", r"--\1", word) for word in argv]
-    argv = [re.sub(rf"(?i)^--({switches})=false$", r"--no-\1", word) for word in argv]
     return _tyro(TrainFlags, argv, "train", TRAIN_HELP, default=TrainFlags(**vars(base)))
+
+
+def _plain(argv: list[str]) -> list[str]:
+    """Return the flags of training as tyro has them: --optim.learning_rate=0.01 without its section, and
+    --compile=true and --compile=false, which W&B's agent writes, as --compile and --no-compile."""
+    values = {**fields_of(Config()), **vars(TrainFlags())}
+    switches = "|".join(name.replace("_", "[-_]") for name, value in values.items() if isinstance(value, bool))
+    argv = [re.sub(rf"^--({'|'.join(SECTIONS)})\.", "--", word) for word in argv]
+    argv = [re.sub(rf"(?i)^--({switches})=true$", r"--\1", word) for word in argv]
+    return [re.sub(rf"(?i)^--({switches})=false$", r"--no-\1", word) for word in argv]
 
 
 def _tyro(target: Any, argv: list[str], name: str, head: str = "", **options: Any) -> Any:

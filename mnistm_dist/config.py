@@ -37,7 +37,7 @@ Auto = Literal["auto"]
 TrackerName = Literal[
     "auto", "none", "wandb", "tensorboard", "mlflow", "trackio", "comet_ml", "clearml", "aim", "dvclive", "swanlab"
 ]
-OrNone = Annotated[T | None, BeforeValidator(lambda value: None if value == "none" else value)]
+OrNone = Annotated[T | None, BeforeValidator(lambda value: None if value in ("none", "None") else value)]
 LocalPath = Annotated[str, AfterValidator(local_path)]
 LocalFile = Annotated[Path, AfterValidator(local_path)]
 ShardsPath = Annotated[str, AfterValidator(os.path.expanduser)]  # or a URL

@@ -88,9 +88,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def near_path(path: Path) -> str:
-    """Return `` (did you mean X?)`` if the folder of a missing ``path`` holds a close name, else an empty text."""
+    """Return `` (did you mean X?)`` if the folder of ``path`` holds another, close name, else an empty text."""
     try:
-        siblings = [sibling.name for sibling in path.parent.iterdir()]
+        siblings = [sibling.name for sibling in path.parent.iterdir() if sibling.name != path.name]
     except OSError:
         return ""
     close = difflib.get_close_matches(path.name, siblings, 1)

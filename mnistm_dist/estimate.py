@@ -1,6 +1,7 @@
 """The memory and the time of a run, estimated before it (``train --dry-run``), and the work that is left during it."""
 
 import time
+from statistics import median
 
 from mnistm_dist.config import dump
 from mnistm_dist.data.transforms import Augment, Preprocess
@@ -8,13 +9,13 @@ from mnistm_dist.reporting.console import Console
 from mnistm_dist.reporting.describe import duration
 from mnistm_dist.reporting.time_left import TimeLeft
 from mnistm_dist.results import header_rows
-from mnistm_dist.training.hardware import peak_memory_gb
+from mnistm_dist.training.hardware import CoreWatch, peak_memory_gb
 from mnistm_dist.training.schedule import Schedule
 from mnistm_dist.training.setup import RunSetup
 from mnistm_dist.training.step import train_step
 from mnistm_dist.training.train_state import create_train_state
 
-STEPS = 10  # discarded steps at each image size
+STEPS, WARM_UP = 10, 2  # discarded steps at each image size, and those of them that are not timed
 
 
 def print_estimate(run: RunSetup, console: Console, steps_done: int) -> None:
@@ -29,6 +30,7 @@ def print_estimate(run: RunSetup, console: Console, steps_done: int) -> None:
     # Not resumed: the values of the weights do not change the time of a step.
     state, left = create_train_state(config, world, len(run.shards.manifest.classes), run.shares), TimeLeft()
     state.train_model.train()
+    watch = CoreWatch(seconds=0.0)
     for size in schedule.work_left(steps_done, config.run.evaluate_every)[0]:
         seconds = []
         for micro_batches in run.batches(0, STEPS):
@@ -37,12 +39,14 @@ def print_estimate(run: RunSetup, console: Console, steps_done: int) -> None:
             # Waits for the device.
             losses.mean().item()
             seconds.append(time.perf_counter() - started)
-        # The fastest one: the first ones allocate memory, and another process on the machine makes single ones slow.
-        left.trained(size, min(seconds) / config.steps.batch_size)
+        # The first ones allocate memory.
+        left.add("train", size, median(seconds[WARM_UP:]) / config.steps.batch_size)
     total = left.seconds(*images_left(run, schedule, steps_done))
     rows = header_rows(run, state, schedule, config.run.tracker)
     rows["peak memory"] = f"{peak_memory_gb(world.device):.2f} GB, of the first process in these steps"
     rows["time"] = f"about {duration(total or 0)} of training and evaluation"
+    if watch.warning():
+        rows["cores"] = "busy now; on idle ones it takes less time"
     console.line(dump(config))
     console.header(f"dry run: {run.path} is not written", rows)
 

@@ -53,14 +53,12 @@ def main(
         choose_checkpoint,
         evaluate_checkpoint,
         next_commands,
-        print_result,
-        read_summary,
         write_summary,
     )
     from mnistm_dist.training import distributed
     from mnistm_dist.training.hardware import find_device, native_precisions
     from mnistm_dist.training.preemption import exit_promptly
-    from mnistm_dist.training.run_dir import CONFIG_NAME, require_run
+    from mnistm_dist.training.run_dir import CONFIG_NAME, read_summary, require_run
     from mnistm_dist.training.setup import EVALUATED_SPLITS, open_evaluation
 
     run_dir = Path(run)
@@ -97,7 +95,7 @@ def main(
                     write_report([run_dir], run_dir / "report.html", predictions)
                 shown = folder if folder in (run_dir, out) else None
                 commands = next_commands(opened) if folder == run_dir else {}
-                print_result(console, shown, summary, predictions, commands, report=report)
+                console.result(shown, summary, predictions, commands, report=report)
     return 0
 
 
@@ -106,7 +104,7 @@ def choose_folder(run_dir: Path, out: Path | None, console: Console, stack: Exit
 
     ``stack`` releases it. Raises `UserError` if it cannot be written.
     """
-    from mnistm_dist.training.run_lock import RunLock
+    from mnistm_dist.run_lock import RunLock
 
     if out is not None:
         with explain_os_errors(out):

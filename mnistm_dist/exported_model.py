@@ -110,6 +110,13 @@ def run_onnx(path: Path) -> Runner:
     return lambda images: session.run(["probabilities"], {"images": images})[0]
 
 
+# How a format is written, and loaded.
+FORMATS: dict[str, tuple[Callable[[TrainedModel], bytes], Callable[[Path], Runner]]] = {
+    "onnx": (to_onnx, run_onnx),
+    "torch": (to_torch, run_torch),
+}
+
+
 def sample_images(count: int) -> np.ndarray:
     """Return the first images of the bundled sample, uint8 (count, 28, 28, 3)."""
     samples = itertools.islice(open_source("sample").samples(), count)

@@ -28,12 +28,12 @@ from mnistm_dist import config as configuration
 from mnistm_dist.data.image_io import read_picture, resize_and_crop, to_rgb
 from mnistm_dist.data.transforms import Preprocess
 from mnistm_dist.errors import UserError
-from mnistm_dist.results import choose_checkpoint, read_summary
+from mnistm_dist.results import choose_checkpoint
 from mnistm_dist.training import checkpoint as checkpoints
 from mnistm_dist.training.evaluation import BATCH_SIZE
 from mnistm_dist.training.hardware import find_device, native_precisions
 from mnistm_dist.training.models import create_model, to_device
-from mnistm_dist.training.run_dir import CONFIG_NAME, require_run
+from mnistm_dist.training.run_dir import CONFIG_NAME, read_summary, require_run
 
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -124,7 +124,7 @@ def load_model(
     """Return the model of a run.
 
     Args:
-        run: a run folder.
+        run: a run folder, or a folder that ``export --to hub`` wrote.
         checkpoint: ``best`` on val, ``last``, the folder of a checkpoint, or ``chosen``: the best if there is a test
             split to give an unbiased result, else the last.
         device: by default a GPU if there is one, else the CPU.

@@ -6,18 +6,20 @@
 import functools
 import json
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from mnistm_dist.data.loader import Reader
 from mnistm_dist.data.transforms import Preprocess
 from mnistm_dist.errors import UserError, escape_control
 from mnistm_dist.files import write_atomic
 from mnistm_dist.reporting.console import Console
-from mnistm_dist.reporting.describe import describe, describe_failure
+from mnistm_dist.reporting.describe import describe_failure
 from mnistm_dist.reporting.predictions import Predictions, mistakes, read_predictions
 from mnistm_dist.reporting.run_logger import log_results
 from mnistm_dist.reporting.tracking import Tracker
@@ -38,6 +40,9 @@ def choose_checkpoint(run_dir: Path, which: str, *, has_test: bool) -> tuple[che
     ``which`` is best, last, a path, or chosen: the best on val if there is a test split to give an unbiased result,
     else the last. Raise `UserError` if there is no such checkpoint.
     """
+    if which == "chosen" and (run_dir / checkpoints.MODEL).exists():
+        # A folder of `export --to hub`.
+        which = str(run_dir)
     if which not in ("best", "last", "chosen"):
         checkpoint, chosen = checkpoints.open_checkpoint(Path(which)), "named"
     else:
@@ -110,7 +115,6 @@ def write_split(run: RunSetup, split: str, outputs: SplitOutputs | None) -> Pred
 def draw_split(run_dir: Path, split: str, predictions: Predictions, reader: Reader) -> None:
     """Draw the figures of a split. Raise `UserError` if the run folder cannot be written."""
     from mnistm_dist.reporting import figures
-    from mnistm_dist.reporting.pictures import write_pictures
     from mnistm_dist.reporting.style import save
 
     wrong = mistakes(predictions)
@@ -120,7 +124,11 @@ def draw_split(run_dir: Path, split: str, predictions: Predictions, reader: Read
     with writing(run_dir):
         save(matrix, run_dir / f"confusion_matrix_{split}.png")
         save(figures.mistakes(images, shown, len(wrong), f"Mistakes, {split}"), run_dir / f"mistakes_{split}.png")
-        write_pictures(run_dir / "mistakes" / f"{split}.png", images, [m.key for m in shown])
+        folder = run_dir / "mistakes" / split
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        for image, mistake in zip(images, shown, strict=True):
+            Image.fromarray(image).save(folder / f"{mistake.key}.png")
 
 
 def finish(run: RunSetup, run_dir: RunDir, state: TrainState, console: Console, tracker: Tracker) -> None:
@@ -148,7 +156,7 @@ def finish(run: RunSetup, run_dir: RunDir, state: TrainState, console: Console, 
     if run.config.run.upload_checkpoint:
         tracker.log_checkpoint(checkpoint.path, [str(entry["chosen"]).split()[0]])
     run_dir.set_state("finished")
-    print_result(console, run.path, summary, predictions, next_commands(run), report=run.config.run.report)
+    console.result(run.path, summary, predictions, next_commands(run), report=run.config.run.report)
     losses = [row["train/loss"] for row in run_dir.rows if row["kind"] == "train"]
     failures = (describe_failure(results.metrics, losses) for results in predictions.values())
     if failure := next(filter(None, failures), ""):
@@ -195,8 +203,7 @@ def header_rows(run: RunSetup, state: TrainState, schedule: Schedule, tracker: s
 def summary_fields(run: RunSetup, state: TrainState) -> dict[str, Any]:
     """Return the fields of ``summary.json`` that describe the training; those of the splits are added to them."""
     config, manifest = run.config, run.shards.manifest
-    history = state.history
-    images, seconds = state.steps_done * config.steps.batch_size, history.train_seconds
+    images, seconds = state.steps_done * config.steps.batch_size, state.history.train_seconds
     return {
         "recipe": config.recipe,
         "world_size": run.world.size,
@@ -209,8 +216,8 @@ def summary_fields(run: RunSetup, state: TrainState) -> dict[str, Any]:
         "steps": state.steps_done,
         "epochs": round(images / run.shards.split("train").count, 4),
         "train_seconds": round(seconds, 3),
-        "evaluate_seconds": round(history.evaluate_seconds, 3),
-        "save_seconds": round(history.save_seconds, 3),
+        "evaluate_seconds": round(state.history.evaluate_seconds, 3),
+        "save_seconds": round(state.history.save_seconds, 3),
         "peak_memory_gb": peak_memory_gb(run.world.device),
         "images_per_second": round(images / seconds, 2) if seconds else None,
         "parameters": count_parameters(state.model),
@@ -222,15 +229,6 @@ def summary_fields(run: RunSetup, state: TrainState) -> dict[str, Any]:
             "pixels_sha256": manifest.pixels_sha256,
         },
     }
-
-
-def read_summary(run_dir: Path) -> dict[str, Any]:
-    """Return the content of ``summary.json``, empty if it is missing or damaged."""
-    try:
-        summary = json.loads((run_dir / SUMMARY_NAME).read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return summary if isinstance(summary, dict) else {}
 
 
 def write_summary(run_dir: Path, summary: dict[str, Any], results: dict[str, Predictions]) -> dict[str, Any]:
@@ -250,20 +248,3 @@ def next_commands(run: RunSetup) -> dict[str, str]:
         last = checkpoints.checkpoint_dir(run.path, run.config.run.max_steps)
         commands["resume"] = f"{python}.train --resume {shlex.quote(str(last))}"
     return commands
-
-
-def print_result(
-    console: Console,
-    folder: Path | None,
-    summary: dict[str, Any],
-    results: dict[str, Predictions],
-    commands: dict[str, str],
-    *,
-    report: bool,
-) -> None:
-    """Print accuracy, the most common confusions, if there is a ``folder`` what was written there, and what is next."""
-    text = "\n\n".join(f"{split}: {describe(predictions.metrics)}" for split, predictions in results.items())
-    files = {f"predictions, {split}": f"predictions_{split}.csv" for split in results}
-    if report:
-        files = {"report": "report.html", **files}
-    console.result(summary, text, {name: folder / file for name, file in files.items()} if folder else {}, commands)

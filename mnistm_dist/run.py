@@ -22,11 +22,12 @@ from mnistm_dist.estimate import images_left, print_estimate
 from mnistm_dist.reporting.console import Console
 from mnistm_dist.reporting.run_logger import RunLogger
 from mnistm_dist.reporting.tracking import Tracker, open_tracker
-from mnistm_dist.results import finish, header_rows, read_summary
+from mnistm_dist.results import finish, header_rows
 from mnistm_dist.training import distributed
 from mnistm_dist.training.checkpoint import Checkpoint
 from mnistm_dist.training.preemption import Preempted, StopRequest, exit_promptly, parse_signals
 from mnistm_dist.training.resume import agree_on_start, check_resume, choose_start, restore_state
+from mnistm_dist.training.run_dir import read_summary
 from mnistm_dist.training.schedule import Schedule
 from mnistm_dist.training.setup import RunSetup, acquire_run_dir, open_run, write_start
 from mnistm_dist.training.train_state import create_train_state
@@ -46,7 +47,7 @@ def launch(request: TrainRequest, *, process_ends: bool) -> int:
         compare_seeds(run_dirs, Console(enabled=is_first()))
         return 0
     _, (config, checkpoint) = starts[0]
-    if request.print_config:
+    if request.flags.print_config:
         if is_first():
             write_result(dump(config))
         return 0
@@ -58,7 +59,7 @@ def launch(request: TrainRequest, *, process_ends: bool) -> int:
         ) as world:
             console = Console(enabled=world.is_main)
             with console.library_warnings(), distributed.peer_failures(timeout):
-                if request.dry_run:
+                if request.flags.dry_run:
                     print_estimate(open_run(config, world, console), console, checkpoint.step if checkpoint else 0)
                     return 0
                 for one, (config, checkpoint) in starts:

@@ -7,7 +7,8 @@
 --json prints [{"name": ..., "recipe": ..., "state": ..., "step": S,
 "val_accuracy": A, "seconds": T}, ...]. prune removes checkpoints of finished
 runs, but the last one and that of the result, and run folders without a
-checkpoint that nobody trains in. Without --yes it says what it would free.
+checkpoint that nobody trains in. Without --yes it says what it would free. A
+run is killed if its state is running and no live process holds its folder.
 """
 
 import json
@@ -58,10 +59,8 @@ def main(
     if action == "prune":
         return prune(runs, remove=yes)
     rows = [row for _, row in runs]
-    if sort in ("step", "val_accuracy", "seconds"):
-        rows.sort(key=lambda row: -(row[sort] or 0))
-    else:
-        rows.sort(key=lambda row: str(row[sort]))
+    is_number = sort in ("step", "val_accuracy", "seconds")
+    rows.sort(key=lambda row: -(row[sort] or 0) if is_number else str(row[sort]))
     write_result(json.dumps(rows, indent=1) + "\n" if json_output else format_table(rows))
     return 0
 
@@ -88,9 +87,9 @@ def format_table(rows: list[dict[str, Any]]) -> str:
 
 def prune(runs: list[tuple[Path, dict[str, Any]]], *, remove: bool) -> int:
     """Print what can be removed of the runs and how much it frees; remove it if ``remove``. Return the exit code."""
-    from mnistm_dist.results import read_summary
+    from mnistm_dist.run_lock import RunLock
     from mnistm_dist.training.checkpoint import checkpoint_dirs
-    from mnistm_dist.training.run_lock import RunLock
+    from mnistm_dist.training.run_dir import read_summary
 
     freed = 0
     for path, row in runs:

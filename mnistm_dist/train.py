@@ -20,7 +20,7 @@ def main(argv: list[str]) -> int:
     config = request.config
     what = f"resume {config.run.resume}" if config.run.resume else f"recipe {config.recipe}"
     # Of the configuration, stdout holds nothing else.
-    Console(enabled=is_first() and not request.print_config).line(f"mnistm_dist {__version__}: {what}")
+    Console(enabled=is_first() and not request.flags.print_config).line(f"mnistm_dist {__version__}: {what}")
     # After the flags and the first line: torch takes seconds to import.
     from mnistm_dist.run import launch
 

@@ -14,7 +14,7 @@ from mnistm_dist import __version__
 from mnistm_dist import config as configuration
 from mnistm_dist.errors import UserError
 from mnistm_dist.reporting.metrics import Metrics, measure
-from mnistm_dist.training.run_lock import LOCK_NAME, RunLock
+from mnistm_dist.run_lock import LOCK_NAME, RunLock
 
 CLASSES = tuple(str(digit) for digit in range(10))
 Matrix = list[list[int]]

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import __main__ as command
-from benchmarks import measure, runs, steps
+from benchmarks import logs, measure, runs, steps
 from benchmarks.loader import OtherReaders, loader
 from benchmarks.measure import Contender
-from benchmarks.options import Loader, Options, Ranks, Recipe, Rounds, Startup, Step
+from benchmarks.options import Loader, Logs, Options, Ranks, Recipe, Rounds, Startup, Step
 from mnistm_dist.errors import UserError, run_cli
 
 # torchvision 0.29 deprecates the decoder with which WebDataset is measured.
@@ -85,6 +85,13 @@ def test_step_compares_a_bare_loop_with_a_plain_script_and_with_its_variants(com
         ("bare loop, one prepared batch", "bare loop"),
         ("bare loop, contiguous", "bare loop"),
     }
+
+
+def test_logs_compares_a_trainer_that_logs_with_a_silent_one(common, capsys):
+    pytest.importorskip("tensorboard", reason='needs pip install "mnistm-dist[trackers]"')
+    result = checked(logs.logs(Logs(**common, **TINY, log_every=1)))
+    assert pairs(result) == {("console and TensorBoard", "neither"), ("neither", "neither")}
+    assert capsys.readouterr().out == "", "the console of the training is a terminal of its own"
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from mnistm_dist.errors import run_cli
 
 PACKAGE = Path(mnistm_dist.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-FLOOR = {"errors", "config", "files", "__version__"}
+FLOOR = {"errors", "config", "files", "run_lock", "__version__"}
 ALLOWED = {
     "data": {"data"} | FLOOR,
     "training": {"training", "data", "cli"} | FLOOR,

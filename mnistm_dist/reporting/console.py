@@ -8,6 +8,7 @@ codes.
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import sys
 import textwrap
@@ -22,12 +23,13 @@ from rich.console import Console as RichConsole
 from rich.console import RenderableType
 from rich.constrain import Constrain
 from rich.panel import Panel
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.progress import BarColumn, Progress, Task, TextColumn
 from rich.table import Column, Table
 from rich.text import Text
 
 from mnistm_dist.errors import escape_control
-from mnistm_dist.reporting.describe import describe_accuracy, describe_checkpoint, duration, number
+from mnistm_dist.reporting.describe import describe, describe_accuracy, describe_checkpoint, duration, number
+from mnistm_dist.reporting.predictions import Predictions
 
 WIDEST = 100  # columns that panels and bars fill at most
 TEXT_WIDTH = 71  # columns that paragraphs are wrapped to: 80 with the time
@@ -77,19 +79,6 @@ class Bars(Progress):
             yield Text(f"  {bar_text(task)}", style="cyan", no_wrap=True, overflow="ellipsis")
 
 
-class TimeLeftColumn(ProgressColumn):
-    """The time that is left, of a total that is known."""
-
-    def render(self, task: Task) -> Text:
-        return Text(time_left(task), style="cyan")
-
-
-def time_left(task: Task) -> str:
-    """Return ``3:05 left``: what the work itself estimates, or what follows from its recent speed."""
-    seconds = task.time_remaining if task.fields["left"] is None else task.fields["left"]
-    return f"{duration(seconds)} left" if seconds else ""
-
-
 def bar_text(task: Task) -> str:
     """Return ``1,200/55,000 images  1,204 images/s``, or the note of the bar instead of the speed."""
     return f"{_amount(task)}  {task.fields['note'] or _rate(task, task.speed or 0.0)}".rstrip()
@@ -125,7 +114,9 @@ class Bar:
         ``note`` is shown instead of the speed; ``left``: seconds, instead of what follows from the speed.
         """
         console, task, now = self._console, self._task, time.monotonic()
-        console.bars.update(task.id, total=total or None, completed=done, note=note, left=left)
+        console.bars.update(task.id, total=total or None, completed=done, note=note)
+        seconds = task.time_remaining if left is None else left
+        task.fields["left"] = f"{duration(seconds)} left" if seconds else ""
         line_seconds = min(max(FIRST_LINE_SECONDS, (task.elapsed or 0.0) / 50), LAST_LINE_SECONDS)
         if now - self._drawn < (REFRESH_SECONDS if console.live else line_seconds):
             return
@@ -134,7 +125,7 @@ class Bar:
             console.bars.refresh()
         else:
             share = f" {task.percentage:.0f} %" if task.total else ""
-            console.line(f"{task.description}{share}  {bar_text(task)}  {time_left(task)}".rstrip())
+            console.line(f"{task.description}{share}  {bar_text(task)}  {task.fields['left']}".rstrip())
 
 
 class Console:
@@ -149,7 +140,6 @@ class Console:
         stream = stream or sys.stdout
         # Whether bars are redrawn in place.
         self.live = enabled and stream.isatty() and os.environ.get("TERM", "").lower() not in ("", "dumb", "unknown")
-        self.left_out = 0.0  # seconds that the bars do not count; add to it what was spent on something else
         self._rich = RichConsole(
             file=cast(TextIO, LossyStream(stream)),
             highlight=False,
@@ -161,13 +151,13 @@ class Console:
             TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=None),
             TextColumn("{task.percentage:3.0f} %"),
-            TimeLeftColumn(),
+            TextColumn("{task.fields[left]}", style="cyan"),
             console=self._rich,
             auto_refresh=False,
             transient=True,
             expand=True,
             speed_estimate_period=30.0,
-            get_time=lambda: time.monotonic() - self.left_out,
+            get_time=lambda: time.monotonic(),
             disable=not self.live,
         )
         self._has_evaluations = False
@@ -203,15 +193,17 @@ class Console:
 
         If the context exits without an error and no other bar is open, one line with time and speed is left.
         """
-        # The unit: its scale, decimals and name.
-        fields: Any = {
-            "unit": (1e-6, 1, "MB") if unit == "bytes" else (1, 0, unit),
-            "first": start,
-            "note": "",
-            "left": None,
-        }
         self.bars.start()
-        self.bars.add_task(escape_control(description), total=total, completed=start, **fields)
+        self.bars.add_task(
+            escape_control(description),
+            total=total,
+            completed=start,
+            # Its scale, decimals and name.
+            unit=(1e-6, 1, "MB") if unit == "bytes" else (1, 0, unit),
+            first=start,
+            note="",
+            left="",
+        )
         task = self.bars.tasks[-1]
         try:
             yield Bar(self, task)
@@ -247,16 +239,27 @@ class Console:
         self.line(text.rstrip(), "green" if row.get("best") else "")
 
     def result(
-        self, summary: Mapping[str, Any], text: str, paths: Mapping[str, Path], commands: Mapping[str, str]
+        self,
+        folder: Path | None,
+        summary: Mapping[str, Any],
+        results: Mapping[str, Predictions],
+        commands: Mapping[str, str],
+        *,
+        report: bool,
     ) -> None:
-        """Show the result: accuracy of each split with its interval, the time, a text, and what was written.
+        """Show the result: accuracy of each split with its interval, the time, the most common confusions.
 
         Args:
+            folder: where the results were written, if they were; in a terminal, links lead there.
             summary: as in ``summary.json``.
-            text: a paragraph per line.
-            paths: what was written; in a terminal, links.
+            results: the predictions of each split.
             commands: what to do next, quoted for a shell; never wrapped, so that they can be copied.
+            report: whether the report was written, too.
         """
+        text = "\n\n".join(f"{split}: {describe(predictions.metrics)}" for split, predictions in results.items())
+        names = {"report": "report.html"} if report else {}
+        names |= {f"predictions, {split}": f"predictions_{split}.csv" for split in results}
+        paths = {name: folder / file for name, file in names.items()} if folder else {}
         rows = {
             split: describe_accuracy(score["correct"], score["total"], score["interval95"])
             for split in ("val", "test")
@@ -282,13 +285,10 @@ class Console:
     @contextmanager
     def library_warnings(self) -> Iterator[None]:
         """Show Python warnings inside the context as one line each, equal ones once."""
-        shown: set[str] = set()
+        warn_once = functools.cache(self.warn)
 
         def show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
-            text = textwrap.shorten(str(message), LONGEST_WARNING, placeholder=" ...")
-            if text not in shown:
-                shown.add(text)
-                self.warn(f"{category.__name__}: {text}")
+            warn_once(f"{category.__name__}: {textwrap.shorten(str(message), LONGEST_WARNING, placeholder=' ...')}")
 
         with warnings.catch_warnings():
             warnings.showwarning = show

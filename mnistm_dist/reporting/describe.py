@@ -93,13 +93,9 @@ def _support(metrics: Metrics) -> str:
     present = [row for row in metrics.per_class if row.support]
     absent = [row.name for row in metrics.per_class if not row.support]
     few, many = (limit(present, key=lambda row: row.support) for limit in (min, max))
-    if len(present) == 1:
-        text = f"All images are of class {few.name}."
-    elif few.support == many.support:
-        text = f"Each of the {len(present)} classes has {plural(few.support, 'image')}."
-    else:
-        text = f"Images per class: {few.support:,} (class {few.name}) to {many.support:,} (class {many.name})."
-    return f"{text} No images of class {listed(absent)}." if absent and len(present) > 1 else text
+    text = f"{few.support:,} (class {few.name}) to {many.support:,} (class {many.name})"
+    text = f"Images per class: {text if few.support < many.support else f'{few.support:,}'}."
+    return f"{text} No images of class {listed(absent)}." if absent else text
 
 
 def _confusions(metrics: Metrics) -> str:

@@ -39,13 +39,7 @@ def most_confused(metrics: Metrics) -> list[int]:
 
 def of_all(metrics: Metrics, shown: int) -> str:
     """Return `` (the 30 most confused of 1,000 classes)`` for a title, or an empty text if all are shown."""
-    width = len(metrics.classes)
-    return f" (the {shown} most confused of {width:,} classes)" if shown < width else ""
-
-
-def shorten(name: str) -> str:
-    """Return a class name, cut for a figure."""
-    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
+    return f" (the {shown} most confused of {len(metrics.classes):,} classes)" if shown < len(metrics.classes) else ""
 
 
 @styled
@@ -59,12 +53,12 @@ def confusion_matrix(metrics: Metrics, title: str = "Confusion matrix") -> Figur
     shares = matrix / np.maximum(matrix.sum(axis=1), 1)[:, None]
     chosen = most_confused(metrics)
     matrix, shares = matrix[np.ix_(chosen, chosen)], shares[np.ix_(chosen, chosen)]
-    width, names = len(chosen), [shorten(metrics.classes[i]) for i in chosen]
+    width, shown = len(chosen), (metrics.classes[i] for i in chosen)
+    names = [name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…" for name in shown]
     largest = (shares * ~np.eye(width, dtype=bool)).max() or 1.0
     size = (0.44 if width <= 12 else 0.38) * (width + 3.2)
     figure = new_figure(height=size * 0.92, width=max(size, COLUMN_INCHES))
-    title = f"{title}: {plural(metrics.total - metrics.correct, 'error')} in {plural(metrics.total, 'image')}"
-    title += of_all(metrics, width)
+    errors = plural(metrics.total - metrics.correct, "error")
     axes = figure.add_subplot(
         xlim=(-0.5, width + 1.0),
         ylim=(width - 0.5, -0.5),
@@ -73,7 +67,7 @@ def confusion_matrix(metrics: Metrics, title: str = "Confusion matrix") -> Figur
         xticklabels=names,
         yticklabels=names,
         aspect="equal",
-        title=title,
+        title=f"{title}: {errors} in {plural(metrics.total, 'image')}{of_all(metrics, width)}",
     )
     axes.grid(False)
     count_size = {1: 8.5, 2: 8.5, 3: 8.5, 4: 8.0}.get(len(str(matrix.max())), 6.5)
@@ -138,72 +132,10 @@ def batch_grid(images: Sequence[np.ndarray], captions: Sequence[str], title: str
     figure = new_figure(height=0.3 + height * COLUMN_INCHES / width, gap=0.02, title=title)
     axes = figure.add_subplot(xlim=(0, width), ylim=(height, 0), aspect="equal")
     axes.set_axis_off()
-    if not images:
-        axes.text(0.5, 0.5, "no images", transform=axes.transAxes, **CENTRED)
     for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
         left, top = i % TILES_ACROSS * (1 + gap), i // TILES_ACROSS * (1 + text)
         axes.imshow(image, interpolation="nearest", extent=(left, left + 1, top + 1, top))
         axes.text(left + 0.5, top + 1.05, caption, ha="center", va="top", fontsize=SMALL)
-    return figure
-
-
-@styled
-def per_class(metrics: Metrics, title: str = "Precision and recall of each class") -> PageFigure:
-    """Draw the precision and the recall of each class as dots; the axis begins below the lowest.
-
-    Of more than `MOST_CLASSES` classes, those of the confusion matrix are drawn.
-    """
-    chosen = most_confused(metrics)
-    width, rows = len(chosen), [metrics.per_class[i] for i in chosen]
-    title += of_all(metrics, width)
-    figure = new_figure(height=0.8 + 0.24 * width)
-    axes = figure.add_subplot()
-    lowest = 1.0
-    # The precision of a class without images says only that it was predicted somewhere.
-    present = [(i, scores) for i, scores in enumerate(rows) if scores.support]
-    for name, colour, marker, fill, shift in (
-        ("recall", SERIES[0], "o", SERIES[0], 0.12),
-        ("precision", SERIES[1], "D", "none", -0.12),
-    ):
-        dots = [(value, i - shift) for i, scores in present if (value := getattr(scores, name)) is not None]
-        lowest = min([lowest, *(value for value, _ in dots)])
-        axes.plot(
-            [100 * value for value, _ in dots],
-            [place for _, place in dots],
-            marker,
-            label=name,
-            color=colour,
-            markersize=5.5,
-            markerfacecolor=fill,
-            markeredgewidth=1.4,
-            clip_on=False,
-            zorder=3,
-        )
-    # A round start of the axis that leaves space for the differences between the classes.
-    start = next((low for low in (99, 98, 95, 90, 80, 50) if 100 * lowest > low + (100 - low) * 0.1), 0)
-    axes.set(
-        xlim=(start, 100),
-        ylim=(width - 0.5, -0.5),
-        yticks=range(width),
-        yticklabels=[shorten(metrics.classes[i]) for i in chosen],
-        xlabel="%",
-        ylabel="class",
-        title=title,
-    )
-    for i, scores in enumerate(rows):
-        note = "no images" if not scores.support else "never predicted" if not scores.predicted else ""
-        shares = [
-            f"{name} {percent(v)}" for name in ("recall", "precision") if (v := getattr(scores, name)) is not None
-        ]
-        text = f"class {scores.name}: {', '.join([plural(scores.support, 'image'), *shares])}"
-        figure.add_tip(axes.get_yaxis_transform(), (0, i + 0.5, 1, i - 0.5), text)
-        axes.annotate(
-            note, (0, i), (6, 0), ("axes fraction", "data"), "offset points", va="center", fontsize=SMALL, color=MUTED
-        )
-    axes.tick_params(length=0)
-    axes.tick_params(axis="y", pad=8)
-    axes.spines["left"].set_visible(False)
-    axes.legend(loc="lower right", bbox_to_anchor=(1.02, 0.985), ncols=2, borderaxespad=0, handletextpad=0.1)
     return figure
 
 

@@ -3,6 +3,7 @@
 The templates hold the markup; this module prepares the values that they show.
 """
 
+import base64
 import dataclasses
 import os
 import re
@@ -25,12 +26,12 @@ from mnistm_dist.reporting import figures
 from mnistm_dist.reporting.curves import learning_curve, learning_curves, machine_curve
 from mnistm_dist.reporting.describe import describe, describe_checkpoint, duration, number, percent, plural
 from mnistm_dist.reporting.metrics import Metrics, calibration_bins
-from mnistm_dist.reporting.pictures import read_pictures
 from mnistm_dist.reporting.predictions import Predictions, mistakes, paired_difference
 from mnistm_dist.reporting.runs import SPLITS, RunRecord, differing_fields, flatten, read_runs, seed_groups
 from mnistm_dist.reporting.style import to_svg
 
 SPLIT_NAMES = {"val": "validation", "test": "test"}
+BAR_STARTS = (0.99, 0.98, 0.95, 0.9, 0.8, 0.5)  # of the bars of precision and recall
 LIKELIEST = 3  # classes that a mistake shows, besides the true one
 
 
@@ -62,6 +63,8 @@ def write_report(
     environment.filters |= {
         "count": "{:,}".format,
         "duration": duration,
+        "moment": lambda seconds: time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(seconds)),
+        "number": number,
         "percent": percent,
         "plural": plural,
         "points": lambda share: None if share is None else f"{100 * share:.2f}",
@@ -106,7 +109,7 @@ def run_values(run: RunRecord) -> dict[str, Any]:
     """Return the values of ``run.html.j2``."""
     evaluations = [row for row in run.rows if row["kind"] == "evaluation" and row.get("val/accuracy") is not None]
     wrong = [_mistakes(run, split) for split in SPLITS]
-    facts = _facts(run)
+    times = [row["time"] for row in run.rows if "time" in row]
     resumes, processes = sum(row["kind"] == "resume" for row in run.rows), run.environment.get("world_size")
     sections = {
         "results": ("Results", run.metrics),
@@ -121,9 +124,8 @@ def run_values(run: RunRecord) -> dict[str, Any]:
     return {
         "run": run,
         "title": run.name,
-        "subtitle": _subtitle(run, resumes, facts.get("ended", "")),
-        "facts": facts,
-        "tiles": _tiles(run),
+        "times": times,
+        "resumes": resumes,
         "sections": {anchor: title for anchor, (title, content) in sections.items() if content},
         "checkpoint": run.summary.checkpoint and describe_checkpoint(run.summary.checkpoint.model_dump()),
         "splits": [_split(run, split) for split in run.metrics],
@@ -140,58 +142,9 @@ def run_values(run: RunRecord) -> dict[str, Any]:
     }
 
 
-def _subtitle(run: RunRecord, resumes: int, moment: str) -> str:
-    state, step = run.state.state, run.state.step
-    if state == "running":
-        # A run writes its summary, then this page, and then the state `finished`.
-        state, step = ("finished", run.summary.steps) if run.summary.steps else ("running, or killed", step)
-    recipe = run.summary.recipe or run.config.get("recipe", "unknown")
-    at_step = "" if step is None else f"step {step:,}"
-    resumed = f"resumed {plural(resumes, 'time')}" if resumes else ""
-    return " · ".join(filter(None, (f"recipe {recipe}", state, at_step, run.state.reason, resumed, moment)))
-
-
-def _facts(run: RunRecord) -> dict[str, str]:
-    """Return when, how long and where the run was."""
-    summary, environment = run.summary, run.environment
-    times = [row["time"] for row in run.rows if "time" in row]
-    parts = {"training": summary.train_seconds, "evaluation": summary.evaluate_seconds, "saving": summary.save_seconds}
-    spent = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items() if seconds)
-    facts: dict[str, Any] = {
-        name: time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(moment))
-        for name, moment in zip(("started", "ended"), (min(times), max(times)) if times else (), strict=False)
-    }
-    if times:
-        # Of all launches, with the time between them.
-        facts["duration"] = duration(max(times) - min(times)) + (f" ({spent})" if spent else "")
-    size, threads = environment.get("world_size"), environment.get("threads")
-    facts["machine"] = ", ".join(
-        str(environment[name]) for name in ("host", "device", "platform") if name in environment
-    )
-    facts["processes"] = f"{size}, {threads} threads each" if size and threads else ""
-    facts["peak memory"] = f"{summary.peak_memory_gb:.2f} GB" if summary.peak_memory_gb else ""
-    return {name: text for name, text in facts.items() if text}
-
-
-def _tiles(run: RunRecord) -> list[tuple[str, str]]:
-    summary, tiles = run.summary, []
-    for split, metrics in run.metrics.items():
-        low, high = metrics.interval95
-        name = f"{SPLIT_NAMES[split]} accuracy, 95 % interval {100 * low:.2f} to {100 * high:.2f} %"
-        tiles.append((percent(metrics.accuracy), name))
-    if summary.train_seconds:
-        epochs = f", {number(summary.epochs)} epochs" if summary.epochs else ""
-        tiles.append((duration(summary.train_seconds), f"training{epochs}"))
-    if summary.images_per_second:
-        processes = f", world size {summary.world_size:,}" if summary.world_size else ""
-        tiles.append((number(summary.images_per_second), f"images/s{processes}"))
-    if summary.parameters:
-        tiles.append((f"{summary.parameters:,}", "parameters"))
-    return tiles
-
-
 def _split(run: RunRecord, split: str) -> dict[str, Any]:
     metrics, name, results = run.metrics[split], SPLIT_NAMES[split], run.predictions.get(split)
+    scores = [share for row in metrics.per_class for share in (row.precision, row.recall) if share is not None]
     calibration = None
     if results is not None:
         bins = calibration_bins(results.labels, results.probabilities, results.predicted)
@@ -202,22 +155,24 @@ def _split(run: RunRecord, split: str) -> dict[str, Any]:
         "text": describe(metrics).splitlines(),
         "split": split,
         "matrix": _matrix(metrics),
-        "classes": to_svg(figures.per_class(metrics), f"classes-{split}", f"Precision and recall, {name}"),
+        # A round start of the bars that leaves space for the differences between the classes.
+        "start": next((start for start in BAR_STARTS if min(scores) > start + (1 - start) / 10), 0),
         "calibration": calibration and to_svg(calibration, f"calibration-{split}", "Accuracy at each confidence"),
     }
 
 
 def _mistakes(run: RunRecord, split: str) -> dict[str, Any]:
-    predictions, pictures = run.predictions.get(split), read_pictures(run.path / "mistakes" / f"{split}.png")
+    predictions, rows = run.predictions.get(split), []
     wrong = mistakes(predictions) if predictions else []
-    rows = []
     for row in wrong[: figures.MOST_MISTAKES]:
         assert predictions is not None
         probabilities = predictions.probabilities[row.id]
         likeliest = [int(i) for i in np.argsort(-probabilities, kind="stable")[:LIKELIEST]]
         shown = dict.fromkeys([*likeliest, int(predictions.labels[row.id])])
         classes = [(predictions.classes[i], float(probabilities[i])) for i in shown]
-        rows.append({"mistake": row, "picture": pictures.get(row.key), "classes": classes})
+        file = run.path / "mistakes" / split / f"{row.key}.png"
+        picture = base64.b64encode(file.read_bytes()).decode("ascii") if file.is_file() else None
+        rows.append({"mistake": row, "picture": picture, "classes": classes})
     return {"split": split, "name": SPLIT_NAMES[split], "rows": rows, "total": len(wrong)}
 
 
@@ -297,31 +252,22 @@ def comparison_values(runs: Sequence[RunRecord]) -> dict[str, Any]:
         **values,
         "runs": runs,
         "title": f"{len(runs)} runs",
-        "subtitle": ", ".join(run.name for run in runs),
         "sections": sections,
     }
 
 
 def _accuracy(runs: Sequence[RunRecord], split: str) -> dict[str, Any]:
-    """Return the accuracies on one split, with the differences to the first run as numbers and in sentences."""
+    """Return run, metrics and paired difference to the first run of each that has results on the split, and the names
+    of those that differ from the first in their seed alone."""
     scored = [run for run in runs if split in run.metrics]
-    reference, rows, text = scored[0], [], []
-    (seeds,) = (group for group in seed_groups(runs) if reference in group)
+    reference, rows = scored[0], []
     for run in scored:
         both = split in run.predictions and split in reference.predictions and run is not reference
         difference = paired_difference(run.predictions[split], reference.predictions[split]) if both else None
         rows.append((run, run.metrics[split], difference))
-        if difference is not None:
-            better = run.name if difference.difference > 0 else reference.name
-            verdict = f"{better} is better" if difference.significant else "not significant"
-            text.append(
-                f"Only {run.name} correct: {difference.only_correct:,}; only {reference.name}: "
-                f"{difference.only_reference_correct:,} "
-                + ("(the seed alone differs)." if run in seeds else f"(p = {difference.p_value:.2g}): {verdict}.")
-            )
-        elif run is not reference:
-            text.append(f"{run.name} and {reference.name} cannot be paired: no predictions, or of other images.")
-    return {"name": SPLIT_NAMES[split], "reference": reference, "rows": rows, "text": text}
+    (seeds,) = (group for group in seed_groups(runs) if reference in group)
+    names = {run.name for run in seeds}
+    return {"name": SPLIT_NAMES[split], "reference": reference, "rows": rows, "seeds": names}
 
 
 def _seeds(group: Sequence[RunRecord], split: str) -> dict[str, Any]:

@@ -63,15 +63,14 @@ def read_predictions(path: Path, classes: tuple[str, ...] | None = None) -> Pred
     names = tuple(name.removeprefix("p") for name in header[3:])
     if header[:3] != ["key", "label", "predicted"] or not names:
         raise UserError(f"{path}: found the columns {','.join(header) or 'none'}; expected key,label,predicted,p0,...")
-    if not rows or not text.endswith("\n"):
-        raise UserError(f"{path}: the last line is cut off; evaluate the run again")
     try:
         values = np.array([row[1:] for row in rows], dtype=np.float64).reshape(len(rows), 2 + len(names))
     except ValueError:
-        raise UserError(f"{path}: a row is incomplete or not numeric; evaluate the run again") from None
+        values = np.full((1, 2 + len(names)), -1.0)
     indices, probabilities = values[:, :2], values[:, 2:]
-    if not np.isin(indices, np.arange(len(names))).all() or not ((probabilities >= 0) & (probabilities <= 1)).all():
-        raise UserError(f"{path}: a class or a probability is out of range; evaluate the run again")
+    in_range = np.isin(indices, np.arange(len(names))).all() and ((probabilities >= 0) & (probabilities <= 1)).all()
+    if not (rows and text.endswith("\n") and in_range):
+        raise UserError(f"{path}: cut off, or a value is missing or out of range; evaluate the run again")
     return Predictions(
         keys=tuple(row[0] for row in rows),
         labels=indices[:, 0].astype(np.int64),

@@ -54,7 +54,7 @@ class RunLogger:
         self.write_row({"kind": "train", **row})
         scalars = {name: value for name, value in row.items() if "/" in name and value is not None}
         self.tracker.log(scalars, step=row["step"])
-        self._time_left.trained(row["train/image_size"], 1 / row["train/images_per_second"])
+        self._time_left.add("train", row["train/image_size"], 1 / row["train/images_per_second"])
         left = self._time_left.seconds(*self._images_left(row["step"])) if self._images_left else None
         note = (
             f"epoch {row['epoch']}  loss {row['train/loss']:.4f}  lr {row['train/learning_rate']:.2e}  "
@@ -76,7 +76,7 @@ class RunLogger:
         logged = {name: row[name] for name in ("step", "epoch", "split", "image_size")}
         self.write_row({"kind": "evaluation", **logged, **scores})
         self.tracker.log(scores, step=row["step"])
-        self._time_left.evaluated(row["image_size"], self._evaluation_seconds / len(labels))
+        self._time_left.add("evaluate", row["image_size"], self._evaluation_seconds / len(labels))
         self.console.evaluation({**row, **scores})
 
     @contextmanager
@@ -86,10 +86,6 @@ class RunLogger:
         with self.console.progress(f"evaluating {split}", count) as bar:
             yield bar
         self._evaluation_seconds = time.monotonic() - started
-
-    def exclude_time(self, seconds: float) -> None:
-        """Exclude the last ``seconds`` from the estimated time left."""
-        self.console.left_out += seconds
 
     def message(self, text: str) -> None:
         """Print a line."""
@@ -106,9 +102,8 @@ def log_results(
     """Log summary and figures of a run, and per split confusion matrix (exact counts) and mistakes as tables."""
     tables: dict[str, Table] = {}
     for split, results in predictions.items():
-        classes = results.classes
         cells = [
-            [classes[i], classes[j], count]
+            [results.classes[i], results.classes[j], count]
             for i, row in enumerate(results.metrics.confusion_matrix)
             for j, count in enumerate(row)
             if count

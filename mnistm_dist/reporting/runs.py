@@ -18,6 +18,7 @@ from typing_extensions import TypedDict  # pydantic needs this one below Python 
 from mnistm_dist.errors import UserError, escape_control, near_path, os_error_reason
 from mnistm_dist.reporting.metrics import Metrics
 from mnistm_dist.reporting.predictions import Predictions, read_predictions
+from mnistm_dist.run_lock import is_held_elsewhere
 
 SPLITS = ("val", "test")
 # A folder that holds one of these is a run folder.
@@ -29,9 +30,10 @@ T = TypeVar("T")
 
 
 class State(BaseModel):
-    """``state.json``."""
+    """How a run stands: ``state.json``, with the step of the log."""
 
     state: str = "unknown"
+    """As in the file, or ``killed``: running, and no process holds the folder."""
     step: NonNegativeInt | None = None
     reason: str | None = None
 
@@ -157,21 +159,18 @@ def read_run(path: Path, version: str, predictions: Mapping[str, Predictions] | 
     Raises:
         UserError: the folder does not exist, or is no run folder.
     """
-    if not path.is_dir():
-        raise UserError(
-            f"{path}: no such run folder{near_path(path)}; name a folder that training wrote, such as runs/NAME"
-        )
     if not any((path / name).exists() for name in FILES):
-        raise UserError(f"{path}: not a run folder; a run folder holds {', '.join(FILES)}")
+        raise UserError(f"{path}: not a run folder{near_path(path)}; name one, which holds {', '.join(FILES)}")
     missing: list[str] = []
-    state = _read(path / "state.json", State, missing) or State()
+    rows = _rows(path / "log.jsonl", missing)
+    state = _read_state(path, rows, missing)
     summary = _read(path / "summary.json", Summary, missing) or Summary()
+    if state.state == "killed" and summary.steps:
+        # A run writes its summary, then its report, and then the state `finished`.
+        state.state, state.step = "finished", summary.steps
     # The predictions of a split that a complete summary does not have are those of another checkpoint.
     scored = SPLITS if missing or not summary.checkpoint else tuple(name for name in SPLITS if getattr(summary, name))
-    config = flatten(_read(path / "config.yaml", dict[str, Any], missing) or {})
     environment = _read(path / "environment.json", dict[str, Any], missing) or {}
-    rows = _rows(path / "log.jsonl", missing)
-    architecture = _read(path / "architecture.json", list[Layer], missing) or []
     read: dict[str, Predictions] = {}
     metrics: dict[str, Metrics] = {}
     for split in SPLITS:
@@ -198,12 +197,12 @@ def read_run(path: Path, version: str, predictions: Mapping[str, Predictions] | 
     return RunRecord(
         path=path,
         name=escape_control(path.resolve().name),
-        config=config,
+        config=flatten(_read(path / "config.yaml", dict[str, Any], missing) or {}),
         environment=environment,
         state=state,
         summary=summary,
         rows=rows,
-        architecture=architecture,
+        architecture=_read(path / "architecture.json", list[Layer], missing) or [],
         predictions=read,
         metrics=metrics,
         missing=tuple(missing),
@@ -213,19 +212,16 @@ def read_run(path: Path, version: str, predictions: Mapping[str, Predictions] | 
 def overview(path: Path) -> dict[str, Any]:
     """Return recipe, state, step, accuracy on val and seconds of a run, for a list of many; None: not known."""
     missing: list[str] = []
-    state, summary = (_read(path / f"{schema.__name__.lower()}.json", schema, missing) for schema in (State, Summary))
-    config = _read(path / "config.yaml", dict[str, Any], missing) or {}
     rows = _rows(path / "log.jsonl", missing)
-    accuracies = [row["val/accuracy"] for row in rows if row.get("val/accuracy") is not None]
-    times = [row["time"] for row in rows if "time" in row]
-    assert state is None or isinstance(state, State)
-    assert summary is None or isinstance(summary, Summary)
+    state, summary = _read_state(path, rows, missing), _read(path / "summary.json", Summary, missing) or Summary()
+    accuracies = [summary.val.accuracy] if summary.val else [row.get("val/accuracy") for row in rows]
+    times = [row["time"] for row in rows if "time" in row] or [0.0]
     return {
-        "recipe": config.get("recipe"),
-        "state": state.state if state else "unknown",
-        "step": state.step if state else None,
-        "val_accuracy": summary.val.accuracy if summary and summary.val else accuracies[-1] if accuracies else None,
-        "seconds": summary.train_seconds if summary else times[-1] - times[0] if times else None,
+        "recipe": (_read(path / "config.yaml", dict[str, Any], missing) or {}).get("recipe"),
+        "state": state.state,
+        "step": state.step,
+        "val_accuracy": next((value for value in reversed(accuracies) if value is not None), None),
+        "seconds": summary.train_seconds or times[-1] - times[0] or None,
     }
 
 
@@ -263,6 +259,15 @@ def _read(path: Path, schema: type[T], missing: list[str]) -> T | None:
         pass
     missing.append(f"{path.name}: damaged, left out.")
     return None
+
+
+def _read_state(path: Path, rows: Sequence[Row], missing: list[str]) -> State:
+    state = _read(path / "state.json", State, missing) or State()
+    if state.state == "running":
+        # The file is written at the start and at the end of a launch.
+        state.step = max(state.step or 0, *(row["step"] for row in rows), 0)
+        state.state = "running" if is_held_elsewhere(path) else "killed"
+    return state
 
 
 def _rows(path: Path, missing: list[str]) -> list[Row]:

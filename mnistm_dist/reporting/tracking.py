@@ -194,14 +194,16 @@ class WandbTracker(BackgroundTracker):
     def log_results(
         self, summary: Mapping[str, Any], figures: Mapping[str, Path], tables: Mapping[str, Table], step: int
     ) -> None:
-        def log(wandb: Any) -> None:
-            wandb.summary.update(dict(summary))
-            wandb.log({STEP: step, **{name: wandb.Image(str(path)) for name, path in figures.items()}})
-            wandb.log(
-                {STEP: step, **{name: wandb.Table(columns=head, data=rows) for name, (head, rows) in tables.items()}}
+        self.submit(lambda wandb: wandb.summary.update(dict(summary)))
+        self.submit(
+            lambda wandb: wandb.log(
+                {
+                    STEP: step,
+                    **{name: wandb.Image(str(path)) for name, path in figures.items()},
+                    **{name: wandb.Table(columns=head, data=rows) for name, (head, rows) in tables.items()},
+                }
             )
-
-        self.submit(log)
+        )
 
     def log_checkpoint(self, folder: Path, aliases: Sequence[str] = ()) -> None:
         self.submit(
@@ -251,10 +253,8 @@ class AccelerateTracker(BackgroundTracker):
     def log_results(
         self, summary: Mapping[str, Any], figures: Mapping[str, Path], tables: Mapping[str, Table], step: int
     ) -> None:
-        splits = [
-            (split, scores) for split, scores in summary.items() if isinstance(scores, dict) and "accuracy" in scores
-        ]
-        self.log({f"result/{split}_accuracy": scores["accuracy"] for split, scores in splits}, step)
+        scored = [split for split in ("val", "test") if split in summary]
+        self.log({f"result/{split}_accuracy": summary[split]["accuracy"] for split in scored}, step)
         for name, path in figures.items():
             if self.name == "tensorboard":
                 image = {name: np.asarray(Image.open(path).convert("RGB"))[None]}
@@ -289,11 +289,9 @@ def open_tracker(
         say: shows one line; called from another thread, too.
     """
     if tracker not in ("auto", "none", "wandb"):
-        init: dict[str, Any] = {"run_name": PROJECT}
-        if tracker in ("tensorboard", "aim"):
-            init = {"run_name": name, "logging_dir": str(run_dir / tracker)}
-        elif tracker == "mlflow":
-            init = {"experiment_name": PROJECT, "run_name": name, "tags": {"group": group or name}}
+        local: dict[str, Any] = {"run_name": name, "logging_dir": str(run_dir / tracker)}
+        mlflow: dict[str, Any] = {"experiment_name": PROJECT, "run_name": name, "tags": {"group": group or name}}
+        init = {"tensorboard": local, "aim": local, "mlflow": mlflow}.get(tracker, {"run_name": PROJECT})
         return AccelerateTracker(tracker, say, init, flatten(config))
     mode, reason = choose_mode(tracker, os.environ)
     if mode == "none":

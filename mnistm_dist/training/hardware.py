@@ -159,12 +159,12 @@ def check_reproducible(machine: MachineConfig, precision: Precision) -> int:
 class CoreWatch:
     """Notices if the threads of this process wait for CPU cores, because others use them or a quota is used up."""
 
-    def __init__(self) -> None:
-        self._since, self._warned = (time.perf_counter(), core_wait_seconds()), False
+    def __init__(self, seconds: float = BUSY_SECONDS) -> None:
+        self._seconds, self._since, self._warned = seconds, (time.perf_counter(), core_wait_seconds()), False
 
     def warning(self) -> str | None:
-        """Return a warning if the cores were busy since the last call that looked, `BUSY_SECONDS` ago or more; once."""
-        if self._warned or time.perf_counter() - self._since[0] < BUSY_SECONDS:
+        """Return a warning if the cores were busy since the last call that looked, ``seconds`` ago or more; once."""
+        if self._warned or time.perf_counter() - self._since[0] < self._seconds:
             return None
         before, self._since = self._since, (time.perf_counter(), core_wait_seconds())
         seconds, waited = (now - then for now, then in zip(self._since, before, strict=True))

@@ -66,7 +66,7 @@ def choose_start(request: TrainRequest) -> tuple[Config, Checkpoint | None] | No
     # With its own configuration also if it is finished, or has no complete checkpoint.
     stored = load(run_dir / CONFIG_NAME) if (run_dir / CONFIG_NAME).is_file() else None
     config = request.resumed(stored) if stored else request.config
-    state, max_steps = read_state(run_dir) or {}, config.run.max_steps
+    state, max_steps = read_state(run_dir), config.run.max_steps
     finished = state.get("state") == "finished" and not is_checkpoint
     if stored and finished and max_steps == stored.run.max_steps:
         quoted = shlex.quote(str(run_dir))

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from mnistm_dist.errors import PeerFailure, UserError, near_path
 from mnistm_dist.files import explain_os_errors, write_atomic
-from mnistm_dist.training.run_lock import RunLock
+from mnistm_dist.run_lock import RunLock
 
 State = Literal["running", "preempted", "finished", "failed"]
 CONFIG_NAME, STATE_NAME, LOG_NAME = "config.yaml", "state.json", "log.jsonl"
@@ -142,13 +142,22 @@ def write_state(run_dir: Path, state: State, step: int, reason: str | None = Non
             file.truncate()
 
 
-def read_state(run_dir: Path) -> dict[str, Any] | None:
-    """Return the content of ``state.json``, or None if it is missing or damaged."""
+def read_state(run_dir: Path) -> dict[str, Any]:
+    """Return the content of ``state.json``, empty if it is missing or damaged."""
+    return _read(run_dir / STATE_NAME)
+
+
+def read_summary(run_dir: Path) -> dict[str, Any]:
+    """Return the content of ``summary.json``, empty if it is missing or damaged."""
+    return _read(run_dir / SUMMARY_NAME)
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
-        state = json.loads((run_dir / STATE_NAME).read_bytes())
+        content = json.loads(path.read_bytes())
     except (OSError, ValueError):
-        return None
-    return state if isinstance(state, dict) else None
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def write_state_for_dead_owner(run_dir: Path, step: int, reason: str) -> None:
@@ -157,7 +166,7 @@ def write_state_for_dead_owner(run_dir: Path, step: int, reason: str) -> None:
     Wait for a rank 0 that lives to write how it ended, and keep that. Any rank may call it.
     """
     with suppress(UserError), RunLock(run_dir, patient=True), writing(run_dir):
-        if (read_state(run_dir) or {}).get("state", "running") == "running":
+        if read_state(run_dir).get("state", "running") == "running":
             write_state(run_dir, "failed", step, f"PeerFailure: {reason}")
 
 

@@ -47,9 +47,6 @@ class TrainLogger(Protocol):
     def evaluating(self, split: str, count: int) -> AbstractContextManager[Progress]:
         """Show the progress of an evaluation of ``count`` images while the block runs."""
 
-    def exclude_time(self, seconds: float) -> None:
-        """Exclude the last ``seconds`` from the estimated time left."""
-
     def message(self, text: str) -> None:
         """Print a line."""
 
@@ -164,7 +161,7 @@ class Trainer:
                 "best": is_best,
             }
             self.logger.evaluation_row(row, outputs.labels, outputs.probabilities)
-        history.evaluate_seconds += self._exclude_time_since(started)
+        history.evaluate_seconds += time.monotonic() - started
 
     def save(self) -> None:
         """Write a checkpoint and remove old ones. All ranks take part; rank 0 writes."""
@@ -174,7 +171,7 @@ class Trainer:
         self.state.history.pending = list(self.window.losses)
         self.world.run_on_main(self._write_checkpoint)
         self.boundary.checkpoint_saved()
-        self.state.history.save_seconds += self._exclude_time_since(started)
+        self.state.history.save_seconds += time.monotonic() - started
 
     def _write_checkpoint(self) -> None:
         state, manifest, scaler = self.state, self.run.shards.manifest, self.world.accelerator.scaler
@@ -232,8 +229,3 @@ class Trainer:
             f"last good checkpoint: {last_good}; a resume would repeat it: start a new run with a smaller "
             "--learning-rate or --precision fp32"
         )
-
-    def _exclude_time_since(self, started: float) -> float:
-        seconds = time.monotonic() - started
-        self.logger.exclude_time(seconds)
-        return seconds

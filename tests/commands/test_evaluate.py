@@ -9,8 +9,8 @@ import torch
 from conftest import VAL, error_of, output_of
 
 from mnistm_dist import evaluate
+from mnistm_dist.run_lock import RunLock
 from mnistm_dist.training import checkpoint as checkpoints
-from mnistm_dist.training.run_lock import RunLock
 
 FILES = ("predictions_val.csv", "predictions_test.csv")
 

@@ -3,14 +3,16 @@
 import json
 import os
 import statistics
+import subprocess
+import sys
 import time
 
 import pytest
 from conftest import error_of, output_of
 from run_folders import write_run
 
-from mnistm_dist import runs
-from mnistm_dist.training.run_lock import RunLock
+from mnistm_dist import report, runs
+from mnistm_dist.run_lock import RunLock
 
 SMALL = {"val_size": 60, "test_split": False, "epochs": 2, "steps_per_epoch": 4, "resume_at": None}
 QUICK = ("--batch-size", 32, "--image-size", 16, "--max-steps", 4, "--threads", 1, "--tracker", "none")
@@ -42,8 +44,9 @@ def folder(tmp_path):
 def test_a_list_has_every_run_with_its_result_so_far(folder, run_main):
     rows = json.loads(output_of(run_main(runs.main, "list", "--json")))
     assert [row["name"] for row in rows] == ["dead", "good", "group/cut"]
-    assert [row["state"] for row in rows] == ["running", "finished", "preempted"]
-    assert [row["step"] for row in rows] == [1, 8, 4]
+    assert [row["state"] for row in rows] == ["killed", "finished", "preempted"]
+    # A killed run has not written its last step; its log has it.
+    assert [row["step"] for row in rows] == [8, 8, 4]
     assert all(row.keys() == {"name", "recipe", "state", "step", "val_accuracy", "seconds"} for row in rows)
     summary = json.loads((folder / "good" / "summary.json").read_text())
     assert (rows[1]["val_accuracy"], rows[1]["seconds"]) == (summary["val"]["accuracy"], summary["train_seconds"])
@@ -51,9 +54,24 @@ def test_a_list_has_every_run_with_its_result_so_far(folder, run_main):
     assert 0.4 < rows[2]["val_accuracy"] < 1
 
 
+def test_a_run_counts_as_running_while_a_process_holds_it_and_as_killed_after_sigkill(folder, run_main):
+    code = "import sys; from pathlib import Path; from mnistm_dist.run_lock import RunLock"
+    code = f"{code}; lock = RunLock(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, str(folder / "dead")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as owner:
+        assert owner.stdout is not None
+        assert owner.stdout.readline() == b"held\n"
+        assert "running" in output_of(run_main(runs.main, "list", "--filter", "dead"))
+        owner.kill()
+    assert (folder / "dead" / ".lock").exists()
+    assert "killed" in output_of(run_main(runs.main, "list", "--filter", "dead"))
+    output_of(run_main(report.main, folder / "dead"))
+    assert " · killed · step 8" in (folder / "dead" / "report.html").read_text()
+
+
 def test_a_list_is_sorted_and_filtered(folder, run_main):
     lines = output_of(run_main(runs.main, "list", folder, "--sort", "step")).splitlines()
-    assert [line.split()[0] for line in lines] == ["name", "good", "group/cut", "dead"]
+    assert [line.split()[0] for line in lines] == ["name", "dead", "good", "group/cut"]
     assert "val accuracy" in lines[0]
     lines = output_of(run_main(runs.main, "list", "--filter", "preempted")).splitlines()
     assert [line.split()[0] for line in lines[1:]] == ["group/cut"]

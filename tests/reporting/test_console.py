@@ -16,14 +16,19 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mnistm_dist.reporting import console as console_module
 from mnistm_dist.reporting.console import Console, bar_text
+from mnistm_dist.reporting.metrics import Metrics
+from mnistm_dist.reporting.predictions import Predictions
 
 STORY = """
 import sys, time, warnings
 from pathlib import Path
+from types import SimpleNamespace
+from mnistm_dist.reporting.metrics import Metrics
 from mnistm_dist.reporting.console import Console
 console = Console()
 with console.library_warnings():
@@ -49,8 +54,9 @@ with console.library_warnings():
     checkpoint = {"step": 40, "chosen": "best on val", "averaged": True, "image_size": 64}
     summary = {"val": split, "train_seconds": 222.0, "images_per_second": 709.2, "checkpoint": checkpoint}
     command = "python -m mnistm_dist.predict 'runs/a long name of a run that is wider than the terminal' IMAGE"
-    paths = {"report": Path("runs/x/report.html")}
-    console.result(summary, "1,942 of 2,000 correct. " * 6, paths, {"predict": command})
+    metrics = Metrics(classes=("0", "1"), confusion_matrix=((900, 30), (28, 1042)), log_loss=0.1, calibration_error=0.0)
+    predictions = SimpleNamespace(metrics=metrics)
+    console.result(Path("runs/x"), summary, {"val": predictions}, {"predict": command}, report=True)
 """
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 MOVE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
@@ -116,9 +122,9 @@ def test_a_pipe_gets_plain_lines_with_the_time_and_no_control_codes() -> None:
     head = text.index("epoch      step  train loss  val loss  val accuracy")
     assert text[head + 1] == "    1        20                0.3000       97.00 %  best at 32 px"
     assert text[head + 2].endswith("97.00 %  best")
-    assert text[-2] == "written  report   runs/x/report.html"
-    assert text[-1].startswith("next     predict  python -m mnistm_dist.predict 'runs/a long name")
-    text = text[:-2]
+    assert text[-3] == "written  report            runs/x/report.html"
+    assert text[-1].startswith("next     predict           python -m mnistm_dist.predict 'runs/a long name")
+    text = text[:-3]
     assert "  val         1,942 of 2,000 correct: 97.10 % (95 % interval 96.30 to 97.70 %)" in text
     assert "  checkpoint  step 40 (best on val), averaged weights, 64 px" in text
     assert "  training    3:42, 709 images/s" in text
@@ -126,10 +132,21 @@ def test_a_pipe_gets_plain_lines_with_the_time_and_no_control_codes() -> None:
     assert max(map(len, paragraphs)) <= 71, "80 columns with the time"
 
 
-def test_a_number_and_its_percent_sign_stay_on_one_line() -> None:
+@pytest.mark.parametrize("length", range(1, 60, 4))
+def test_a_number_and_its_percent_sign_stay_on_one_line(length: int) -> None:
     stream = io.StringIO()
-    Console(stream=stream).result({}, f"{'x' * 65} 12.50 % of all", {}, {})
-    assert stream.getvalue().splitlines()[-1].endswith(" 12.50 % of all")
+    metrics = Metrics(
+        classes=("a" * length, "b"), confusion_matrix=((90, 10), (2, 2)), log_loss=0.1, calibration_error=0.0
+    )
+    predictions = Predictions(
+        keys=(), labels=np.zeros(0), predicted=np.zeros(0), probabilities=np.zeros((0, 2)), classes=metrics.classes
+    )
+    # The cached property.
+    vars(predictions)["metrics"] = metrics
+    Console(stream=stream).result(None, {}, {"val": predictions}, {}, report=False)
+    lines = [line[9:] for line in stream.getvalue().splitlines()]
+    assert "50.00 %" in "".join(lines)
+    assert not any(line.startswith("%") for line in lines)
 
 
 @pytest.mark.parametrize("term", ["dumb", ""])
@@ -185,7 +202,7 @@ def test_other_ranks_write_nothing(capsys: pytest.CaptureFixture[str]) -> None:
         bar(3, 3)
     with console.progress("train", 3, "steps") as training:
         training(1, note="loss 1.0000")
-    console.result({}, "x", {}, {})
+    console.result(None, {}, {}, {}, report=False)
     assert capsys.readouterr() == ("", "")
 
 
@@ -311,18 +328,6 @@ def test_the_time_left_follows_the_recent_speed(clock: Clock) -> None:
             clock.now = step * 0.1 if step <= 400 else 40 + (step - 400)
             bar(step)
         assert remaining(console) == pytest.approx(500, rel=0.05)
-
-
-def test_the_time_left_does_not_count_an_evaluation(clock: Clock) -> None:
-    console = Console(stream=io.StringIO())
-    with console.progress("train", 1000, "steps") as bar:
-        for step in range(501):
-            bar(step, note="loss 1.0000")
-            clock.now += 0.1
-            if step == 498:
-                clock.now += 60
-                console.left_out += 60
-        assert remaining(console) == pytest.approx(50, rel=0.05)
 
 
 def test_a_resumed_run_does_not_count_earlier_steps(clock: Clock) -> None:

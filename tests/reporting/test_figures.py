@@ -28,7 +28,7 @@ from run_folders import (
 
 from mnistm_dist.reporting import figures
 from mnistm_dist.reporting.curves import learning_curve, learning_curves, machine_curve
-from mnistm_dist.reporting.metrics import calibration_bins, measure
+from mnistm_dist.reporting.metrics import calibration_bins
 from mnistm_dist.reporting.predictions import Mistake, Predictions, mistakes
 from mnistm_dist.reporting.style import SERIES, THEME, save, to_svg
 
@@ -76,7 +76,6 @@ def test_every_figure_is_drawn_for_any_set(tmp_path: Path, case: str) -> None:
     images = synthetic_images(predictions.labels[[row.id for row in shown]], 0)
     drawn = {
         "matrix": figures.confusion_matrix(metrics),
-        "classes": figures.per_class(metrics),
         "calibration": figures.calibration(bins, metrics.calibration_error),
         "mistakes": figures.mistakes(images, shown, len(wrong)),
     }
@@ -141,11 +140,6 @@ def test_a_batch_is_shown_image_by_image(tmp_path: Path) -> None:
     shown = [image.get_array() for image in figure.axes[0].images]
     assert all(np.array_equal(a, b) for a, b in zip(shown, images, strict=True))
     save(figure, tmp_path / "batch.png")
-
-
-def test_a_class_without_images_and_one_never_predicted_are_named() -> None:
-    assert "no images" in texts(figures.per_class(predictions_of("a class missing").metrics))
-    assert texts(figures.per_class(predictions_of("always 3").metrics)).count("never predicted") == 9
 
 
 def test_the_learning_curve_marks_epochs_resumes_and_sizes(tmp_path: Path) -> None:
@@ -224,9 +218,9 @@ def test_a_run_that_ended_within_an_epoch_is_drawn_at_its_length() -> None:
 
 
 def test_svg_follows_the_theme_of_its_page_and_shares_no_id() -> None:
-    metrics = predictions_of("usual").metrics
-    one = to_svg(figures.per_class(metrics), "one", 'what "it" shows & means')
-    two = to_svg(figures.per_class(metrics), "two", "the same")
+    rows = log_rows(6, 20, 0.97, 0, None)
+    one = to_svg(learning_curve(rows), "one", 'what "it" shows & means')
+    two = to_svg(learning_curve(rows), "two", "the same")
     root = ElementTree.fromstring(one)
     assert root.attrib["aria-label"] == 'what "it" shows & means'
     assert not any(colour in one for colour in THEME)
@@ -260,12 +254,8 @@ def test_the_tips_of_a_curve_show_every_quantity_where_it_is_drawn() -> None:
         assert all(box[2] > 0 and box[3] > 400 for _, box in shown)
 
 
-def test_the_tips_of_classes_and_of_calibration_lie_over_them() -> None:
+def test_the_tips_of_calibration_count_every_image() -> None:
     predictions = predictions_of("usual")
-    shown = tips(figures.per_class(predictions.metrics))
-    assert [text.partition(":")[0] for text, _ in shown] == [f"class {name}" for name in range(10)]
-    tops = [box[1] for _, box in shown]
-    assert tops == sorted(tops), "the first class is at the top"
     bins = calibration_bins(predictions.labels, predictions.probabilities, predictions.predicted)
     shown = tips(figures.calibration(bins, 0.1))
     assert sum(int(text.split()[0]) for text, _ in shown) == 150
@@ -281,8 +271,8 @@ def test_the_tips_of_several_runs_show_each_of_them() -> None:
 
 
 def test_the_same_figure_is_the_same_svg() -> None:
-    metrics = measure(np.array([0, 1]), np.eye(2), ("a", "b"))
-    assert to_svg(figures.per_class(metrics), "x", "y") == to_svg(figures.per_class(metrics), "x", "y")
+    rows = log_rows(6, 20, 0.97, 0, None)
+    assert to_svg(machine_curve(rows), "x", "y") == to_svg(machine_curve(rows), "x", "y")
 
 
 def test_figures_of_many_classes_show_those_that_are_confused_most(tmp_path: Path) -> None:
@@ -294,6 +284,6 @@ def test_figures_of_many_classes_show_those_that_are_confused_most(tmp_path: Pat
     assert len(chosen) == figures.MOST_CLASSES
     assert {3, 7, 500, 991} <= set(chosen)
     assert chosen == sorted(chosen)
-    for figure in (figures.confusion_matrix(metrics), figures.per_class(metrics)):
-        assert any("(the 30 most confused of 1,000 classes)" in text for text in texts(figure))
-        assert max(figure.get_size_inches()) < 20
+    figure = figures.confusion_matrix(metrics)
+    assert any("(the 30 most confused of 1,000 classes)" in text for text in texts(figure))
+    assert max(figure.get_size_inches()) < 20

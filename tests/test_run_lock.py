@@ -10,15 +10,15 @@ import time
 import pytest
 from run_folders import is_locked
 
+from mnistm_dist import run_lock
 from mnistm_dist.errors import UserError
-from mnistm_dist.training import run_lock
+from mnistm_dist.run_lock import RunLock
 from mnistm_dist.training.run_dir import read_state, write_state, write_state_for_dead_owner
-from mnistm_dist.training.run_lock import RunLock
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from mnistm_dist.training import run_lock
+from mnistm_dist import run_lock
 run_lock.LEASE_SECONDS, run_lock.HEARTBEAT_SECONDS = 1.5, 0.2
 lock = run_lock.RunLock(Path(sys.argv[1]))
 print("held", flush=True)

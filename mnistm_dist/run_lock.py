@@ -8,6 +8,8 @@ systems of clusters.
 
 from __future__ import annotations
 
+import os
+import socket
 import time
 from pathlib import Path
 
@@ -58,16 +60,32 @@ class RunLock:
         self._lease.release()
 
 
+def is_held_elsewhere(run_dir: Path) -> bool:
+    """Return whether a live process other than this one holds a run folder, without taking the lock.
+
+    An owner lives if its lock file was touched in the last `LEASE_SECONDS`, by this host's clock; on this host, its
+    process must exist, too.
+    """
+    path, host = run_dir / LOCK_NAME, socket.gethostname()
+    owner = SoftFileLease(path, lease_duration=LEASE_SECONDS, thread_local=False).owner
+    if owner is None or not _recently_touched(path):
+        return False
+    return owner.hostname != host or (owner.pid != os.getpid() and Path(f"/proc/{owner.pid}").exists())
+
+
 def _patience(lease: SoftFileLease, path: Path) -> float:
     """How long to wait, seconds: until a dead owner would be detected."""
     owner = lease.owner
-    try:
-        recently_touched = time.time() - path.stat().st_mtime < LEASE_SECONDS
-    except FileNotFoundError:
-        return SAME_HOST_SECONDS
     # Clocks of two hosts are not compared.
     lives_here = owner is not None and _has_open(owner.pid, path)
-    return SAME_HOST_SECONDS if lives_here and recently_touched else LEASE_SECONDS + 2
+    return SAME_HOST_SECONDS if lives_here and _recently_touched(path) else LEASE_SECONDS + 2
+
+
+def _recently_touched(path: Path) -> bool:
+    try:
+        return time.time() - path.stat().st_mtime < LEASE_SECONDS
+    except FileNotFoundError:
+        return False
 
 
 def _has_open(pid: int, path: Path) -> bool:

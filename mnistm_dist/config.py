@@ -159,7 +159,7 @@ class MachineConfig:
     """How the numbers are computed. Equal values give equal bits on one kind of CPU; on GPUs with deterministic."""
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """auto: bf16 where it is native (GPUs; CPUs with AMX), else fp32; fp16 if a launcher asks."""
+    """auto: bf16 where native (GPUs; CPUs with AMX or AVX-512 BF16), else fp32; fp16 if a launcher asks."""
     memory_format: Literal["auto", "channels_last", "contiguous"] = "auto"
     """Memory format of convolutions. auto: channels_last, which was faster in measurements."""
     threads: Auto | PositiveInt = "auto"

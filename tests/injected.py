@@ -95,8 +95,8 @@ def die_before_the_control_group() -> None:
 
 
 def native_bf16() -> None:
-    """Claim that the CPU has bf16."""
-    torch.cpu._is_amx_tile_supported = lambda: True
+    """Claim that the CPU has bf16, with AVX-512 alone."""
+    torch.cpu._is_avx512_bf16_supported = lambda: True
 
 
 def gpus_that_do_not_work() -> None:

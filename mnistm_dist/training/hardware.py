@@ -191,14 +191,13 @@ def core_wait_seconds() -> float:
 def native_precisions(device: str) -> tuple[Precision, ...]:
     """Return the precisions that ``device``, "cuda" or "cpu", does not emulate, the one to train in first.
 
-    A CPU has bf16 with AMX, or with AVX-512 alone, where auto leaves it to --precision bf16.
+    A CPU has bf16 with AMX or with AVX-512 BF16.
     """
     if device == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return ("bf16", "fp32", "fp16") if has_bf16 else ("fp32", "fp16")
-    if torch.cpu._is_amx_tile_supported():
-        return ("bf16", "fp32")
-    return ("fp32", "bf16") if torch.cpu._is_avx512_bf16_supported() else ("fp32",)
+    has_bf16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return ("bf16", "fp32") if has_bf16 else ("fp32",)
 
 
 def choose_precision(requested: str, launcher: str | None, native: tuple[Precision, ...]) -> Precision:

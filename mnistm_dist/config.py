@@ -166,6 +166,8 @@ class MachineConfig:
     """CPU threads of each process. auto: cores of the node / processes on the node."""
     compile: bool = False
     """Compile the model of the training step with torch.compile."""
+    cuda_graph: bool = False
+    """Capture the training step in a CUDA graph at each image size (GPUs; not with fp16 or smaller micro-batches)."""
     sync_batchnorm: bool = False
     """Compute BatchNorm's statistics over all processes (GPUs only), no longer over one micro-batch."""
     deterministic: bool = False
@@ -236,7 +238,7 @@ assert len(SECTION_OF) == sum(map(len, SECTIONS.values())), "a field name is use
 # The fields that decide the trained weights. shards: another copy of the same set; its identity is checked.
 LEARNING = SECTION_OF.keys() - SECTIONS["run"] - {"shards", "reader", "workers", "cache_dir", "max_world"}
 # precision: on another kind of device only, which is not known before the processes join.
-MAY_CHANGE_AT_RESUME = SECTION_OF.keys() - LEARNING | {"micro_batch", "threads", "precision"}
+MAY_CHANGE_AT_RESUME = SECTION_OF.keys() - LEARNING | {"micro_batch", "threads", "precision", "cuda_graph"}
 _ADAPTER = TypeAdapter(Config)
 
 

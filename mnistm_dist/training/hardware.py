@@ -156,6 +156,18 @@ def check_reproducible(machine: MachineConfig, precision: Precision) -> int:
     return 1 if machine.threads == "auto" else machine.threads
 
 
+def check_cuda_graph(machine: MachineConfig, precision: Precision, device: torch.device, forwards: int) -> None:
+    """Raise `UserError` for a step that a CUDA graph cannot hold. ``forwards``: forward passes of a process in it."""
+    obstacles = {
+        "it needs a GPU, found none": device.type != "cuda",
+        "the gradient scaler of fp16 reads its scale on the host": precision == "fp16",
+        "a --reproducible step sums its gradients outside the graph": machine.reproducible,
+        f"it holds one forward pass, a step has {forwards} (--micro-batch)": forwards > 1,
+    }
+    for obstacle in (text for text, applies in obstacles.items() if applies):
+        raise UserError(f"cuda_graph: {obstacle}; use --no-cuda-graph")
+
+
 class CoreWatch:
     """Notices if the threads of this process wait for CPU cores, because others use them or a quota is used up."""
 

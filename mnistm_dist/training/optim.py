@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Callable
 from itertools import groupby
-from typing import Any, assert_never
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,28 +21,29 @@ def create_optimizer(model: nn.Module, config: OptimConfig, precision: str = "fp
     parameters are on CUDA, kernels are fused, and Muon's iteration is one batch.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    fused, betas = all(p.is_cuda for p in parameters), (config.momentum, config.beta2)
+    fused = all(p.is_cuda for p in parameters)
+    adam: dict[str, Any] = {
+        **{"lr": config.learning_rate, "betas": (config.momentum, config.beta2)},
+        # Capturable: in a CUDA graph.
+        **{"fused": fused or None, "capturable": fused},
+    }
     if config.optimizer == "adam":
-        return torch.optim.Adam(
-            parameters, lr=config.learning_rate, betas=betas, weight_decay=config.weight_decay, fused=fused or None
-        )
+        return torch.optim.Adam(parameters, weight_decay=config.weight_decay, **adam)
     weights = [p for p in parameters if p.ndim >= 2]
     free = {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}
     if config.optimizer == "muon":
         convolutions, matrices = ([p for p in weights if (p.ndim == 4) is wanted] for wanted in (True, False))
         orthogonal = {"params": convolutions, "weight_decay": config.weight_decay, "orthogonal": True}
         decayed = {"params": matrices, "weight_decay": config.weight_decay}
-        muon = Muon([orthogonal, decayed, free], lr=config.learning_rate, betas=betas, fused=fused or None)
+        muon = Muon([orthogonal, decayed, free], **adam)
         muon.dtype, muon.one_batch = torch.bfloat16 if precision == "bf16" else torch.float32, fused
         return muon
     groups = [{"params": weights, "weight_decay": config.weight_decay}, free]
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=fused or None)
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(
-            groups, lr=config.learning_rate, momentum=config.momentum, nesterov=config.momentum > 0, fused=fused or None
-        )
-    assert_never(config.optimizer)
+        return torch.optim.AdamW(groups, **adam)
+    return torch.optim.SGD(
+        groups, lr=config.learning_rate, momentum=config.momentum, nesterov=config.momentum > 0, fused=fused or None
+    )
 
 
 class Muon(torch.optim.AdamW):
@@ -70,23 +71,19 @@ class Muon(torch.optim.AdamW):
             self.param_groups = groups
         for group in groups:
             if group.get("orthogonal"):
-                self._step_orthogonal(group)
+                parameters = sorted((p for p in group["params"] if p.grad is not None), key=lambda p: p.shape)
+                for _, batch in groupby(parameters, key=lambda p: None if self.one_batch else p.shape):
+                    self._step_orthogonal(list(batch), group)
         return loss
 
     @torch.no_grad()
-    def _step_orthogonal(self, group: dict[str, Any]) -> None:
-        parameters = sorted((p for p in group["params"] if p.grad is not None), key=lambda p: p.shape)
+    def _step_orthogonal(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        """Update parameters whose matrices are orthogonalized as one batch."""
         for p in parameters:
             if not self.state[p]:
                 # AdamW.load_state_dict expects a step in every state.
                 self.state[p].update(step=torch.zeros((), device=p.device), momentum_buffer=torch.zeros_like(p))
-        if parameters:
-            torch._foreach_add_([self.state[p]["step"] for p in parameters], 1)
-        for _, batch in groupby(parameters, key=lambda p: None if self.one_batch else p.shape):
-            self._step_batch(list(batch), group)
-
-    def _step_batch(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        """Update parameters whose matrices are orthogonalized as one batch."""
+        torch._foreach_add_([self.state[p]["step"] for p in parameters], 1)
         momentum, rate = group["betas"][0], group["lr"]
         sizes = [(len(p), p[0].numel()) for p in parameters]
         matrices = parameters[0].new_zeros(len(sizes), *map(max, zip(*sizes, strict=True)))
@@ -96,7 +93,7 @@ class Muon(torch.optim.AdamW):
             return [matrix[:rows, :columns].view(p.shape) for matrix, (rows, columns), p in parts]
 
         gradients, buffers = views(matrices), [self.state[p]["momentum_buffer"] for p in parameters]
-        torch._foreach_copy_(gradients, [p.grad for p in parameters])
+        torch._foreach_copy_(gradients, [p.grad for p in parameters if p.grad is not None])
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
         torch._foreach_lerp_(gradients, buffers, momentum)
         steps = views(orthogonalize(matrices, self.dtype).to(matrices.dtype))

@@ -114,7 +114,7 @@ def fake_step(monkeypatch):
                     calls.names.clear()
                     calls.copies.clear()
                     uploads.clear()
-                    train_step(world, state, augment, [batch], 64, config)
+                    train_step(world, state, augment, [batch], 64, 0.01, config)
                     ema.update(model, 7)
         assert uploads == ["float32"]
         return calls

@@ -77,9 +77,13 @@ def test_the_other_readers_return_the_packed_images(common, tmp_path):
         assert (batch.numel(), batch.dtype) == (16 * 3 * 28 * 28, torch.uint8)
 
 
-def test_step_compares_a_bare_loop_with_a_plain_script_and_with_its_variants(common):
-    result = checked(steps.step(Step(**common, **TINY, compile=False, only=("bare", "plain"))))
+def test_step_compares_a_bare_loop_with_a_plain_script_with_its_variants_and_with_a_loop_made_for_speed(common):
+    result = checked(steps.step(Step(**common, **TINY, compile=False, only=("bare", "plain", "airbench"))))
+    utilisation = result["conditions"]["model_flops_utilisation"]
+    assert utilisation.keys() == {name for name, _ in pairs(result)}
+    assert all(0 < share < 1 for share in utilisation.values())
     assert pairs(result) >= {
+        ("airbench-style loop", "plain script"),
         ("plain script", "plain script"),
         ("bare loop", "plain script"),
         ("bare loop, one prepared batch", "bare loop"),
@@ -90,7 +94,7 @@ def test_step_compares_a_bare_loop_with_a_plain_script_and_with_its_variants(com
 @pytest.mark.slow
 def test_step_measures_the_trainer_in_a_process_of_its_own(common):
     result = checked(steps.step(Step(**common, **TINY, compile=False, only=("trainer",))))
-    assert pairs(result) == {("trainer", "bare loop"), ("trainer", "plain script")}
+    assert pairs(result) == {("trainer", name) for name in ("bare loop", "airbench-style loop", "plain script")}
     assert result["conditions"]["details"]["trainer"]["peak_megabytes"][0] > 100
 
 
@@ -98,6 +102,7 @@ def test_step_measures_the_trainer_in_a_process_of_its_own(common):
 def test_step_measures_the_idle_time_and_the_memory_of_a_gpu(common):
     details = steps.step(Step(**common, **TINY))["conditions"]["details"]
     assert 0 <= details["bare loop"]["gpu_waits_share"][0] <= 1
+    assert details["bare loop"]["kernels_per_step"][0] > 100
     assert details["trainer"]["gpu_peak_megabytes"][0] > 0
 
 

@@ -242,6 +242,14 @@ def test_json_holds_the_rows_and_the_conditions(common, tmp_path, monkeypatch, c
     assert all(row["name"] in out for row in document["rows"])
 
 
+def test_a_gpu_that_does_not_work_is_one_line(common, monkeypatch, capsys):
+    monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cores: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert run_cli(command.main, ["step", "--shards", common["shards"]]) == 2
+    assert "cuda:0 on " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "named"),
     [

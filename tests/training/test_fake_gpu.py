@@ -19,10 +19,11 @@ from mnistm_dist.config import AugmentConfig
 from mnistm_dist.data import transforms
 from mnistm_dist.data.loader import Batch
 from mnistm_dist.data.transforms import Augment, Preprocess
+from mnistm_dist.training import cuda_graph
+from mnistm_dist.training.cuda_graph import create_step
 from mnistm_dist.training.gradient_tree import GradientTree
 from mnistm_dist.training.models import create_model
 from mnistm_dist.training.optim import WeightAverage, create_optimizer
-from mnistm_dist.training.step import train_step
 from mnistm_dist.training.train_state import TrainState
 
 GPU = torch.device("cuda", 0)
@@ -99,6 +100,15 @@ def fake_step(monkeypatch):
         uploads.append(str(values.dtype))
         return torch.empty(values.shape, dtype=torch.from_numpy(values[:0]).dtype, device=device)
 
+    def capture(step: Callable[[], object]) -> Callable[[], object]:
+        def replay() -> object:
+            outside = len(uploads)
+            result = step()
+            assert len(uploads) == outside
+            return result
+
+        return replay
+
     def step(augmentation: AugmentConfig | None = None, *, world_size: int = 1, **given: object) -> Calls:
         config = configuration.build("fast", {**configuration.read_recipe("fast"), "micro_batch": 128, **given})
         augmentation, model = augmentation or config.augment, create_model(10, 0).train()
@@ -114,7 +124,10 @@ def fake_step(monkeypatch):
                 calls.part = "loss and others"
 
             world = SimpleNamespace(
-                accelerator=SimpleNamespace(autocast=autocast, backward=backward, no_sync=contextlib.nullcontext),
+                accelerator=SimpleNamespace(
+                    **{"autocast": autocast, "backward": backward, "no_sync": contextlib.nullcontext},
+                    clip_grad_norm_=torch.nn.utils.clip_grad_norm_,
+                ),
                 **{"size": world_size, "rank": 0, "device": GPU},
                 gather_rows=lambda values, counts: values.new_empty(sum(counts), *values.shape[1:]),
                 all_gather=lambda part, out: out,
@@ -128,6 +141,7 @@ def fake_step(monkeypatch):
             state = TrainState(model=model, train_model=model, optimizer=optimizer, ema=ema, tree=tree)
             augment = Augment(augmentation, Preprocess((0.5,) * 3, (0.2,) * 3, GPU), seed=0)
             monkeypatch.setattr(transforms, "upload", upload)
+            monkeypatch.setattr(cuda_graph, "capture", capture)
             for part, owner, name in (
                 ("augmentation", augment, "apply"),
                 ("model", model, "forward"),
@@ -143,12 +157,13 @@ def fake_step(monkeypatch):
                 count=micro_batch,
             )
             with calls:
-                # The first step creates the optimizer's state.
-                for _ in range(2):
+                train_step = create_step(world, state, augment, config)
+                # The first step creates the optimizer's state; with a graph, the last one is a replay.
+                for _ in range(5 if config.machine.cuda_graph else 2):
                     calls.names.clear()
                     calls.copies.clear()
                     uploads.clear()
-                    train_step(world, state, augment, [batch] * len(share), 64, 0.01, config)
+                    train_step([batch] * len(share), 64, 0.01)
                     ema.update(model, 7)
         assert uploads == ["float32"] * len(share)
         return calls
@@ -167,6 +182,23 @@ def test_a_reproducible_step_waits_for_nothing_either(fake_step, world_size):
     calls = fake_step(reproducible=True, micro_batch=32, world_size=world_size)
     assert calls.copies == []
     assert calls.names["backward"]
+
+
+@pytest.fixture
+def fused_with_a_tensor() -> Iterator[None]:
+    """Fused optimizers with a learning rate on the device, which torch does not have for fake tensors."""
+    with torch.library._scoped_library("aten", "IMPL", "Meta") as library:
+        for name in ("adam", "adamw", "sgd"):
+            library.impl(f"_fused_{name}_.tensor_lr", lambda *args, **kwargs: None)
+        yield
+
+
+@pytest.mark.usefixtures("fused_with_a_tensor")
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "muon", "sgd"])
+def test_a_step_in_a_graph_reads_all_that_changes_from_tensors(fake_step, optimizer):
+    calls = fake_step(EVERYTHING, cuda_graph=True, optimizer=optimizer, max_grad_norm=1)
+    assert calls.copies == []
+    assert not any("_local_scalar_dense" in name for names in calls.names.values() for name in names)
 
 
 def test_a_step_makes_a_bounded_number_of_calls(fake_step):

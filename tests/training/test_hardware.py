@@ -105,9 +105,10 @@ def test_more_processes_than_gpus_are_refused_by_the_node_that_has_too_few(monke
         find_device({"CUDA_VISIBLE_DEVICES": "3", "LOCAL_WORLD_SIZE": "2"})
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict"])
 def test_gpus_of_which_none_works_are_one_line(run_command, small_set, trained_run, command):
-    arguments = ("--shards", small_set, "--run-dir", "run") if command == "train" else (trained_run,)
+    of_run = {"evaluate": (trained_run,), "predict": (trained_run, trained_run / "mistakes_val.png")}
+    arguments = of_run.get(command, ("--shards", small_set, "--run-dir", "run"))
     error = error_of(run_command(command, *arguments, before="injected:gpus_that_do_not_work"))
     assert f"cuda:0 on {socket.gethostname()} cannot be used: Found no NVIDIA driver" in error
 

@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Callable
 from itertools import groupby
-from typing import Any
+from typing import Any, assert_never
 
 import torch
 from torch import Tensor, nn
@@ -33,17 +33,24 @@ def create_optimizer(model: nn.Module, config: OptimConfig, precision: str = "fp
     free = {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}
     if config.optimizer == "muon":
         convolutions, matrices = ([p for p in weights if (p.ndim == 4) is wanted] for wanted in (True, False))
-        orthogonal = {"params": convolutions, "weight_decay": config.weight_decay, "orthogonal": True}
-        decayed = {"params": matrices, "weight_decay": config.weight_decay}
-        muon = Muon([orthogonal, decayed, free], **adam)
+        muon = Muon(
+            [
+                {"params": convolutions, "weight_decay": config.weight_decay, "orthogonal": True},
+                {"params": matrices, "weight_decay": config.weight_decay},
+                free,
+            ],
+            **adam,
+        )
         muon.dtype, muon.one_batch = torch.bfloat16 if precision == "bf16" else torch.float32, fused
         return muon
     groups = [{"params": weights, "weight_decay": config.weight_decay}, free]
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, **adam)
-    return torch.optim.SGD(
-        groups, lr=config.learning_rate, momentum=config.momentum, nesterov=config.momentum > 0, fused=fused or None
-    )
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(
+            groups, lr=config.learning_rate, momentum=config.momentum, nesterov=config.momentum > 0, fused=fused or None
+        )
+    assert_never(config.optimizer)
 
 
 class Muon(torch.optim.AdamW):

@@ -52,8 +52,7 @@ def train_step(
         syncs = tree is not None or index == len(micro_batches) - 1
         with contextlib.nullcontext() if syncs else world.accelerator.no_sync(model):
             # Outside autocast: an affine grid in bfloat16 would be off by a tenth of a pixel.
-            numbers = draws[index] if draws else augment.draw(batch.positions)
-            images = augment.apply(batch.images, numbers, image_size)
+            images = augment.apply(batch.images, draws[index] if draws else augment.draw(batch.positions), image_size)
             with world.accelerator.autocast():
                 logits = model(images)
             loss = functional.cross_entropy(logits.float(), batch.labels, label_smoothing=optim.label_smoothing)

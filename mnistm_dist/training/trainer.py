@@ -93,8 +93,7 @@ class Trainer:
             self.window.start_clock()
             batches = self.run.batches(state.steps_done, schedule.last_step)
             for step, micro_batches in enumerate(batches, start=state.steps_done):
-                image_size, learning_rate = schedule.image_size(step), schedule.learning_rate(step)
-                losses, norm = self.train_step(micro_batches, image_size, learning_rate)
+                losses, norm = self.train_step(micro_batches, schedule.image_size(step), schedule.learning_rate(step))
                 if state.ema is not None:
                     state.ema.update(state.model, step)
                 self.window.add(step, losses)

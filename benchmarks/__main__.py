@@ -36,7 +36,10 @@ def main(argv: list[str]) -> int:
     # WebDataset reads it when it is imported: no pickles, no shell commands.
     os.environ["WDS_SECURE"] = "1"
     from benchmarks.measure import print_table
+    from mnistm_dist.training.hardware import find_device
 
+    # A GPU that does not work is one line, as in training.
+    find_device(os.environ)
     options = dataclasses.replace(options, threads=options.threads or len(cores))
     result = getattr(importlib.import_module(f"benchmarks.{MODULES[type(options)]}"), name)(options)
     result["conditions"] |= {"cores": cores, "load_average_before": load_before}

@@ -1,5 +1,5 @@
-"""What the trainer is compared with: `plain_script`, the source report's training as one would first write it, and
-`bare_loop`, the trainer's work and nothing around it.
+"""What the trainer is compared with: `plain_script`, the source report's training as one would first write it,
+`bare_loop`, the trainer's work and nothing around it, and `airbench_loop`, made for speed alone.
 
 Each is a generator that trains one step and yields CUDA events from before and after its work (None on a CPU).
 """
@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
+from torch.nn import functional
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.measure import ENDLESS, Measurement, clock, default_device, rate
 from mnistm_dist.config import Config
@@ -16,9 +19,11 @@ from mnistm_dist.data.manifest import Manifest
 from mnistm_dist.data.order import FullOrder
 from mnistm_dist.data.transforms import Augment, Preprocess
 from mnistm_dist.training.models import create_model
-from mnistm_dist.training.optim import create_optimizer
+from mnistm_dist.training.optim import WeightAverage, create_optimizer
 
 Steps = Iterator[tuple[Any, Any]]
+# Steps in which the kernels of a GPU are counted.
+PROFILED_STEPS = 5
 
 
 def plain_script(config: Config, manifest: Manifest, data: Any) -> Steps:
@@ -60,13 +65,16 @@ def bare_loop(
     rank: int = 0,
     world_size: int = 1,
 ) -> Steps:
-    """Train with the trainer's batches, augmentation, loss and optimizer. ``model`` may be compiled, or wrapped in DDP.
+    """Train with the trainer's batches, augmentation, loss, optimizer and average of the weights. ``model`` may be
+    compiled, or wrapped in DDP.
 
     ``prepared``: one batch, read and augmented once, is used again and again: the difference is the cost of the data.
     """
     steps, split, device = config.steps, manifest.splits["train"], next(model.parameters()).device
     optimizer, images = create_optimizer(model, config.optim, precision), None
     augment = Augment(config.augment, Preprocess(split.mean, split.std, device), steps.seed)
+    bare = extract_model_from_parallel(model, keep_torch_compile=False)
+    average = WeightAverage(bare, config.optim.ema_decay) if config.optim.ema_decay else None
     batches = train_batches(
         data,
         FullOrder(size=split.count, seed=steps.seed),
@@ -91,7 +99,40 @@ def bare_loop(
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
+        if average:
+            average.update(bare, ENDLESS)
         yield begin, mark(device)
+
+
+def airbench_loop(config: Config, manifest: Manifest, data: Any, *, precision: str, compiled: bool) -> Steps:
+    """Train the model as cifar10-airbench does (github.com/KellerJordan/cifar10-airbench): the set normalised on the
+    device, an epoch permuted and shifted there at once, weights in half precision, SGD. It can neither be resumed nor
+    split over processes.
+
+    ``config``: only its batch size, image size and label smoothing are used. The images fit the device.
+    """
+    device, split, size = data.labels.device, manifest.splits["train"], config.steps.image_size * 2
+    half = torch.bfloat16 if precision == "bf16" else torch.float32
+    model: Any = build_model(config, manifest, torch.channels_last).to(half)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.85, weight_decay=1e-2, nesterov=True)
+    model = torch.compile(model) if compiled else model
+    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (split.mean, split.std))
+    images = ((data.images.permute(0, 3, 1, 2).float() / 255 - mean) / std).to(half)
+    images = functional.pad(images, (4, 4, 4, 4), mode="reflect").contiguous(memory_format=torch.channels_last)
+    while True:
+        top, left = torch.randint(9, (2,)).tolist()
+        rows, columns = (slice(start, start + data.images.shape[1]) for start in (top, left))
+        order, batch_size = torch.randperm(split.count, device=device), config.steps.batch_size
+        for first in range(0, split.count - batch_size + 1, batch_size):
+            begin, ids = mark(device), order[first : first + batch_size]
+            batch = functional.interpolate(images[ids][:, :, rows, columns], size, mode="bilinear")
+            loss = functional.cross_entropy(
+                model(batch).float(), data.labels[ids], label_smoothing=config.optim.label_smoothing
+            )
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            yield begin, mark(device)
 
 
 def mark(device: torch.device) -> Any:
@@ -101,7 +142,8 @@ def mark(device: torch.device) -> Any:
 
 
 def time_steps(config: Config, loop: Steps, count: int) -> Measurement:
-    """Train ``count`` steps. On a GPU, measure its peak memory and the share of the time in which it had no work."""
+    """Train ``count`` steps. On a GPU, measure its peak memory, the share of the time in which it had no work, and its
+    kernels per step."""
     images, on_gpu = count * config.steps.batch_size, torch.cuda.is_available()
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -112,4 +154,10 @@ def time_steps(config: Config, loop: Steps, count: int) -> Measurement:
         busy = sum(begin.elapsed_time(end) for begin, end in events) / 1000
         result["gpu_waits_share"] = 1 - busy * result["images_per_second"] / images
         result["gpu_peak_megabytes"] = torch.cuda.max_memory_allocated() / 1e6
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            for _ in range(PROFILED_STEPS):
+                next(loop)
+            torch.cuda.synchronize()
+        names = [event.name for event in profiler.events() if event.device_type is torch.autograd.DeviceType.CUDA]
+        result["kernels_per_step"] = sum(not name.startswith("Mem") for name in names) / PROFILED_STEPS
     return result

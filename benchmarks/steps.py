@@ -8,13 +8,15 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.baselines import bare_loop, build_model, plain_script, time_steps
+from benchmarks.baselines import airbench_loop, bare_loop, build_model, plain_script, time_steps
 from benchmarks.measure import (
     STEPS,
     Contender,
     Measurement,
     Result,
+    clock,
     default_device,
     default_precision,
     open_training,
@@ -22,10 +24,12 @@ from benchmarks.measure import (
 )
 from benchmarks.options import Ranks, Step
 from benchmarks.runs import train_steps
+from mnistm_dist.config import Config
+from mnistm_dist.data.manifest import Manifest
 from mnistm_dist.data.order import auto_micro_batch
 from mnistm_dist.training.hardware import native_precisions
 
-PLAIN, BARE = "plain script", "bare loop"
+PLAIN, BARE, AIRBENCH = "plain script", "bare loop", "airbench-style loop"
 # Blocks of steps with and without communication, interleaved, after one that does not count.
 BLOCKS = 2
 
@@ -45,6 +49,7 @@ def step(options: Step) -> Result:
     loops = {
         PLAIN: plain_script(config, manifest, data),
         BARE: bare(),
+        AIRBENCH: airbench_loop(config, manifest, data, precision=precision, compiled=compiles),
         f"{BARE}, one prepared batch": bare(prepared=True),
         f"{BARE}, contiguous": bare(torch.contiguous_format),
         # fp16 needs a loss scale.
@@ -59,12 +64,16 @@ def step(options: Step) -> Result:
         Contender(
             name=name,
             measure=partial(time_steps, config, loop, steps),
-            against=(PLAIN if name in (PLAIN, BARE) else BARE,),
+            against=(PLAIN if name in (PLAIN, BARE, AIRBENCH) else BARE,),
         )
         for name, loop in loops.items()
     ]
-    contenders.insert(2, Contender(name="trainer", measure=partial(train_steps, options), against=(BARE, PLAIN)))
-    return run(
+    measure = partial(train_steps, options)
+    contenders.insert(2, Contender(name="trainer", measure=measure, against=(BARE, AIRBENCH, PLAIN)))
+    if torch.cuda.is_available():
+        measure = partial(train_steps, options, 1, "--cuda-graph")
+        contenders.insert(3, Contender(name="trainer, CUDA graphs", measure=measure, against=("trainer", AIRBENCH)))
+    result = run(
         options,
         contenders,
         warm_up=1,
@@ -75,7 +84,34 @@ def step(options: Step) -> Result:
         training_set_megabytes=round(data.images.nbytes / 1e6, 1),
         peak_megabytes="of the trainer's process in its steps, with the touched pages of the mapped training set; "
         "a whole epoch touches all of training_set_megabytes, once per node",
+        flops="of the model's forward and backward pass; utilisation: against a large matrix product of this precision",
     )
+    flops, best = model_flops(config, manifest), matmul_flops_per_second(precision)
+    result["conditions"] |= {"model_megaflops_per_image": flops / 1e6, "matmul_teraflops_per_second": best / 1e12}
+    result["conditions"]["model_flops_utilisation"] = {
+        row["name"]: round(row["images_per_second"] * flops / best, 4) for row in result["rows"]
+    }
+    return result
+
+
+def model_flops(config: Config, manifest: Manifest) -> float:
+    """Return the floating-point operations of the model's forward and backward pass for an image, as torch counts."""
+    model = build_model(config, manifest, torch.channels_last)
+    images = torch.zeros(2, 3, *config.steps.image_size * 2, device=default_device())
+    with FlopCounterMode(display=False) as counter:
+        model(images).sum().backward()
+    return counter.get_total_flops() / len(images)
+
+
+def matmul_flops_per_second(precision: str) -> float:
+    """Return what the device reaches in a product of two large matrices, the best of five."""
+    size, dtype = 8192 if torch.cuda.is_available() else 2048, torch.bfloat16 if precision == "bf16" else torch.float32
+    matrix, seconds = torch.randn(size, size, device=default_device(), dtype=dtype), []
+    for _ in range(5):
+        started, _ = clock()
+        matrix @ matrix
+        seconds.append(clock()[0] - started)
+    return 2 * size**3 / min(seconds)
 
 
 def ranks(options: Ranks) -> Result:

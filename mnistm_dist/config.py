@@ -159,13 +159,15 @@ class MachineConfig:
     """How the numbers are computed. Equal values give equal bits on one kind of CPU; on GPUs with deterministic."""
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """auto: bf16 where it is native (GPUs; CPUs with AMX), else fp32; fp16 if a launcher asks."""
+    """auto: bf16 where native (GPUs; CPUs with AMX or AVX-512 BF16), else fp32; fp16 if a launcher asks."""
     memory_format: Literal["auto", "channels_last", "contiguous"] = "auto"
     """Memory format of convolutions. auto: channels_last, which was faster in measurements."""
     threads: Auto | PositiveInt = "auto"
     """CPU threads of each process. auto: cores of the node / processes on the node."""
     compile: bool = False
     """Compile the model of the training step with torch.compile."""
+    cuda_graph: bool = False
+    """Capture the training step in a CUDA graph at each image size (GPUs; not with fp16 or smaller micro-batches)."""
     sync_batchnorm: bool = False
     """Compute BatchNorm's statistics over all processes (GPUs only), no longer over one micro-batch."""
     deterministic: bool = False
@@ -236,7 +238,7 @@ assert len(SECTION_OF) == sum(map(len, SECTIONS.values())), "a field name is use
 # The fields that decide the trained weights. shards: another copy of the same set; its identity is checked.
 LEARNING = SECTION_OF.keys() - SECTIONS["run"] - {"shards", "reader", "workers", "cache_dir", "max_world"}
 # precision: on another kind of device only, which is not known before the processes join.
-MAY_CHANGE_AT_RESUME = SECTION_OF.keys() - LEARNING | {"micro_batch", "threads", "precision"}
+MAY_CHANGE_AT_RESUME = SECTION_OF.keys() - LEARNING | {"micro_batch", "threads", "precision", "cuda_graph"}
 _ADAPTER = TypeAdapter(Config)
 
 

@@ -17,7 +17,7 @@ EXIT_INTERRUPTED = 130  # Ctrl-C: 128 + SIGINT, as in a shell
 
 # How often an OpenMP thread of torch looks for work before it sleeps. With GNU's default, 300,000, a training on all
 # cores falls to a fraction of its speed if another process uses one of them; with this it is as fast on idle cores.
-SPIN_COUNT = "10000"
+SPIN_COUNT = "3000"
 
 # Errors of a path from the command line, wherever it is opened first.
 _BAD_PATH = (errno.ENAMETOOLONG, errno.EACCES, errno.ELOOP, errno.ENOTDIR)

@@ -9,10 +9,10 @@ from mnistm_dist.reporting.console import Console
 from mnistm_dist.reporting.describe import duration
 from mnistm_dist.reporting.time_left import TimeLeft
 from mnistm_dist.results import header_rows
+from mnistm_dist.training.cuda_graph import create_step
 from mnistm_dist.training.hardware import CoreWatch, peak_memory_gb
 from mnistm_dist.training.schedule import Schedule
 from mnistm_dist.training.setup import RunSetup
-from mnistm_dist.training.step import train_step
 from mnistm_dist.training.train_state import create_train_state
 
 STEPS, WARM_UP = 10, 2  # discarded steps at each image size, and those of them that are not timed
@@ -30,12 +30,13 @@ def print_estimate(run: RunSetup, console: Console, steps_done: int) -> None:
     # Not resumed: the values of the weights do not change the time of a step.
     state, left = create_train_state(config, world, len(run.shards.manifest.classes), run.shares), TimeLeft()
     state.train_model.train()
+    train_step = create_step(world, state, augment, config)
     watch = CoreWatch(seconds=0.0)
     for size in schedule.work_left(steps_done, config.run.evaluate_every)[0]:
         seconds = []
         for micro_batches in run.batches(0, STEPS):
             started = time.perf_counter()
-            losses, _ = train_step(world, state, augment, micro_batches, size, config)
+            losses, _ = train_step(micro_batches, size, schedule.learning_rate(0))
             # Waits for the device.
             losses.mean().item()
             seconds.append(time.perf_counter() - started)

@@ -123,7 +123,7 @@ def train(
                 finish(run, run_dir, state, console, tracker)
         except Preempted as preempted:
             resume = f"python -m mnistm_dist.train --resume {shlex.quote(str(run.path))}"
-            console.line(f"{preempted.reason}: saved at step {state.steps_done}. Resume with: {resume}")
+            console.line(f"{preempted}: saved at step {state.steps_done}. Resume with: {resume}")
             return EXIT_PREEMPTED
     return 0
 

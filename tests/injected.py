@@ -23,7 +23,7 @@ from mnistm_dist.data import resident
 from mnistm_dist.data.loader import Batch, Reader
 from mnistm_dist.errors import UserError
 from mnistm_dist.reporting import figures, html
-from mnistm_dist.training import checkpoint, distributed, evaluation, preemption, setup, train_state
+from mnistm_dist.training import checkpoint, cuda_graph, distributed, evaluation, preemption, setup, train_state
 from mnistm_dist.training import trainer as loop
 
 CLONE_NEWNS, MS_RDONLY, MS_REC, MS_PRIVATE = 0x20000, 1, 0x4000, 0x40000
@@ -95,8 +95,8 @@ def die_before_the_control_group() -> None:
 
 
 def native_bf16() -> None:
-    """Claim that the CPU has bf16."""
-    torch.cpu._is_amx_tile_supported = lambda: True
+    """Claim that the CPU has bf16, with AVX-512 alone."""
+    torch.cpu._is_avx512_bf16_supported = lambda: True
 
 
 def gpus_that_do_not_work() -> None:
@@ -143,7 +143,7 @@ FAULT, RANK, PHASE = "FAULT", "FAULT_RANK", "FAULT_PHASE"
 PHASES: dict[str, tuple[Any, str, int]] = {
     "opening": (resident, "set_entry", 1),
     "decoding": (resident, "_save_stamp", 1),
-    "training": (loop, "train_step", 9),
+    "training": (cuda_graph, "train_step", 9),
     "saving": (checkpoint, "_digest", 3),
     "evaluating": (evaluation, "_predict", 1),
     "predicting": (scoring, "write_split", 1),

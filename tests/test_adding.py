@@ -90,7 +90,7 @@ def optimizer(copy: Copy) -> None:
     copy.replace("config.py", r"^(    optimizer: Literal\[.*)\] =", r'\1, "nadam"] =')
     does = (
         '    if config.optimizer == "nadam":\n'
-        "        return torch.optim.NAdam(groups, lr=config.learning_rate, betas=betas)\n"
+        "        return torch.optim.NAdam(groups, lr=config.learning_rate, betas=adam['betas'])\n"
     )
     copy.replace("training/optim.py", r"^(    assert_never\(config\.optimizer\)\n)", rf"{does}\1")
 

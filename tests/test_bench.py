@@ -77,9 +77,13 @@ def test_the_other_readers_return_the_packed_images(common, tmp_path):
         assert (batch.numel(), batch.dtype) == (16 * 3 * 28 * 28, torch.uint8)
 
 
-def test_step_compares_a_bare_loop_with_a_plain_script_and_with_its_variants(common):
-    result = checked(steps.step(Step(**common, **TINY, compile=False, only=("bare", "plain"))))
+def test_step_compares_a_bare_loop_with_a_plain_script_with_its_variants_and_with_a_loop_made_for_speed(common):
+    result = checked(steps.step(Step(**common, **TINY, compile=False, only=("bare", "plain", "airbench"))))
+    utilisation = result["conditions"]["model_flops_utilisation"]
+    assert utilisation.keys() == {name for name, _ in pairs(result)}
+    assert all(0 < share < 1 for share in utilisation.values())
     assert pairs(result) >= {
+        ("airbench-style loop", "plain script"),
         ("plain script", "plain script"),
         ("bare loop", "plain script"),
         ("bare loop, one prepared batch", "bare loop"),
@@ -97,7 +101,7 @@ def test_logs_compares_a_trainer_that_logs_with_a_silent_one(common, capsys):
 @pytest.mark.slow
 def test_step_measures_the_trainer_in_a_process_of_its_own(common):
     result = checked(steps.step(Step(**common, **TINY, compile=False, only=("trainer",))))
-    assert pairs(result) == {("trainer", "bare loop"), ("trainer", "plain script")}
+    assert pairs(result) == {("trainer", name) for name in ("bare loop", "airbench-style loop", "plain script")}
     assert result["conditions"]["details"]["trainer"]["peak_megabytes"][0] > 100
 
 
@@ -105,6 +109,7 @@ def test_step_measures_the_trainer_in_a_process_of_its_own(common):
 def test_step_measures_the_idle_time_and_the_memory_of_a_gpu(common):
     details = steps.step(Step(**common, **TINY))["conditions"]["details"]
     assert 0 <= details["bare loop"]["gpu_waits_share"][0] <= 1
+    assert details["bare loop"]["kernels_per_step"][0] > 100
     assert details["trainer"]["gpu_peak_megabytes"][0] > 0
 
 
@@ -242,6 +247,14 @@ def test_json_holds_the_rows_and_the_conditions(common, tmp_path, monkeypatch, c
     assert len(pinned[0]) == document["conditions"]["threads"] == 1
     out = capsys.readouterr().out
     assert all(row["name"] in out for row in document["rows"])
+
+
+def test_a_gpu_that_does_not_work_is_one_line(common, monkeypatch, capsys):
+    monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cores: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert run_cli(command.main, ["step", "--shards", common["shards"]]) == 2
+    assert "cuda:0 on " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def test_before_main_no_command_has_imported_torch_or_changed_the_environment():
 
 @pytest.mark.parametrize(
     ("given", "count"),
-    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+    [({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
     ids=["unset", "set", "policy"],
 )
 def test_a_command_bounds_the_spinning_of_idle_threads_unless_the_environment_does(monkeypatch, given, count):

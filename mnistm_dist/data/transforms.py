@@ -70,16 +70,25 @@ class Augment:
 
     def __init__(self, config: AugmentConfig, preprocess: Preprocess, seed: int) -> None:
         self.config, self.preprocess, self.seed = config, preprocess, seed
-        self.orders = torch.tensor(CHANNEL_ORDERS, device=preprocess.mean.device)
+        # Built once: on a GPU, the host waits for such a copy.
+        self.device = preprocess.mean.device
+        self.orders = torch.tensor(CHANNEL_ORDERS, device=self.device)
+        self.grey = torch.tensor(GREY, device=self.device)
         affine = config.shift or config.rotate or config.scale or config.shear
         self.moves = bool(affine or config.elastic or config.crop)
 
     def __call__(self, images: Tensor, positions: np.ndarray, size: int) -> Tensor:
         """Convert uint8 (B, H, W, 3) at training ``positions`` int64 (B,) to float32 (B, 3, size, size)."""
+        return self.apply(images, self.draw(positions), size)
+
+    def draw(self, positions: np.ndarray) -> Tensor:
+        """Return the random numbers of ``positions`` int64 (B,): float32 (B, DRAWS), on the device; (B, 0) if nothing
+        is random."""
+        return upload(uniform(self.seed, positions, DRAWS if self.config != AugmentConfig() else 0), self.device)
+
+    def apply(self, images: Tensor, draws: Tensor, size: int) -> Tensor:
+        """Convert uint8 (B, H, W, 3) to float32 (B, 3, size, size) by the random numbers of `draw`."""
         config = self.config
-        if config == AugmentConfig():
-            return self.preprocess(images, size)
-        draws = upload(uniform(self.seed, positions, DRAWS), images.device)
         if config.invert:
             # 255 - x is x XOR 255.
             images = images ^ (draws[:, 4] < config.invert).to(torch.uint8).mul_(255).view(-1, 1, 1, 1)
@@ -88,13 +97,17 @@ class Augment:
         if config.flip:
             images = torch.where((draws[:, 60] < config.flip).view(-1, 1, 1, 1), images.flip(2), images)
         if config.colour:
-            images = change_colours(images, 1 + config.colour * (2 * draws[:, 64:67] - 1))
+            images = change_colours(images, 1 + config.colour * (2 * draws[:, 64:67] - 1), self.grey)
         floats = self.preprocess.normalise(images)
         height, width = floats.shape[-2:]
         floats = self.warp(floats, draws, size) if self.moves else resize(floats, size)
         if config.cutout:
             floats = cut_out(floats, draws[:, 7:9], config.cutout / width, config.cutout / height)
         return floats
+
+    def compile(self) -> None:
+        """Compile `apply`, each image size by itself: a few kernels instead of many, with other last bits."""
+        self.apply = torch.compile(self.apply, dynamic=False)  # type: ignore[method-assign]
 
     def warp(self, images: Tensor, draws: Tensor, size: int) -> Tensor:
         """Crop, shear, rotate, scale and shift while resizing; the image is mirrored beyond its edges.
@@ -143,15 +156,14 @@ def elastic_displacement(draws: Tensor, reach_x: float, reach_y: float, size: in
 GREY = (0.299, 0.587, 0.114)  # luma of ITU-R BT.601, as torchvision and Pillow use it
 
 
-def change_colours(images: Tensor, factors: Tensor) -> Tensor:
+def change_colours(images: Tensor, factors: Tensor, weights: Tensor) -> Tensor:
     """Multiply brightness, contrast and saturation of uint8 (B, H, W, 3) by ``factors`` (B, 3), in this order.
 
     Contrast is the distance from the mean grey of the image, saturation that from the grey of the pixel, as in
-    torchvision's ColorJitter.
+    torchvision's ColorJitter. ``weights`` (3,): the shares of the channels in grey.
     """
     brightness, contrast, saturation = factors.float().view(-1, 3, 1, 1, 1).unbind(1)
     floats = (images.float() * brightness).clamp_(0, 255)
-    weights = floats.new_tensor(GREY)
     mean = (floats @ weights).mean((1, 2)).view(-1, 1, 1, 1)
     floats = (mean + (floats - mean) * contrast).clamp_(0, 255)
     grey = (floats @ weights).unsqueeze(3)

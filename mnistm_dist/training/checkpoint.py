@@ -13,6 +13,7 @@ every augmentation are functions of (seed, step).
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,9 +154,10 @@ def prune(run_dir: Path, *, keep: int, best_step: int | None) -> None:
     """Remove all checkpoints but the ``keep`` newest and the one of ``best_step``, and what killed runs left behind."""
     for path in checkpoint_dirs(run_dir)[:-keep]:
         if best_step is None or path != checkpoint_dir(run_dir, best_step):
-            _remove(path)
-    for leftover in (run_dir / "checkpoints").glob(".step-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+            # From the first moment on it no longer looks like a checkpoint.
+            path.rename(path.with_name(f".{path.name}.{time.time_ns()}"))
+    for removed in (run_dir / "checkpoints").glob(".step-*"):
+        shutil.rmtree(removed, ignore_errors=True)
 
 
 def checkpoint_dirs(run_dir: Path, *, after: int = 0) -> list[Path]:
@@ -252,11 +254,3 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> _Digest:
 def _digest(path: Path) -> _Digest:
     with path.open("rb") as file:
         return _Digest(size=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
-
-
-def _remove(path: Path) -> None:
-    """Remove a folder; from the first moment on it no longer looks like a checkpoint."""
-    renamed = path.with_name(f".{path.name}.old")
-    shutil.rmtree(renamed, ignore_errors=True)
-    path.rename(renamed)
-    shutil.rmtree(renamed, ignore_errors=True)

@@ -274,6 +274,11 @@ def join(machine: MachineConfig, *, expect_world_size: int | None, collective_ti
     if machine.deterministic or (machine.reproducible and on_gpu):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    if machine.cuda_graph and on_gpu:
+        # The default stream cannot be captured. No other thread of this process gives work to its GPU.
+        torch.cuda.set_stream(torch.cuda.Stream(int(os.environ.get("LOCAL_RANK", "0"))))
+        # As torch's documentation asks for. `World.fetch` has a time limit of its own.
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     if world_size > 1 and not dist.is_initialized():
         wait_for_rank_0(os.environ, min(collective_timeout, RENDEZVOUS_SECONDS))
     # Otherwise Accelerate sets it to 1 for several processes on CPU, and each process prints a warning.

@@ -156,6 +156,18 @@ def check_reproducible(machine: MachineConfig, precision: Precision) -> int:
     return 1 if machine.threads == "auto" else machine.threads
 
 
+def check_cuda_graph(machine: MachineConfig, precision: Precision, device: torch.device, forwards: int) -> None:
+    """Raise `UserError` for a step that a CUDA graph cannot hold. ``forwards``: forward passes of a process in it."""
+    obstacles = {
+        "it needs a GPU, found none": device.type != "cuda",
+        "the gradient scaler of fp16 reads its scale on the host": precision == "fp16",
+        "a --reproducible step sums its gradients outside the graph": machine.reproducible,
+        f"it holds one forward pass, a step has {forwards} (--micro-batch)": forwards > 1,
+    }
+    for obstacle in (text for text, applies in obstacles.items() if applies):
+        raise UserError(f"cuda_graph: {obstacle}; use --no-cuda-graph")
+
+
 class CoreWatch:
     """Notices if the threads of this process wait for CPU cores, because others use them or a quota is used up."""
 
@@ -191,14 +203,13 @@ def core_wait_seconds() -> float:
 def native_precisions(device: str) -> tuple[Precision, ...]:
     """Return the precisions that ``device``, "cuda" or "cpu", does not emulate, the one to train in first.
 
-    A CPU has bf16 with AMX, or with AVX-512 alone, where auto leaves it to --precision bf16.
+    A CPU has bf16 with AMX or with AVX-512 BF16.
     """
     if device == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return ("bf16", "fp32", "fp16") if has_bf16 else ("fp32", "fp16")
-    if torch.cpu._is_amx_tile_supported():
-        return ("bf16", "fp32")
-    return ("fp32", "bf16") if torch.cpu._is_avx512_bf16_supported() else ("fp32",)
+    has_bf16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return ("bf16", "fp32") if has_bf16 else ("fp32",)
 
 
 def choose_precision(requested: str, launcher: str | None, native: tuple[Precision, ...]) -> Precision:

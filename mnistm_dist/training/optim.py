@@ -17,28 +17,35 @@ def create_optimizer(model: nn.Module, config: OptimConfig, precision: str = "fp
 
     adam applies weight decay as L2 to every parameter, as torch does and the source report did. adamw and sgd do not
     decay one-dimensional parameters (BatchNorm, biases): He et al. 2019, arXiv 1812.01187, section 3.1. muon is `Muon`
-    on the convolutions, with its iteration in bfloat16 if that is the precision, and adamw on everything else. adam,
-    adamw and sgd use fused kernels if all parameters are on CUDA; muon does not.
+    on the convolutions, with its iteration in bfloat16 if that is the precision, and adamw on everything else. If all
+    parameters are on CUDA, kernels are fused, and Muon's iteration is one batch.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     fused = all(p.is_cuda for p in parameters)
-    betas = (config.momentum, config.beta2)
+    adam: dict[str, Any] = {
+        **{"lr": config.learning_rate, "betas": (config.momentum, config.beta2)},
+        # Capturable: in a CUDA graph.
+        **{"fused": fused or None, "capturable": fused},
+    }
     if config.optimizer == "adam":
-        return torch.optim.Adam(
-            parameters, lr=config.learning_rate, betas=betas, weight_decay=config.weight_decay, fused=fused or None
-        )
+        return torch.optim.Adam(parameters, weight_decay=config.weight_decay, **adam)
     weights = [p for p in parameters if p.ndim >= 2]
     free = {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}
     if config.optimizer == "muon":
         convolutions, matrices = ([p for p in weights if (p.ndim == 4) is wanted] for wanted in (True, False))
-        orthogonal = {"params": convolutions, "weight_decay": config.weight_decay, "orthogonal": True}
-        decayed = {"params": matrices, "weight_decay": config.weight_decay}
-        muon = Muon([orthogonal, decayed, free], lr=config.learning_rate, betas=betas)
-        muon.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        muon = Muon(
+            [
+                {"params": convolutions, "weight_decay": config.weight_decay, "orthogonal": True},
+                {"params": matrices, "weight_decay": config.weight_decay},
+                free,
+            ],
+            **adam,
+        )
+        muon.dtype, muon.one_batch = torch.bfloat16 if precision == "bf16" else torch.float32, fused
         return muon
     groups = [{"params": weights, "weight_decay": config.weight_decay}, free]
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=fused or None)
+        return torch.optim.AdamW(groups, **adam)
     if config.optimizer == "sgd":
         return torch.optim.SGD(
             groups, lr=config.learning_rate, momentum=config.momentum, nesterov=config.momentum > 0, fused=fused or None
@@ -57,6 +64,9 @@ class Muon(torch.optim.AdamW):
 
     dtype = torch.float32
     """Of the iteration that orthogonalizes."""
+    one_batch = False
+    """Iterate on all matrices at once, the smaller ones padded with zeros, which changes no result but its rounding: on
+    a GPU, the calls would cost more than their work. Otherwise matrices of one shape are a batch."""
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all groups; ``closure``, if given, computes the gradients first."""
@@ -68,29 +78,41 @@ class Muon(torch.optim.AdamW):
             self.param_groups = groups
         for group in groups:
             if group.get("orthogonal"):
-                self._step_orthogonal(group)
+                parameters = sorted((p for p in group["params"] if p.grad is not None), key=lambda p: p.shape)
+                for _, batch in groupby(parameters, key=lambda p: None if self.one_batch else p.shape):
+                    self._step_orthogonal(list(batch), group)
         return loss
 
     @torch.no_grad()
-    def _step_orthogonal(self, group: dict[str, Any]) -> None:
+    def _step_orthogonal(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        """Update parameters whose matrices are orthogonalized as one batch."""
+        for p in parameters:
+            if not self.state[p]:
+                # AdamW.load_state_dict expects a step in every state.
+                self.state[p].update(step=torch.zeros((), device=p.device), momentum_buffer=torch.zeros_like(p))
+        torch._foreach_add_([self.state[p]["step"] for p in parameters], 1)
         momentum, rate = group["betas"][0], group["lr"]
-        parameters = sorted((p for p in group["params"] if p.grad is not None), key=lambda p: p.shape)
-        for shape, same_shape in groupby(parameters, key=lambda p: p.shape):
-            alike = list(same_shape)
-            gradients = torch.stack([p.grad for p in alike])
-            for p, gradient in zip(alike, gradients, strict=True):
-                state = self.state[p]
-                if not state:
-                    # AdamW.load_state_dict expects a step in every state.
-                    state.update(step=torch.zeros(()), momentum_buffer=torch.zeros_like(p))
-                state["step"] += 1
-                state["momentum_buffer"].lerp_(gradient, 1 - momentum)
-                gradient.lerp_(state["momentum_buffer"], momentum)
-            rows, columns = shape[0], math.prod(shape[1:])
-            steps = orthogonalize(gradients.reshape(len(alike), rows, columns), self.dtype).view_as(gradients)
-            size = 0.2 * math.sqrt(max(rows, columns))
-            torch._foreach_mul_(alike, 1 - rate * group["weight_decay"])
-            torch._foreach_add_(alike, list(steps.to(alike[0].dtype)), alpha=-rate * size)
+        sizes = [(len(p), p[0].numel()) for p in parameters]
+        matrices = parameters[0].new_zeros(len(sizes), *map(max, zip(*sizes, strict=True)))
+
+        def views(batch: Tensor) -> list[Tensor]:
+            parts = zip(batch, sizes, parameters, strict=True)
+            return [matrix[:rows, :columns].view(p.shape) for matrix, (rows, columns), p in parts]
+
+        gradients, buffers = views(matrices), [self.state[p]["momentum_buffer"] for p in parameters]
+        torch._foreach_copy_(gradients, [p.grad for p in parameters if p.grad is not None])
+        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
+        torch._foreach_lerp_(gradients, buffers, momentum)
+        steps = views(orthogonalize(matrices, self.dtype).to(matrices.dtype))
+        scales = [0.2 * math.sqrt(max(size)) for size in sizes]
+        torch._foreach_mul_(parameters, 1 - rate * group["weight_decay"])
+        if self.one_batch:
+            torch._foreach_mul_(steps, scales)
+            # In a CUDA graph the rate is a tensor, which ``alpha`` cannot be.
+            torch._foreach_mul_(steps, rate)
+            torch._foreach_sub_(parameters, steps)
+        else:
+            torch._foreach_add_(parameters, steps, alpha=-rate * scales[0])
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -103,7 +125,7 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tenso
     x = (matrices.mT if transposed else matrices).to(dtype)
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
     for _ in range(5):
-        gram = x @ x.mT
+        gram = torch.bmm(x, x.mT)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return x.mT if transposed else x
 

@@ -20,11 +20,7 @@ Handler = Callable[[int, FrameType | None], object] | int
 
 
 class Preempted(Exception):
-    """The run was asked to stop and has saved a checkpoint."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
+    """The run was asked to stop, by the signal of this name, and has saved a checkpoint."""
 
 
 class StopRequest:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 CONSEQUENCES = {
     "micro_batch": "BatchNorm normalises over another number of images",
     "threads": "results may differ in their last bits",
+    "cuda_graph": "results may differ in their last bits",
     "device": "results may differ in their last bits",
     "precision": "results differ slightly",
 }
@@ -125,9 +126,8 @@ def check_resume(checkpoint: Checkpoint, run: RunSetup, warn: Callable[[str], No
         )
     now = checkpoints.learning_values(run.config, run.world.device)
     changed = {name: (was, now[name]) for name, was in scalars.learning.items() if now.get(name, was) != was}
-    accepted = CONSEQUENCES.keys() - ({"precision"} if "device" not in changed else set())
-    if run.config.machine.reproducible:
-        accepted = set()
+    kept = {"precision"} if "device" not in changed else set()
+    accepted = CONSEQUENCES.keys() - (CONSEQUENCES.keys() if run.config.machine.reproducible else kept)
     refused = [f"{name} was {was}, now {value}" for name, (was, value) in changed.items() if name not in accepted]
     if refused:
         raise UserError(

@@ -30,7 +30,7 @@ from mnistm_dist.training import checkpoint as checkpoints
 from mnistm_dist.training.checkpoint import Checkpoint
 from mnistm_dist.training.distributed import World
 from mnistm_dist.training.environment import describe_environment
-from mnistm_dist.training.hardware import check_compile
+from mnistm_dist.training.hardware import check_compile, check_cuda_graph
 from mnistm_dist.training.models import architecture
 from mnistm_dist.training.run_dir import CONFIG_NAME, RunDir
 from mnistm_dist.training.train_state import TrainState
@@ -168,12 +168,14 @@ def resolve(config: Config, world: World, manifest: Manifest) -> Config:
         check_compile(world.device)
     batch_size, reproducible = config.steps.batch_size, config.machine.reproducible
     micro_batch = choose_micro_batch(config.steps, world_size=world.size, reproducible=reproducible)
-    micro_batch_share(batch_size=batch_size, micro_batch=micro_batch, world_size=world.size, rank=world.rank)
+    share = micro_batch_share(batch_size=batch_size, micro_batch=micro_batch, world_size=world.size, rank=world.rank)
     if micro_batch < 2:
         raise UserError(
             f"micro_batch: {micro_batch} image per forward; BatchNorm needs at least 2: use a larger --batch-size or "
             "--micro-batch"
         )
+    if config.machine.cuda_graph:
+        check_cuda_graph(config.machine, world.precision, world.device, len(share))
     order, reader, streams = choose_reading(
         config.data, manifest, batch_size=batch_size, world_size=1 if reproducible else world.size
     )

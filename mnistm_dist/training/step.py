@@ -24,29 +24,35 @@ def train_step(
     augment: Augment,
     micro_batches: Sequence[Batch],
     image_size: int,
+    learning_rate: float | Tensor,
     config: Config,
+    draws: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor | None]:
     """Train on this rank's k micro-batches at ``image_size`` pixels and update the parameters once.
 
     Return the mean loss of each micro-batch, float32 (k,), and, if gradients are clipped, their norm before clipping,
     float32 (); both on the device. The gradient is the mean over the M micro-batches of the step. Without a tree, each
     loss is divided by M / W here, DDP averages over the W ranks, and only the last backward communicates. Nothing waits
-    for the device. All ranks take part.
+    for the device. ``draws``: the random numbers of each micro-batch, if torch's generators are seeded. All ranks take
+    part.
     """
     model, optimizer, optim, tree = state.train_model, state.optimizer, config.optim, state.tree
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
     optimizer.zero_grad(set_to_none=True)
     divisor = 1.0 if tree else config.steps.batch_size / int(config.steps.micro_batch) / world.size
     if tree:
         tree.begin_step()
     losses = []
     for index, batch in enumerate(micro_batches):
-        seed_generators(config.steps.seed, batch)
+        if not draws:
+            seed_generators(config.steps.seed, batch)
         if tree:
             tree.begin_micro_batch()
         syncs = tree is not None or index == len(micro_batches) - 1
         with contextlib.nullcontext() if syncs else world.accelerator.no_sync(model):
             # Outside autocast: an affine grid in bfloat16 would be off by a tenth of a pixel.
-            images = augment(batch.images, batch.positions, image_size)
+            images = augment.apply(batch.images, draws[index] if draws else augment.draw(batch.positions), image_size)
             with world.accelerator.autocast():
                 logits = model(images)
             loss = functional.cross_entropy(logits.float(), batch.labels, label_smoothing=optim.label_smoothing)

@@ -20,6 +20,7 @@ from mnistm_dist.data.transforms import Augment, Preprocess
 from mnistm_dist.errors import UserError
 from mnistm_dist.training import checkpoint as checkpoints
 from mnistm_dist.training.checkpoint import Scalars
+from mnistm_dist.training.cuda_graph import create_step
 from mnistm_dist.training.diagnostics import check_model_learns, profile_steps
 from mnistm_dist.training.evaluation import predict_split
 from mnistm_dist.training.hardware import CoreWatch, peak_memory_gb
@@ -28,7 +29,7 @@ from mnistm_dist.training.preemption import CONTINUE, EXIT, Preempted, StepBound
 from mnistm_dist.training.run_dir import RunDir
 from mnistm_dist.training.schedule import Schedule
 from mnistm_dist.training.setup import RunSetup
-from mnistm_dist.training.step import gradient_norm, train_step
+from mnistm_dist.training.step import gradient_norm
 from mnistm_dist.training.train_state import BestEvaluation, TrainState
 
 
@@ -67,7 +68,8 @@ class Trainer:
         self.config, self.world = run.config, run.world
         split = run.shards.split("train")
         self.preprocess = Preprocess(split.mean, split.std, run.world.device)
-        self.augment = Augment(run.config.augment, self.preprocess, run.config.steps.seed)
+        augment = Augment(run.config.augment, self.preprocess, run.config.steps.seed)
+        self.train_step = create_step(run.world, state, augment, run.config)
         self.boundary = StepBoundary(run.world, stop, run.config.run.checkpoint_minutes)
         self.window = LogWindow(run.world, run.shares, state.history.pending)
         self.core_watch = CoreWatch()
@@ -88,10 +90,7 @@ class Trainer:
             self.window.start_clock()
             batches = self.run.batches(state.steps_done, schedule.last_step)
             for step, micro_batches in enumerate(batches, start=state.steps_done):
-                image_size = schedule.image_size(step)
-                for group in state.optimizer.param_groups:
-                    group["lr"] = schedule.learning_rate(step)
-                losses, norm = train_step(self.world, state, self.augment, micro_batches, image_size, self.config)
+                losses, norm = self.train_step(micro_batches, schedule.image_size(step), schedule.learning_rate(step))
                 if state.ema is not None:
                     state.ema.update(state.model, step)
                 self.window.add(step, losses)

@@ -10,6 +10,7 @@ from mnistm_dist.data.hashing import uniform
 from mnistm_dist.data.transforms import (
     CHANNEL_ORDERS,
     DRAWS,
+    GREY,
     POINTS,
     Augment,
     Preprocess,
@@ -188,9 +189,16 @@ def test_colours_change_by_at_most_the_asked_factor_and_grey_stays_grey():
     assert 117 < seen.max() < 120.1
 
 
+def test_the_augmentation_can_be_compiled_as_one_graph():
+    augment, batch = Augment(ALL, Preprocess(MEAN, STD), seed=5), images(4)
+    draws = augment.draw(np.arange(4))
+    compiled = torch.compile(augment.apply, dynamic=False, fullgraph=True, backend="aot_eager")
+    assert torch.allclose(compiled(batch, draws, 32), augment.apply(batch, draws, 32), atol=1e-4)
+
+
 def test_saturation_zero_is_grey_and_brightness_zero_black():
-    batch = images(2)
-    assert change_colours(batch, torch.tensor([[0.0, 1, 1]] * 2)).max() == 0
-    grey = change_colours(batch, torch.tensor([[1.0, 1, 0]] * 2))
+    batch, weights = images(2), torch.tensor(GREY)
+    assert change_colours(batch, torch.tensor([[0.0, 1, 1]] * 2), weights).max() == 0
+    grey = change_colours(batch, torch.tensor([[1.0, 1, 0]] * 2), weights)
     assert torch.equal(grey[..., 0], grey[..., 2])
-    assert torch.equal(change_colours(batch, torch.ones(2, 3)), batch)
+    assert torch.equal(change_colours(batch, torch.ones(2, 3), weights), batch)

@@ -22,7 +22,10 @@ from mnistm_dist.training.optim import WeightAverage, create_optimizer
 
 pytestmark = pytest.mark.gpu
 EXACT = ("--precision", "fp32", "--deterministic", "--threads", 1)
-EVERYTHING = AugmentConfig(shift=3, rotate=9, scale=0.1, shear=5, elastic=2, invert=0.5, permute_channels=0.5, cutout=6)
+EVERYTHING = AugmentConfig(
+    **{"shift": 3, "rotate": 9, "scale": 0.1, "shear": 5, "elastic": 2, "invert": 0.5, "permute_channels": 0.5},
+    **{"cutout": 6, "flip": 0.5, "crop": 0.3, "colour": 0.2},
+)
 
 
 @pytest.fixture
@@ -111,6 +114,14 @@ def test_a_killed_run_ends_with_the_same_bits(train, start, small_set, reader):
     assert same(parameters(train("killed", 40, *flags), 40), parameters(whole, 40))
 
 
+def test_cuda_graphs_train_as_the_steps_do_and_resume_with_the_same_bits(train):
+    flags = (*EXACT, "--micro-batch", 32, "--image-size", "28,32", "--max-grad-norm", 1)
+    whole = train("whole", 40, *flags, "--cuda-graph")
+    assert np.allclose(losses(whole), losses(train("steps", 40, *flags)), atol=1e-3)
+    train("parts", 25, *flags, "--cuda-graph")
+    assert same(parameters(train("parts", 40, *flags, "--cuda-graph"), 40), parameters(whole, 40))
+
+
 @pytest.mark.parametrize("first", ["", "0"], ids=["from the CPU to a GPU", "from a GPU to the CPU"])
 def test_a_run_is_resumed_on_another_device(train, first):
     train("run", 5, CUDA_VISIBLE_DEVICES=first)
@@ -127,6 +138,8 @@ def test_a_run_is_resumed_on_another_device(train, first):
         ("--memory-format", "contiguous"),
         ("--profile-steps", 2),
         ("--reproducible",),
+        ("--cuda-graph", "--micro-batch", 32),
+        ("--cuda-graph", "--compile", "--micro-batch", 32, "--image-size", "28,32"),
     ],
     ids=lambda flags: " ".join(map(str, flags)),
 )
@@ -192,6 +205,8 @@ def test_a_signal_to_one_rank_saves_on_all(start, small_set, tmp_path):
 
 
 @pytest.mark.gpu(2)
-@pytest.mark.parametrize("flags", [("--sync-batchnorm",), ("--memory-format", "contiguous"), ("--compile",)])
+@pytest.mark.parametrize(
+    "flags", [("--sync-batchnorm",), ("--memory-format", "contiguous"), ("--compile",), ("--cuda-graph",)]
+)
 def test_a_variant_trains_on_two_gpus_without_a_warning(train, flags):
-    assert np.isfinite(losses(train("run", 10, *flags, world_size=2))).all()
+    assert np.isfinite(losses(train("run", 40, *flags, world_size=2))).all()

@@ -75,7 +75,7 @@ def test_evaluation_prediction_and_export_use_the_runs_precision_or_say_that_the
     done = run_main(evaluate, run)
     assert re.search("precision: bf16 is not native here; evaluating in fp32", done.stdout)
     assert np.abs(in_fp32.predict(val_images) - probabilities()).max() < 1e-5
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     model = load_model(run)
     assert model.autocast is torch.bfloat16
     assert 0 < np.abs(model.predict(val_images) - in_fp32.predict(val_images)).max() < 0.05

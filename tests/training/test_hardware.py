@@ -15,7 +15,7 @@ from mnistm_dist.errors import NodeError, UserError
 from mnistm_dist.training import hardware
 from mnistm_dist.training.hardware import CoreWatch, choose_precision, find_device, native_precisions
 
-CPU, AMX, AVX512 = ("fp32",), ("bf16", "fp32"), ("fp32", "bf16")
+CPU, BF16_CPU = ("fp32",), ("bf16", "fp32")
 V100, A100 = ("fp32", "fp16"), ("bf16", "fp32", "fp16")
 
 
@@ -33,12 +33,12 @@ V100, A100 = ("fp32", "fp16"), ("bf16", "fp32", "fp16")
         ("fp16", V100, "fp16"),
         ("bf16", CPU, "fp32"),
         ("fp16", CPU, "fp32"),
-        ("no", AMX, "bf16"),
-        (None, AVX512, "fp32"),
-        ("bf16", AVX512, "fp32"),
+        ("no", BF16_CPU, "bf16"),
+        (None, BF16_CPU, "bf16"),
+        ("fp16", BF16_CPU, "bf16"),
     ],
 )
-def test_auto_is_bf16_where_native_on_gpus_and_with_amx_whatever_starts_the_run(launcher, native, chosen):
+def test_auto_is_bf16_where_native_whatever_starts_the_run_unless_a_launcher_asks_for_fp16(launcher, native, chosen):
     assert choose_precision("auto", launcher, native) == chosen
 
 
@@ -50,7 +50,7 @@ def test_a_precision_that_is_named_is_taken_or_refused_but_never_emulated():
 
 
 @pytest.mark.parametrize(
-    ("amx", "avx512", "precisions"), [(1, 1, ("bf16", "fp32")), (0, 1, ("fp32", "bf16")), (0, 0, ("fp32",))]
+    ("amx", "avx512", "precisions"), [(1, 1, ("bf16", "fp32")), (0, 1, ("bf16", "fp32")), (0, 0, ("fp32",))]
 )
 def test_a_cpu_has_bf16_if_torch_finds_its_instructions(monkeypatch, amx, avx512, precisions):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: bool(amx))
@@ -105,9 +105,10 @@ def test_more_processes_than_gpus_are_refused_by_the_node_that_has_too_few(monke
         find_device({"CUDA_VISIBLE_DEVICES": "3", "LOCAL_WORLD_SIZE": "2"})
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict"])
 def test_gpus_of_which_none_works_are_one_line(run_command, small_set, trained_run, command):
-    arguments = ("--shards", small_set, "--run-dir", "run") if command == "train" else (trained_run,)
+    of_run = {"evaluate": (trained_run,), "predict": (trained_run, trained_run / "mistakes_val.png")}
+    arguments = of_run.get(command, ("--shards", small_set, "--run-dir", "run"))
     error = error_of(run_command(command, *arguments, before="injected:gpus_that_do_not_work"))
     assert f"cuda:0 on {socket.gethostname()} cannot be used: Found no NVIDIA driver" in error
 

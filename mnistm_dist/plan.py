@@ -2,18 +2,28 @@
 
     python -m mnistm_dist.plan runs/NAME --step 1234
     python -m mnistm_dist.plan runs/NAME --step 1234 --save batch.png
+    python -m mnistm_dist.plan runs/NAME --step 1234 --losses
     python -m mnistm_dist.plan --shards shards/official --step 0 --world-size 4
 
-The second one draws the images as the model receives them. The third is for a
-run of the default recipe that has not started. --json prints {"step": S,
-"epoch": E, "ranks": [[key, ...], ...]}; E is the epoch of the step's first
-image. Both count from 0, as --step does; the text and log.jsonl count from 1.
-The global batch of a step does not depend on the world size, except in the
-windowed order of a run that has not started: its number of streams does.
+The second one draws the images as the model receives them. The third trains
+from the last checkpoint before the step, in a temporary folder, up to it and
+gives the loss of each of its images, the largest first: which made a spike. On
+the machine and the number of processes (torchrun) of the run, the loss of the
+step is that of the log, to the last bit. The fourth is for a run of the default
+recipe that has not started.
+
+--json prints {"step": S, "epoch": E, "ranks": [[key, ...], ...]}; E is the
+epoch of the step's first image. Both count from 0, as --step does; the text and
+log.jsonl count from 1. --losses adds "images": [{"key", "label", "loss"}, ...],
+"mean", the loss of the step as training computes it, and "logged", null if the
+log does not have it. The global batch of a step does not depend on the world
+size, except in the windowed order of a run that has not started: its number of
+streams does.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import textwrap
@@ -37,7 +47,7 @@ from mnistm_dist.config import (
     read_recipe,
     replace,
 )
-from mnistm_dist.errors import UserError, run_cli
+from mnistm_dist.errors import UserError, is_first, run_cli
 
 if TYPE_CHECKING:
     import numpy as np
@@ -72,6 +82,7 @@ def main(
     world_size: PositiveInt = 1,
     json_output: Annotated[bool, arg(name="json")] = False,
     save: Annotated[Annotated[LocalPath, Field(pattern=r"\.(png|svg|pdf)$")] | None, arg(metavar="FILE.png")] = None,
+    losses: bool = False,
     new_run: NewRun,
 ) -> int:
     """Show the images of a step.
@@ -82,6 +93,7 @@ def main(
         world_size: Number of processes.
         json_output: Print one JSON object.
         save: Draw the images, as the model receives them, to this file.
+        losses: Train RUN again up to the step, and show the loss of each image.
     """
     config = choose_config(run, new_run)
     # Heavy imports come after the flags, so that --help and a mistyped flag answer at once.
@@ -111,12 +123,30 @@ def main(
     # As the console, the log and the report count them: from 1.
     place = f"step {step + 1:,} of {schedule.total_steps:,} (--step {step}), epoch {epoch + 1}"
     title = f"{place}: {batch_size} images"
+    result = {"step": step, "epoch": epoch, "ranks": ranks}
+    texts = [f"rank {rank}: {' '.join(of_rank)}" for rank, of_rank in enumerate(ranks)]
+    captions = [""] * batch_size
+    if losses:
+        if run is None:
+            raise UserError("--losses: trains a run again; name a run folder instead of --shards")
+        of_images, mean, logged = losses_of_step(Path(run), config, step)
+        if not is_first():
+            return 0
+        # The largest first; NaN before all.
+        largest = np.argsort(np.where(np.isnan(of_images), -np.inf, -of_images), kind="stable")
+        positions, ids, of_images = positions[largest], ids[largest], of_images[largest]
+        keys, labels = shards.keys("train", ids), shards.labels("train")[ids]
+        names = [shards.manifest.classes[label] for label in labels]
+        images = [{"key": k, "label": n, "loss": float(x)} for k, n, x in zip(keys, names, of_images, strict=True)]
+        result |= {"images": images, "mean": mean, "logged": logged}
+        captions = [f"\nloss {loss:.4f}" for loss in of_images]
+        texts = [f"loss {mean!r}, in the log {'not found' if logged is None else repr(logged)}"]
+        texts += [f"{image['loss']:10.4f}  label {image['label']}  {image['key']}" for image in images]
     if save:
-        save_images(Path(save), config, shards, positions, ids, schedule.image_size(step), title)
+        save_images(Path(save), config, shards, positions, ids, schedule.image_size(step), title, captions)
     if json_output:
-        write_result(json.dumps({"step": step, "epoch": epoch, "ranks": ranks}) + "\n")
+        write_result(json.dumps(result) + "\n")
         return 0
-    texts = (f"rank {rank}: {' '.join(of_rank)}" for rank, of_rank in enumerate(ranks))
     head = f"{title}, {order} order, seed {config.steps.seed}"
     lines = [textwrap.fill(text, width=80, subsequent_indent="    ") for text in (head, *texts)]
     if save:
@@ -139,10 +169,42 @@ def choose_config(run: str | None, new_run: NewRun) -> Config:
     return build(DEFAULT_RECIPE, read_recipe(DEFAULT_RECIPE) | given)
 
 
+def losses_of_step(run_dir: Path, config: Config, step: int) -> tuple[np.ndarray, float, float | None]:
+    """Train a run again up to ``step``; return the loss of each of its images, their mean, and the loss in the log.
+
+    Images are in the order of their positions, float32 (B,). All ranks take part, and rank 0 has the result.
+    """
+    from mnistm_dist.replay import image_losses, opened, train_again
+    from mnistm_dist.reporting.console import Console
+    from mnistm_dist.reporting.describe import duration
+    from mnistm_dist.training.checkpoint import complete
+    from mnistm_dist.training.run_dir import LOG_NAME, read_log, step_losses
+
+    console = Console(enabled=is_first(), stream=sys.stderr)
+    with opened(config, console) as run:
+        # Without evaluations of val.
+        run = dataclasses.replace(run, readers={"train": run.readers["train"]})
+        kept = run.world.run_on_main(lambda: list(complete(run_dir, console.warn)))
+        start = next((checkpoint for checkpoint in kept if checkpoint.step <= step), None)
+        first = start.step if start else 0
+        seconds = kept[0].scalars.history.train_seconds / kept[0].step * (step - first) if kept else 0.0
+        took = f", which took the run {duration(seconds)}" if seconds else ""
+        console.line(f"training steps {first} to {step} again from {start.path.name if start else 'the start'}{took}")
+        of_images, mean = image_losses(train_again(run, start, step, console))
+        return of_images, mean, step_losses(read_log(run_dir / LOG_NAME)).get(step)
+
+
 def save_images(
-    path: Path, config: Config, shards: ShardSet, positions: np.ndarray, ids: np.ndarray, image_size: int, title: str
+    path: Path,
+    config: Config,
+    shards: ShardSet,
+    positions: np.ndarray,
+    ids: np.ndarray,
+    image_size: int,
+    title: str,
+    captions: list[str],
 ) -> None:
-    """Draw the samples ``ids`` at training ``positions``, augmented to ``image_size`` pixels, with key and label.
+    """Draw the samples ``ids`` at training ``positions``, augmented to ``image_size`` pixels, with key, label, caption.
 
     Raises `UserError` if a shard is damaged or the file cannot be written.
     """
@@ -160,7 +222,7 @@ def save_images(
     images = torch.from_numpy(shards.images("train", ids))
     floats = augment(images, positions, image_size) * preprocess.std + preprocess.mean
     pixels = (255 * floats).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
-    captions = [f"{key}\n{classes[label]}" for key, label in zip(keys, labels, strict=True)]
+    captions = [f"{key}\n{classes[label]}{more}" for key, label, more in zip(keys, labels, captions, strict=True)]
     with explain_os_errors(path):
         save(batch_grid(list(pixels), captions, title), path)
 

@@ -1,35 +1,79 @@
-"""Check each file of a packed set, and all images against the manifest's sums.
+"""Check a packed set, or a run: its files against one another, and steps of it by training them again.
 
     python -m mnistm_dist.verify shards/official
+    python -m mnistm_dist.verify runs/NAME
+    python -m mnistm_dist.verify runs/NAME --replay random
+    torchrun --nproc-per-node 2 -m mnistm_dist.verify runs/NAME --replay 0:640
 
-Prints one line if the set is intact (exit code 0), otherwise a line for each
-file that is truncated, changed, missing or extra: a tar or index that the
-manifest does not list (exit code 2).
+Of a packed set, each file and all images are compared with the manifest: one
+line if it is intact (exit code 0), otherwise one for each file that is
+truncated, changed, missing or extra (exit code 2).
+
+Of a run, checkpoints, configuration, log, summary and predictions are compared
+with one another and with the packed set. Then the steps between two kept
+checkpoints are trained again in a temporary folder, and the results evaluated
+again. With the same kind of CPU or GPU, torch, threads and number of processes
+(any number for --reproducible runs), losses, weights and predictions must be
+the same to the last bit; elsewhere, mean losses must agree within 5 %. One line
+for each finding; exit code 1 if there is any. RUN is not written to.
+
+A replay proves that the later checkpoint follows from the earlier one. Hashes
+show damage, not origin. --replay 0:LAST proves all steps from the initial
+weights; --keep-checkpoints all, in training, makes the stretches short.
 """
 
+import dataclasses
+import secrets
 import sys
+from pathlib import Path
 from typing import Annotated
 
+from pydantic import Field, NonNegativeInt
 from tyro.conf import arg
 
 from mnistm_dist.cli import command
-from mnistm_dist.config import LocalPath
-from mnistm_dist.errors import UserError, run_cli
+from mnistm_dist.config import Config, LocalPath, OrNone, ShardsPath, load, replace
+from mnistm_dist.errors import UserError, errors_once_per_node, is_first, run_cli
+
+EXIT_FINDINGS = 1
 
 
 @command
-def main(shards: Annotated[LocalPath, arg(metavar="SHARDS")], /) -> int:
-    """Check a packed set. Raises `UserError` if it is damaged.
+def main(
+    path: Annotated[LocalPath, arg(metavar="SHARDS|RUN")],
+    /,
+    *,
+    shards: OrNone[ShardsPath] = None,
+    replay: Annotated[str, Field(pattern=r"^(last|random|none|(\d+:)?\d+)$")] = "last",
+    seed: OrNone[NonNegativeInt] = None,
+) -> int:
+    """Check a packed set or a run. Raises `UserError` for a set that is damaged.
 
     Args:
-        shards: folder of a packed set.
+        path: folder of a packed set, or a run folder.
+        shards: Of a run: another copy of its packed set. none: the one that it was trained on.
+        replay: Steps of a run to train again: shortest or random, between two neighbouring checkpoints; STEP:STEP,
+            between two named ones (0: the initial weights); STEP, up to this one; none.
+        seed: Seed of the random choice. none: drawn, and told.
     """
+    from mnistm_dist.training.run_dir import CONFIG_NAME, LOG_NAME
+
+    folder = Path(path)
+    if not any((folder / name).exists() for name in (CONFIG_NAME, LOG_NAME, "checkpoints")):
+        return verify_set(folder)
+    with errors_once_per_node():
+        config = load(folder / CONFIG_NAME)
+    return verify_run(folder, replace(config, shards=shards) if shards else config, replay, seed)
+
+
+def verify_set(folder: Path) -> int:
+    """Check a packed set. Raises `UserError` if it is damaged."""
     from mnistm_dist.data.manifest import REPAIR
     from mnistm_dist.data.packing.verify import inspect
     from mnistm_dist.data.shards import OK, ShardSet
     from mnistm_dist.reporting.console import Console
 
-    packed = ShardSet.open(shards)
+    packed = ShardSet.open(folder)
     manifest = packed.manifest
     console = Console()
     count = sum(split.count for split in manifest.splits.values())
@@ -47,6 +91,48 @@ def main(shards: Annotated[LocalPath, arg(metavar="SHARDS")], /) -> int:
     splits = ", ".join(f"{split.count:,} {name}" for name, split in manifest.splits.items())
     console.line(f"{packed.root} is intact: {splits}; lineage {manifest.lineage}")
     return 0
+
+
+def verify_run(run_dir: Path, config: Config, which: str, seed: int | None) -> int:
+    """Check a run and train steps of it again. Return the exit code. All ranks take part."""
+    from mnistm_dist.integrity import examine
+    from mnistm_dist.replay import (
+        LOSS_BOUND,
+        choose_stretch,
+        compare,
+        compare_results,
+        opened,
+        train_again,
+        why_inexact,
+    )
+    from mnistm_dist.reporting.console import Console
+    from mnistm_dist.training.checkpoint import complete
+
+    console = Console(enabled=is_first())
+    with opened(config, console) as run:
+        on_main, findings = run.world.run_on_main, list[str]()
+        kept = on_main(lambda: list(complete(run_dir, findings.append))[::-1])
+        by_step = {0: None} | {checkpoint.step: checkpoint for checkpoint in kept}
+        last = max(by_step)
+        state = train_again(run, by_step[last], last, console).state
+        of_run = dataclasses.replace(run, path=run_dir, config=config)
+        findings = on_main(lambda: findings + examine(of_run, state, kept))
+        console.line(
+            "\n".join(findings) or f"files: no finding in {len(kept)} checkpoints, log, configuration, results"
+        )
+        if which != "none" and kept:
+            drawn = run.world.broadcast_object(secrets.randbelow(10**6) if seed is None else seed)
+            first, stop = on_main(lambda: choose_stretch(list(by_step), which, drawn))
+            told = f" (drawn with --seed {drawn})" if which == "random" else ""
+            console.line(f"replay: steps {first} to {stop - 1} of 0 to {last - 1}{told}")
+            trainer = train_again(run, by_step[first], stop, console)
+            why = on_main(lambda: why_inexact(run, run_dir, first, by_step[stop]))
+            found = on_main(lambda: compare(run_dir, trainer, first, by_step[stop], exact=not why))
+            found += compare_results(run_dir, run, by_step, console, exact=not why)
+            agree = f"within {LOSS_BOUND:.0%}, not to the last bit, since {why}" if why else "to the last bit"
+            console.line("\n".join(found) or f"replay: losses, weights of step {stop} and predictions agree {agree}")
+            findings += found
+    return EXIT_FINDINGS if findings else 0
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from mnistm_dist.data.parallel import Progress
 from mnistm_dist.data.transforms import Augment, Preprocess
 from mnistm_dist.errors import UserError
 from mnistm_dist.training import checkpoint as checkpoints
-from mnistm_dist.training.checkpoint import Scalars
 from mnistm_dist.training.diagnostics import check_model_learns, profile_steps
 from mnistm_dist.training.evaluation import predict_split
 from mnistm_dist.training.hardware import CoreWatch, peak_memory_gb
@@ -121,12 +120,15 @@ class Trainer:
 
     def log_training(self, step: int, norm: float) -> None:
         """Log the steps since the last row; ``norm`` is the gradient's, of ``step``, before clipping."""
+        losses = list(self.window.losses)
         self.train_loss, steps_per_second = self.window.close()
         self.logger.train_row(
             {
                 "step": self.state.steps_done,
                 "epoch": self.schedule.epoch(step) + 1,
                 "train/loss": self.train_loss,
+                # Of each step since the last row: which one a spike is of, and what a replay must give.
+                "losses": losses,
                 "train/learning_rate": self.schedule.learning_rate(step),
                 "train/images_per_second": steps_per_second * self.config.steps.batch_size,
                 # None: the gradient overflowed in fp16, and the scaler skipped the step.
@@ -177,20 +179,8 @@ class Trainer:
         self.state.history.save_seconds += self._exclude_time_since(started)
 
     def _write_checkpoint(self) -> None:
-        state, manifest, scaler = self.state, self.run.shards.manifest, self.world.accelerator.scaler
-        scalars = Scalars(
-            history=state.history,
-            shards=manifest.identity,
-            classes=list(manifest.classes),
-            learning=checkpoints.learning_values(self.config, self.world.device),
-            scaler=scaler.state_dict() if scaler is not None else None,
-            averaged=state.ema is not None,
-            image_size=self.schedule.image_size(state.steps_done - 1),
-            resize=manifest.resize,
-            mean=list(manifest.splits["train"].mean),
-            std=list(manifest.splits["train"].std),
-        )
-        checkpoints.save(self.run_dir.path, state, scalars)
+        state = self.state
+        checkpoints.save(self.run_dir.path, state, self.run.scalars(state.steps_done, state.history))
         best_step = state.history.best.step if state.history.best else None
         checkpoints.prune(self.run_dir.path, keep=self.config.run.keep_checkpoints, best_step=best_step)
 

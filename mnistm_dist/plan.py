@@ -188,8 +188,9 @@ def losses_of_step(run_dir: Path, config: Config, step: int) -> tuple[np.ndarray
         start = next((checkpoint for checkpoint in kept if checkpoint.step <= step), None)
         first = start.step if start else 0
         seconds = kept[0].scalars.history.train_seconds / kept[0].step * (step - first) if kept else 0.0
-        took = f", which took the run {duration(seconds)}" if seconds else ""
-        console.line(f"training steps {first} to {step} again from {start.path.name if start else 'the start'}{took}")
+        place = start.path.name if start else "the initial weights"
+        took = f"; the run took {duration(seconds)}" if seconds else ""
+        console.line(f"training from step {first} to step {step} again ({place}){took}")
         of_images, mean = image_losses(train_again(run, start, step, console))
         return of_images, mean, step_losses(read_log(run_dir / LOG_NAME)).get(step)
 

@@ -4,7 +4,6 @@
 """
 
 import functools
-import hashlib
 import json
 import shlex
 from pathlib import Path
@@ -235,21 +234,11 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
 
 
 def write_summary(run_dir: Path, summary: dict[str, Any], results: dict[str, Predictions]) -> dict[str, Any]:
-    """Write ``summary.json`` with the metrics of the splits and hashes of their predictions; return its content."""
+    """Write ``summary.json`` with the metrics of the splits; return its content."""
+    summary = summary | {split: predictions.metrics.to_json() for split, predictions in results.items()}
     with writing(run_dir):
-        for split, predictions in results.items():
-            content = (run_dir / f"predictions_{split}.csv").read_bytes()
-            hashed = {"predictions_sha256": hashlib.sha256(content).hexdigest()}
-            summary = summary | {split: predictions.metrics.to_json() | hashed}
-        summary = summary | {"sha256": summary_sha256(summary)}
         write_atomic(run_dir / SUMMARY_NAME, json.dumps(summary, indent=1))
     return summary
-
-
-def summary_sha256(summary: dict[str, Any]) -> str:
-    """Return the hash of all fields of a summary but ``sha256``."""
-    content = {name: value for name, value in summary.items() if name != "sha256"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def next_commands(run: RunSetup) -> dict[str, str]:

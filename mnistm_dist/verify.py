@@ -22,8 +22,6 @@ show damage, not origin. --replay 0:LAST proves all steps from the initial
 weights; --keep-checkpoints all, in training, makes the stretches short.
 """
 
-import dataclasses
-import secrets
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -32,10 +30,8 @@ from pydantic import Field, NonNegativeInt
 from tyro.conf import arg
 
 from mnistm_dist.cli import command
-from mnistm_dist.config import Config, LocalPath, OrNone, ShardsPath, load, replace
-from mnistm_dist.errors import UserError, errors_once_per_node, is_first, run_cli
-
-EXIT_FINDINGS = 1
+from mnistm_dist.config import LocalPath, OrNone, ShardsPath, load, replace
+from mnistm_dist.errors import UserError, errors_once_per_node, run_cli
 
 
 @command
@@ -63,6 +59,8 @@ def main(
         return verify_set(folder)
     with errors_once_per_node():
         config = load(folder / CONFIG_NAME)
+    from mnistm_dist.verify_run import verify_run
+
     return verify_run(folder, replace(config, shards=shards) if shards else config, replay, seed)
 
 
@@ -91,48 +89,6 @@ def verify_set(folder: Path) -> int:
     splits = ", ".join(f"{split.count:,} {name}" for name, split in manifest.splits.items())
     console.line(f"{packed.root} is intact: {splits}; lineage {manifest.lineage}")
     return 0
-
-
-def verify_run(run_dir: Path, config: Config, which: str, seed: int | None) -> int:
-    """Check a run and train steps of it again. Return the exit code. All ranks take part."""
-    from mnistm_dist.integrity import examine
-    from mnistm_dist.replay import (
-        LOSS_BOUND,
-        choose_stretch,
-        compare,
-        compare_results,
-        opened,
-        train_again,
-        why_inexact,
-    )
-    from mnistm_dist.reporting.console import Console
-    from mnistm_dist.training.checkpoint import complete
-
-    console = Console(enabled=is_first())
-    with opened(config, console) as run:
-        on_main, findings = run.world.run_on_main, list[str]()
-        kept = on_main(lambda: list(complete(run_dir, findings.append))[::-1])
-        by_step = {0: None} | {checkpoint.step: checkpoint for checkpoint in kept}
-        last = max(by_step)
-        state = train_again(run, by_step[last], last, console).state
-        of_run = dataclasses.replace(run, path=run_dir, config=config)
-        findings = on_main(lambda: findings + examine(of_run, state, kept))
-        console.line(
-            "\n".join(findings) or f"files: no finding in {len(kept)} checkpoints, log, configuration, results"
-        )
-        if which != "none" and kept:
-            drawn = run.world.broadcast_object(secrets.randbelow(10**6) if seed is None else seed)
-            first, stop = on_main(lambda: choose_stretch(list(by_step), which, drawn))
-            told = f" (drawn with --seed {drawn})" if which == "random" else ""
-            console.line(f"replay: steps {first} to {stop - 1} of 0 to {last - 1}{told}")
-            trainer = train_again(run, by_step[first], stop, console)
-            why = on_main(lambda: why_inexact(run, run_dir, first, by_step[stop]))
-            found = on_main(lambda: compare(run_dir, trainer, first, by_step[stop], exact=not why))
-            found += compare_results(run_dir, run, by_step, console, exact=not why)
-            agree = f"within {LOSS_BOUND:.0%}, not to the last bit, since {why}" if why else "to the last bit"
-            console.line("\n".join(found) or f"replay: losses, weights of step {stop} and predictions agree {agree}")
-            findings += found
-    return EXIT_FINDINGS if findings else 0
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ class _Document(Record):
     format: Literal[1]
     step: int = Field(ge=0)
     files: dict[str, Digest]
-    run_files: dict[str, Digest] = {}
+    run_files: dict[str, Digest] = Field(default_factory=dict)
     scalars: Scalars
 
 

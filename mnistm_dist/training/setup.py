@@ -27,14 +27,14 @@ from mnistm_dist.data.sources.catalog import open_source
 from mnistm_dist.errors import UserError
 from mnistm_dist.files import FolderBusy
 from mnistm_dist.training import checkpoint as checkpoints
-from mnistm_dist.training.checkpoint import Checkpoint, Scalars
+from mnistm_dist.training.checkpoint import Checkpoint
 from mnistm_dist.training.distributed import World
 from mnistm_dist.training.environment import DECIDES_BITS, describe_environment
 from mnistm_dist.training.hardware import check_compile
 from mnistm_dist.training.models import architecture
 from mnistm_dist.training.run_dir import ARCHITECTURE_NAME, CONFIG_NAME, ENVIRONMENT_NAME, RunDir
 from mnistm_dist.training.schedule import Schedule
-from mnistm_dist.training.train_state import TrainingHistory, TrainState
+from mnistm_dist.training.train_state import TrainState
 
 # Where the bundled sample is packed to, and looked for, if no shards are named.
 SAMPLE = Path("shards/sample")
@@ -92,22 +92,6 @@ class RunSetup:
     def schedule(self) -> Schedule:
         """What each step trains."""
         return Schedule.of(self.config, self.shards.split("train").count)
-
-    def scalars(self, steps_done: int, history: TrainingHistory) -> Scalars:
-        """Return what a checkpoint after ``steps_done`` steps holds beside its tensors."""
-        manifest, scaler = self.shards.manifest, self.world.accelerator.scaler
-        return Scalars(
-            history=history,
-            shards=manifest.identity,
-            classes=list(manifest.classes),
-            learning=checkpoints.learning_values(self.config, self.world.device),
-            scaler=scaler.state_dict() if scaler is not None else None,
-            averaged=self.config.optim.ema_decay > 0,
-            image_size=self.schedule.image_size(steps_done - 1),
-            resize=manifest.resize,
-            mean=list(manifest.splits["train"].mean),
-            std=list(manifest.splits["train"].std),
-        )
 
 
 def open_run(config: Config, world: World, bars: ProgressBars) -> RunSetup:

@@ -19,6 +19,7 @@ from mnistm_dist.data.parallel import Progress
 from mnistm_dist.data.transforms import Augment, Preprocess
 from mnistm_dist.errors import UserError
 from mnistm_dist.training import checkpoint as checkpoints
+from mnistm_dist.training.checkpoint import Scalars
 from mnistm_dist.training.diagnostics import check_model_learns, profile_steps
 from mnistm_dist.training.evaluation import predict_split
 from mnistm_dist.training.hardware import CoreWatch, peak_memory_gb
@@ -179,8 +180,20 @@ class Trainer:
         self.state.history.save_seconds += self._exclude_time_since(started)
 
     def _write_checkpoint(self) -> None:
-        state = self.state
-        checkpoints.save(self.run_dir.path, state, self.run.scalars(state.steps_done, state.history))
+        state, manifest, scaler = self.state, self.run.shards.manifest, self.world.accelerator.scaler
+        scalars = Scalars(
+            history=state.history,
+            shards=manifest.identity,
+            classes=list(manifest.classes),
+            learning=checkpoints.learning_values(self.config, self.world.device),
+            scaler=scaler.state_dict() if scaler is not None else None,
+            averaged=state.ema is not None,
+            image_size=self.schedule.image_size(state.steps_done - 1),
+            resize=manifest.resize,
+            mean=list(manifest.splits["train"].mean),
+            std=list(manifest.splits["train"].std),
+        )
+        checkpoints.save(self.run_dir.path, state, scalars)
         best_step = state.history.best.step if state.history.best else None
         checkpoints.prune(self.run_dir.path, keep=self.config.run.keep_checkpoints, best_step=best_step)
 

@@ -23,7 +23,6 @@ streams does.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 import textwrap
@@ -129,19 +128,21 @@ def main(
     if losses:
         if run is None:
             raise UserError("--losses: trains a run again; name a run folder instead of --shards")
+        from mnistm_dist.replay import losses_of_step
+
         of_images, mean, logged = losses_of_step(Path(run), config, step)
         if not is_first():
             return 0
-        # The largest first; NaN before all.
-        largest = np.argsort(np.where(np.isnan(of_images), -np.inf, -of_images), kind="stable")
-        positions, ids, of_images = positions[largest], ids[largest], of_images[largest]
-        keys, labels = shards.keys("train", ids), shards.labels("train")[ids]
-        names = [shards.manifest.classes[label] for label in labels]
-        images = [{"key": k, "label": n, "loss": float(x)} for k, n, x in zip(keys, names, of_images, strict=True)]
+        # The largest first, and NaN before all.
+        largest = np.argsort(-np.nan_to_num(of_images, nan=np.inf), kind="stable")
+        positions, ids, of_images = positions[largest], ids[largest], of_images[largest].tolist()
+        names = [shards.manifest.classes[label] for label in shards.labels("train")[ids]]
+        rows = list(zip(shards.keys("train", ids), names, of_images, strict=True))
+        images = [{"key": key, "label": name, "loss": loss} for key, name, loss in rows]
         result |= {"images": images, "mean": mean, "logged": logged}
         captions = [f"\nloss {loss:.4f}" for loss in of_images]
         texts = [f"loss {mean!r}, in the log {'not found' if logged is None else repr(logged)}"]
-        texts += [f"{image['loss']:10.4f}  label {image['label']}  {image['key']}" for image in images]
+        texts += [f"{loss:10.4f}  label {name}  {key}" for key, name, loss in rows]
     if save:
         save_images(Path(save), config, shards, positions, ids, schedule.image_size(step), title, captions)
     if json_output:
@@ -167,32 +168,6 @@ def choose_config(run: str | None, new_run: NewRun) -> Config:
     if "shards" not in given:
         raise UserError("plan: name a run folder, or a packed set with --shards")
     return build(DEFAULT_RECIPE, read_recipe(DEFAULT_RECIPE) | given)
-
-
-def losses_of_step(run_dir: Path, config: Config, step: int) -> tuple[np.ndarray, float, float | None]:
-    """Train a run again up to ``step``; return the loss of each of its images, their mean, and the loss in the log.
-
-    Images are in the order of their positions, float32 (B,). All ranks take part, and rank 0 has the result.
-    """
-    from mnistm_dist.replay import image_losses, opened, train_again
-    from mnistm_dist.reporting.console import Console
-    from mnistm_dist.reporting.describe import duration
-    from mnistm_dist.training.checkpoint import complete
-    from mnistm_dist.training.run_dir import LOG_NAME, read_log, step_losses
-
-    console = Console(enabled=is_first(), stream=sys.stderr)
-    with opened(config, console) as run:
-        # Without evaluations of val.
-        run = dataclasses.replace(run, readers={"train": run.readers["train"]})
-        kept = run.world.run_on_main(lambda: list(complete(run_dir, console.warn)))
-        start = next((checkpoint for checkpoint in kept if checkpoint.step <= step), None)
-        first = start.step if start else 0
-        seconds = kept[0].scalars.history.train_seconds / kept[0].step * (step - first) if kept else 0.0
-        place = start.path.name if start else "the initial weights"
-        took = f"; the run took {duration(seconds)}" if seconds else ""
-        console.line(f"training from step {first} to step {step} again ({place}){took}")
-        of_images, mean = image_losses(train_again(run, start, step, console))
-        return of_images, mean, step_losses(read_log(run_dir / LOG_NAME)).get(step)
 
 
 def save_images(

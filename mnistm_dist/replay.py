@@ -2,14 +2,16 @@
 
 1. `opened`: the configuration and the data of the run; nothing is written to its folder.
 2. `train_again`: from a checkpoint, or from the initial weights, up to a step.
-3. `image_losses`: the loss of each image of the next step.
+3. `losses_of_step`: the loss of each image of a step, and of the step.
 
 On one kind of machine, on as many processes and threads, losses and weights are the same to the last bit.
 """
 
 import dataclasses
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
@@ -18,16 +20,18 @@ from torch import Tensor
 from torch.nn import functional
 
 from mnistm_dist.config import Config, replace
+from mnistm_dist.errors import is_first
 from mnistm_dist.reporting.console import Console
+from mnistm_dist.reporting.describe import duration
 from mnistm_dist.reporting.run_logger import RunLogger
 from mnistm_dist.reporting.tracking import Tracker
 from mnistm_dist.training import distributed
-from mnistm_dist.training.checkpoint import Checkpoint
+from mnistm_dist.training.checkpoint import Checkpoint, complete
 from mnistm_dist.training.hardware import native_or_fp32
 from mnistm_dist.training.log_window import NonFiniteLoss
 from mnistm_dist.training.preemption import StopRequest, exit_promptly
 from mnistm_dist.training.resume import restore_state
-from mnistm_dist.training.run_dir import RunDir
+from mnistm_dist.training.run_dir import LOG_NAME, RunDir, read_log, step_losses
 from mnistm_dist.training.setup import RunSetup, open_run
 from mnistm_dist.training.step import train_step
 from mnistm_dist.training.train_state import create_train_state
@@ -72,6 +76,26 @@ def train_again(run: RunSetup, start: Checkpoint | None, stop: int, console: Con
         if state.steps_done < stop:
             trainer.fit()
     return trainer
+
+
+def losses_of_step(run_dir: Path, config: Config, step: int) -> tuple[np.ndarray, float, float | None]:
+    """Train a run from its last checkpoint before ``step`` up to it; print what is trained to stderr.
+
+    Return the loss of each image of the step, float32 (B,), in the order of positions, the loss of the step, as
+    training computes it, and that of the log, None if it has none. All ranks take part.
+    """
+    console = Console(enabled=is_first(), stream=sys.stderr)
+    with opened(config, console) as run:
+        # Without evaluations of val.
+        run = dataclasses.replace(run, readers={"train": run.readers["train"]})
+        kept = run.world.run_on_main(lambda: list(complete(run_dir, console.warn)))
+        start = next((checkpoint for checkpoint in kept if checkpoint.step <= step), None)
+        first, place = (start.step, start.path.name) if start else (0, "the initial weights")
+        seconds = kept[0].scalars.history.train_seconds / kept[0].step * (step - first) if kept else 0.0
+        took = f"; the run took {duration(seconds)}" if seconds else ""
+        console.line(f"training from step {first} to step {step} again ({place}){took}")
+        of_images, mean = image_losses(train_again(run, start, step, console))
+    return of_images, mean, step_losses(read_log(run_dir / LOG_NAME)).get(step)
 
 
 def image_losses(trainer: Trainer) -> tuple[np.ndarray, float]:

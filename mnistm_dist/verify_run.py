@@ -2,8 +2,8 @@
 
 1. Each checkpoint has its hashes. config.yaml, environment.json, architecture.json and log.jsonl have the hashes that
    the checkpoints hold of them. Configuration and packed set are those that the last checkpoint was trained with.
-2. summary.json is what last checkpoint, configuration and predictions give, and what the log has at its step. The
-   predictions have the keys and labels of the packed set.
+2. If the run is finished, summary.json is what last checkpoint, configuration and predictions give, and what the log
+   has at its step. The predictions have the keys and labels of the packed set.
 3. From one checkpoint to another, training gives the losses, evaluations and weights that the run has. The results,
    evaluated again, are the same.
 
@@ -30,7 +30,15 @@ from mnistm_dist.replay import opened, train_again
 from mnistm_dist.reporting.console import Console
 from mnistm_dist.reporting.predictions import read_predictions
 from mnistm_dist.results import choose_checkpoint, evaluate_checkpoint, read_summary, summary_fields
-from mnistm_dist.training.checkpoint import MODEL, TRAINING, Checkpoint, checkpoint_dir, complete, open_checkpoint
+from mnistm_dist.training.checkpoint import (
+    MODEL,
+    TRAINING,
+    Checkpoint,
+    checkpoint_dir,
+    complete,
+    learning_values,
+    open_checkpoint,
+)
 from mnistm_dist.training.environment import DECIDES_BITS, describe_environment
 from mnistm_dist.training.resume import check_resume
 from mnistm_dist.training.run_dir import LOG_NAME, launches, read_log, read_state, step_losses
@@ -60,34 +68,32 @@ def verify_run(run_dir: Path, config: Config, which: str, seed: int | None) -> i
     All ranks take part.
     """
     console, findings = Console(enabled=is_first()), list[str]()
-    kept = list(complete(run_dir, findings.append))[::-1]
-    by_step = {0: None, **{checkpoint.step: checkpoint for checkpoint in kept}}
+    kept = {checkpoint.step: checkpoint for checkpoint in reversed(list(complete(run_dir, findings.append)))}
+    if not kept:
+        raise UserError("; ".join([*findings, f"{run_dir}: no complete checkpoint, so there is nothing to verify"]))
+    last = max(kept)
     # Trained as the last checkpoint was, whatever config.yaml says now.
-    learned = kept[-1].scalars.learning if kept else {}
-    trained = replace(config, **{name: value for name, value in learned.items() if name in LEARNING})
-    with opened(trained, console) as run:
-        on_main = run.world.run_on_main
-        last = max(by_step)
-        state = train_again(run, by_step[last], last, console).state
-        of_run = dataclasses.replace(run, path=run_dir, config=config)
-        findings = on_main(lambda: findings + list(examine(of_run, state, kept)))
-        lines = "\n".join(f"finding: {finding}" for finding in findings)
-        console.line(lines or f"files: {len(kept)} checkpoints, log, configuration and results agree")
-        if which != "none" and kept:
+    learned = {name: value for name, value in kept[last].scalars.learning.items() if name in LEARNING}
+    with opened(replace(config, **learned), console) as run:
+        on_main, of_run = run.world.run_on_main, dataclasses.replace(run, path=run_dir, config=config)
+        state = train_again(run, kept[last], last, console).state
+        findings += on_main(lambda: list(examine(of_run, state, list(kept.values()))))
+        finished = (read_state(run_dir) or {}).get("state") == "finished"
+        results = "results" if finished else "packed set (no results: the run is not finished)"
+        agreement = f"files: {len(kept)} checkpoints, log, configuration and {results} agree"
+        console.line("\n".join(f"finding: {finding}" for finding in findings) or agreement)
+        if which != "none":
             drawn = run.world.broadcast_object(secrets.randbelow(10**6) if seed is None else seed)
-            first, stop = on_main(lambda: choose_stretch(list(by_step), which, drawn))
+            first, stop = on_main(lambda: choose_stretch([0, *kept], which, drawn))
             told = f" (drawn with --seed {drawn})" if which == "random" else ""
             console.line(f"replay: from step {first} to step {stop} of {last}{told}")
-            trainer = train_again(run, by_step[first], stop, console)
-            why = on_main(lambda: why_inexact(of_run, first, by_step[stop]))
-            replayed = on_main(lambda: list(compare(run_dir, trainer, first, by_step[stop], exact=not why)))
-            replayed += compare_results(of_run, trainer, by_step, console, exact=not why)
-            agree = f"within {LOSS_BOUND:.0%}, not in all bits, since {why}" if why else "to the last bit"
-            lines = "\n".join(f"finding: {finding}" for finding in replayed)
-            console.line(
-                lines
-                or f"replay: step {stop} follows from step {first}, and the results from their checkpoint, {agree}"
-            )
+            trainer = train_again(run, kept.get(first), stop, console)
+            why = on_main(lambda: why_inexact(of_run, first, kept[stop]))
+            replayed = on_main(lambda: list(compare(run_dir, trainer, first, kept[stop], exact=not why)))
+            replayed += compare_results(of_run, trainer, kept, console, exact=not why)
+            agreement = f"replay: step {stop} follows from step {first}, and the results from their checkpoint, "
+            agreement += f"within {LOSS_BOUND:.0%}, not in all bits, since {why}" if why else "to the last bit"
+            console.line("\n".join(f"finding: {finding}" for finding in replayed) or agreement)
             findings += replayed
     return EXIT_FINDINGS if findings else 0
 
@@ -100,14 +106,12 @@ def examine(run: RunSetup, state: TrainState, kept: Sequence[Checkpoint]) -> Ite
         state: that of its last complete checkpoint.
         kept: its complete checkpoints, in the order of their steps.
     """
-    if not kept:
-        yield f"{run.path}: no complete checkpoint"
-        return
     rows, ended, last = read_log(run.path / LOG_NAME), read_state(run.path) or {}, kept[-1]
     for checkpoint in kept:
         recorded, logged = _recorded(checkpoint), _facts(rows)
+        logged["step"] = int(checkpoint.path.name.removeprefix("step-"))
         expected = {name: logged[name] for name in recorded if name in logged}
-        yield from _differences(checkpoint.path.name, recorded, expected, LOG_NAME)
+        yield from _differences(checkpoint.path.name, recorded, expected, f"its name and {LOG_NAME}")
         # Each launch writes the other files anew; the log grows.
         newest = checkpoint is last and all(row["step"] < last.step for row in launches(rows))
         for name, digest in checkpoint.run_files.items():
@@ -116,24 +120,24 @@ def examine(run: RunSetup, state: TrainState, kept: Sequence[Checkpoint]) -> Ite
                 found = {"sha256": hashlib.sha256(content[: digest.size]).hexdigest()}
                 yield from _differences(name, found, {"sha256": digest.sha256}, checkpoint.path.name)
     changes = list[str]()
+    # This may be another kind of machine.
+    learned = last.scalars.learning | {"device": learning_values(run.config, run.world.device)["device"]}
     try:
-        check_resume(last, run, changes.append)
+        check_resume(
+            dataclasses.replace(last, scalars=last.scalars.model_copy(update={"learning": learned})),
+            run,
+            changes.append,
+        )
     except UserError as error:
         yield str(error)
-    yield from changes
-    yield from _differences(
-        "checkpoints",
-        {c.path.name: c.step for c in kept},
-        {c.path.name: int(c.path.name[5:]) for c in kept},
-        "their names",
-    )
-    finished, summary = ended.get("state") == "finished", read_summary(run.path)
-    if finished:
+    yield from changes if newest else ()
+    # A run that was continued may still have the results of its earlier end.
+    if ended.get("state") == "finished":
+        summary = read_summary(run.path)
         fields = {name: value for name, value in summary_fields(run, state).items() if name not in MEASURED}
         yield from _differences(LOG_NAME, rows[-1] if rows else {}, {"step": last.step}, last.path.name)
         yield from _differences("state.json", ended, {"step": run.schedule.last_step}, "config.yaml")
         yield from _differences("summary.json", summary, fields, "configuration and last checkpoint")
-    if finished or summary:
         yield from examine_results(run, summary, rows)
 
 
@@ -227,15 +231,17 @@ def compare(run_dir: Path, trainer: Trainer, start: int, stop: Checkpoint, *, ex
 
 
 def compare_results(
-    run: RunSetup, trainer: Trainer, kept: Mapping[int, Checkpoint | None], console: Console, *, exact: bool
+    run: RunSetup, trainer: Trainer, kept: Mapping[int, Checkpoint], console: Console, *, exact: bool
 ) -> list[str]:
     """Evaluate the checkpoint of the summary again; return a line for each split that comes out otherwise.
 
     ``kept``: the complete checkpoints, by step. All ranks take part.
     """
     summary = run.world.run_on_main(lambda: read_summary(run.path))
-    checkpoint, findings = kept.get(summary.get("checkpoint", {}).get("step", 0)), []
-    for split, predictions in evaluate_checkpoint(trainer.run, checkpoint, console).items() if checkpoint else ():
+    checkpoint, findings = kept.get(summary.get("checkpoint", {}).get("step", 0)), list[str]()
+    if checkpoint is None:
+        return findings
+    for split, predictions in evaluate_checkpoint(trainer.run, checkpoint, console).items():
         path, now = run.path / f"predictions_{split}.csv", predictions.metrics.log_loss
         was = summary.get(split, {}).get("log_loss", now)
         if exact and path.is_file() and path.read_bytes() != (trainer.run.path / path.name).read_bytes():
@@ -255,7 +261,7 @@ def _recorded(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return what a checkpoint has of single steps, named as by `_facts`."""
     best, pending = checkpoint.scalars.history.best, checkpoint.scalars.history.pending
     losses = {f"loss of step {checkpoint.step - len(pending) + i}": loss for i, loss in enumerate(pending)}
-    return losses | ({f"val/accuracy at step {best.step}": best.accuracy} if best else {})
+    return {"step": checkpoint.step, **losses, **({f"val/accuracy at step {best.step}": best.accuracy} if best else {})}
 
 
 def _differences(subject: str, stored: Mapping[str, Any], expected: Mapping[str, Any], source: str) -> Iterator[str]:

@@ -319,7 +319,7 @@ def test_a_row_that_is_written_after_the_end_is_found(run_main, run):
 
 def test_without_a_complete_checkpoint_there_is_nothing_to_train_from(run_main, run):
     shutil.rmtree(run / "checkpoints")
-    assert "no complete checkpoint" in findings_of(run_main(verify.main, run))[0]
+    assert "no complete checkpoint" in error_of(run_main(verify.main, run))
 
 
 def test_a_configuration_that_cannot_be_read_is_an_error_of_one_line(run_main, run):

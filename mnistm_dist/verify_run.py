@@ -91,8 +91,8 @@ def verify_run(run_dir: Path, config: Config, which: str, seed: int | None) -> i
             why = on_main(lambda: why_inexact(of_run, first, kept[stop]))
             replayed = on_main(lambda: list(compare(run_dir, trainer, first, kept[stop], exact=not why)))
             replayed += compare_results(of_run, trainer, kept, console, exact=not why)
-            agreement = f"replay: step {stop} follows from step {first}, and the results from their checkpoint, "
-            agreement += f"within {LOSS_BOUND:.0%}, not in all bits, since {why}" if why else "to the last bit"
+            how = f"within {LOSS_BOUND:.0%}, not in all bits:\n  {why}" if why else "to the last bit"
+            agreement = f"replay: steps {first} to {stop} and the results agree {how}"
             console.line("\n".join(f"finding: {finding}" for finding in replayed) or agreement)
             findings += replayed
     return EXIT_FINDINGS if findings else 0

@@ -153,7 +153,8 @@ def restore(checkpoint: Checkpoint, state: TrainState) -> None:
                 optimizer_state.setdefault(index, {})[key.removeprefix(prefix)] = value
     groups = state.optimizer.state_dict()["param_groups"]
     state.optimizer.load_state_dict({"state": optimizer_state, "param_groups": groups})
-    state.history, state.steps_done = checkpoint.scalars.history, checkpoint.step
+    # A copy: training changes it.
+    state.history, state.steps_done = checkpoint.scalars.history.model_copy(deep=True), checkpoint.step
 
 
 def prune(run_dir: Path, *, keep: int | Literal["all"], best_step: int | None) -> None:

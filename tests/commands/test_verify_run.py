@@ -61,10 +61,10 @@ def findings_of(done: Any) -> list[str]:
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        ((), "step 8 follows from step 6, and the results from their checkpoint, to the last bit"),
-        (("--replay", "0:8"), "step 8 follows from step 0"),
-        (("--replay", "4"), "step 4 follows from step 2"),
-        (("--replay", "2:6"), "step 6 follows from step 2"),
+        ((), "steps 6 to 8 and the results agree to the last bit"),
+        (("--replay", "0:8"), "steps 0 to 8 and"),
+        (("--replay", "4"), "steps 2 to 4 and"),
+        (("--replay", "2:6"), "steps 2 to 6 and"),
         (("--replay", "none"), "4 checkpoints, log, configuration and results agree"),
     ],
 )
@@ -73,7 +73,7 @@ def test_an_untouched_run_verifies_and_nothing_is_written_to_it(run_main, run, f
     text = output_of(run_main(verify.main, run, *flags))
     assert told in text
     assert contents(run) == before
-    assert all(len(line) <= 100 for line in text.splitlines())
+    assert all(len(line) <= 80 for line in text.splitlines())
 
 
 def test_a_random_stretch_is_told_with_its_seed_and_drawn_again_by_it(run_main, run):
@@ -256,7 +256,7 @@ CONFIGURATION = {
 }
 PREDICTIONS = {
     "a probability": (edit_cell("val", 1, 3, "0.500000"), "predictions_val.csv"),
-    "one that no metric shows": (change_an_unlikely_class, "predictions_val.csv has other bytes"),
+    "one that no metric shows": (change_an_unlikely_class, "predictions_val.csv: has other bytes"),
     "a predicted class": (edit_cell("val", 1, 2, other_digit), "accuracy"),
     "a label": (edit_cell("val", 1, 1, other_digit), "labels is"),
     "a key": (edit_cell("val", 1, 0, "99999999"), "keys is"),
@@ -339,7 +339,8 @@ def test_on_another_machine_losses_agree_within_a_bound_that_is_told(run_main, r
     rows[0]["device"] = "Another CPU"
     write_rows(run, rows, signed=True)
     text = output_of(run_main(verify.main, run, "--replay", "0:8"))
-    assert "within 5%, not in all bits, since device was Another CPU, here " in text
+    assert "agree within 5%, not in all bits:" in text
+    assert "  device was Another CPU, here " in text
     for row in rows:
         row["losses"] = [1.2 * loss for loss in row.get("losses", [])]
     write_rows(run, rows, signed=True)
@@ -354,12 +355,12 @@ def test_a_run_of_two_processes_verifies_to_the_last_bit(run_command, small_set,
     places = ("--shards", small_set, "--run-dir", tmp_path / "two")
     output_of(run_command("train", *places, *FLAGS, *flags, world_size=trained))
     text = output_of(run_command("verify", tmp_path / "two", "--replay", "0:8", world_size=verified))
-    assert "step 8 follows from step 0, and the results from their checkpoint, to the last bit" in text
+    assert "steps 0 to 8 and the results agree to the last bit" in text
 
 
 def test_a_run_of_two_processes_agrees_within_the_bound_on_one(run_command, small_set, tmp_path):
     output_of(run_command("train", "--shards", small_set, "--run-dir", tmp_path / "two", *FLAGS, world_size=2))
-    assert "since world_size was 2, here 1" in output_of(run_command("verify", tmp_path / "two"))
+    assert "  world_size was 2, here 1" in output_of(run_command("verify", tmp_path / "two"))
 
 
 def test_a_run_that_was_killed_and_resumed_verifies(start, run_command, small_set, tmp_path):

@@ -1,4 +1,4 @@
-"""Show which images a training step uses, on which rank, without training.
+"""Show which images a training step uses, on which rank, and their losses.
 
     python -m mnistm_dist.plan runs/NAME --step 1234
     python -m mnistm_dist.plan runs/NAME --step 1234 --save batch.png

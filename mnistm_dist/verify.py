@@ -1,4 +1,4 @@
-"""Check a packed set, or a run: its files against one another, and steps of it by training them again.
+"""Check a packed set, or a run: its files, and steps of it by training again.
 
     python -m mnistm_dist.verify shards/official
     python -m mnistm_dist.verify runs/NAME
@@ -13,9 +13,10 @@ Of a run, checkpoints, configuration, log, summary and predictions are compared
 with one another and with the packed set. Then the steps between two kept
 checkpoints are trained again in a temporary folder, and the results evaluated
 again. With the same kind of CPU or GPU, torch, threads and number of processes
-(any number for --reproducible runs), losses, weights and predictions must be
-the same to the last bit; elsewhere, mean losses must agree within 5 %. One line
-for each finding; exit code 1 if there is any. RUN is not written to.
+(any number for --reproducible runs; GPUs with --deterministic), losses, weights
+and predictions must be the same to the last bit; elsewhere, mean losses must
+agree within 5 %. One line for each finding; exit code 1 if there is any. RUN is
+not written to.
 
 A replay proves that the later checkpoint follows from the earlier one. Hashes
 show damage, not origin. --replay 0:LAST proves all steps from the initial
@@ -48,8 +49,8 @@ def main(
     Args:
         path: folder of a packed set, or a run folder.
         shards: Of a run: another copy of its packed set. none: the one that it was trained on.
-        replay: Steps of a run to train again: shortest or random, between two neighbouring checkpoints; STEP:STEP,
-            between two named ones (0: the initial weights); STEP, up to this one; none.
+        replay: Steps of a run to train again: last or random, from one checkpoint to the next; STEP:STEP, between
+            two that are named (0: the initial weights); STEP, up to this one; none.
         seed: Seed of the random choice. none: drawn, and told.
     """
     from mnistm_dist.training.run_dir import CONFIG_NAME, LOG_NAME

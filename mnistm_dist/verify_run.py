@@ -88,7 +88,7 @@ def verify_run(run_dir: Path, config: Config, which: str, seed: int | None) -> i
             told = f" (drawn with --seed {drawn})" if which == "random" else ""
             console.line(f"replay: from step {first} to step {stop} of {last}{told}")
             trainer = train_again(run, kept.get(first), stop, console)
-            why = on_main(lambda: why_inexact(of_run, first, kept[stop]))
+            why = on_main(lambda: why_inexact(run, run_dir, first, kept[stop]))
             replayed = on_main(lambda: list(compare(run_dir, trainer, first, kept[stop], exact=not why)))
             replayed += compare_results(of_run, trainer, kept, console, exact=not why)
             how = f"within {LOSS_BOUND:.0%}, not in all bits:\n  {why}" if why else "to the last bit"
@@ -190,11 +190,11 @@ def choose_stretch(steps: list[int], which: str, seed: int) -> tuple[int, int]:
     return first, stop
 
 
-def why_inexact(run: RunSetup, start: int, stop: Checkpoint) -> str:
-    """Return why bits may differ here from those of the run: what is different; an empty text if nothing is."""
-    here = describe_environment(run.world, [])
-    names = [name for name in DECIDES_BITS if name != "world_size" or not run.config.machine.reproducible]
-    rows = [row for row in launches(read_log(run.path / LOG_NAME)) if row["step"] < stop.step]
+def why_inexact(run: RunSetup, run_dir: Path, start: int, stop: Checkpoint) -> str:
+    """Return why bits may differ here from those in ``run_dir``: what is different; an empty text if nothing is."""
+    here, machine = describe_environment(run.world, []), run.config.machine
+    names = [name for name in DECIDES_BITS if name != "world_size" or not machine.reproducible]
+    rows = [row for row in launches(read_log(run_dir / LOG_NAME)) if row["step"] < stop.step]
     # The launch that trained the first of the steps, and later ones.
     rows = [row for i, row in enumerate(rows, 1) if i == len(rows) or rows[i]["step"] > start]
     different = [
@@ -203,6 +203,8 @@ def why_inexact(run: RunSetup, start: int, stop: Checkpoint) -> str:
         for name in names
         if row.get(name) != here[name]
     ]
+    if run.world.device.type == "cuda" and not (machine.deterministic or machine.reproducible):
+        different.append("GPU kernels without --deterministic")
     now, was = {"precision": run.world.precision, "micro_batch": run.config.steps.micro_batch}, stop.scalars.learning
     different += [f"{name} was {was.get(name)}, here {value}" for name, value in now.items() if was.get(name) != value]
     return "; ".join(dict.fromkeys(different))

@@ -53,7 +53,7 @@ LOSS_BOUND = 0.05
 MEASURED = ("world_size", "device", "peak_memory_gb", "save_seconds", "data")
 # What a row of the log has of its own step.
 OF_ONE_STEP = ("train/gradient_norm", "train/learning_rate", "val/loss", "val/accuracy")
-LONGEST_VALUE = 60  # characters of a value that a finding shows
+LONGEST_VALUE = 32  # characters of a value that a finding shows
 
 
 def verify_run(run_dir: Path, config: Config, which: str, seed: int | None) -> int:
@@ -213,7 +213,8 @@ def why_inexact(run: RunSetup, run_dir: Path, start: int, stop: Checkpoint) -> s
 def compare(run_dir: Path, trainer: Trainer, start: int, stop: Checkpoint, *, exact: bool) -> Iterator[str]:
     """Yield a line for each thing that came out otherwise than in the run. Rank 0 only."""
     again = _facts(read_log(trainer.run.path / LOG_NAME))
-    logged = _facts(read_log(run_dir / LOG_NAME)) | _recorded(stop)
+    # The losses since the last row are in the checkpoint.
+    logged = _recorded(stop) | _facts(read_log(run_dir / LOG_NAME))
     losses = [name for name in again if name.startswith("loss")]
     if not exact:
         was, now = (float(np.mean([facts.get(name, np.inf) for name in losses])) for facts in (logged, again))

@@ -18,7 +18,18 @@ def test_the_wheel_trains_on_the_bundled_sample_without_the_clone(environment, t
     for name in ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(ROOT / name, source)
     shutil.copytree(ROOT / "mnistm_dist", source / "mnistm_dist", ignore=shutil.ignore_patterns("__pycache__"))
-    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path, source]
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        tmp_path,
+        source,
+    ]
     subprocess.run(build, check=True, env={**os.environ, "PIP_NO_INDEX": "1"}, timeout=300)
     (wheel,) = tmp_path.glob("*.whl")
     installed = tmp_path / "installed"

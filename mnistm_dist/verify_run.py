@@ -37,7 +37,6 @@ from mnistm_dist.training.checkpoint import (
     checkpoint_dir,
     complete,
     learning_values,
-    open_checkpoint,
 )
 from mnistm_dist.training.environment import DECIDES_BITS, describe_environment
 from mnistm_dist.training.resume import check_resume
@@ -89,7 +88,7 @@ def verify_run(run_dir: Path, config: Config, which: str, seed: int | None) -> i
             console.line(f"replay: from step {first} to step {stop} of {last}{told}")
             trainer = train_again(run, kept.get(first), stop, console)
             why = on_main(lambda: why_inexact(run, run_dir, first, kept[stop]))
-            replayed = on_main(lambda: list(compare(run_dir, trainer, first, kept[stop], exact=not why)))
+            replayed = on_main(lambda: list(compare(run_dir, trainer, kept, first, console, exact=not why)))
             replayed += compare_results(of_run, trainer, kept, console, exact=not why)
             how = f"within {LOSS_BOUND:.0%}, not in all bits:\n  {why}" if why else "to the last bit"
             agreement = f"replay: steps {first} to {stop} and the results agree {how}"
@@ -210,11 +209,16 @@ def why_inexact(run: RunSetup, run_dir: Path, start: int, stop: Checkpoint) -> s
     return "; ".join(dict.fromkeys(different))
 
 
-def compare(run_dir: Path, trainer: Trainer, start: int, stop: Checkpoint, *, exact: bool) -> Iterator[str]:
-    """Yield a line for each thing that came out otherwise than in the run. Rank 0 only."""
+def compare(
+    run_dir: Path, trainer: Trainer, kept: Mapping[int, Checkpoint], start: int, console: Console, *, exact: bool
+) -> Iterator[str]:
+    """Yield a line for each thing that came out otherwise than in the run. Rank 0 only.
+
+    ``kept``: the complete checkpoints of the run, by step. ``start``: the step from which it was trained again.
+    """
     again = _facts(read_log(trainer.run.path / LOG_NAME))
     # The losses since the last row are in the checkpoint.
-    logged = _recorded(stop) | _facts(read_log(run_dir / LOG_NAME))
+    logged = _recorded(kept[trainer.state.steps_done]) | _facts(read_log(run_dir / LOG_NAME))
     losses = [name for name in again if name.startswith("loss")]
     if not exact:
         was, now = (float(np.mean([facts.get(name, np.inf) for name in losses])) for facts in (logged, again))
@@ -224,13 +228,13 @@ def compare(run_dir: Path, trainer: Trainer, start: int, stop: Checkpoint, *, ex
     expected = {name: value for name, value in again.items() if name in logged or name in losses}
     found = list(_differences(LOG_NAME, logged, expected, "training again"))
     yield from (f"{line}; {len(found)} values differ" for line in found[:1])
-    for folder in trainer.run.path.glob("checkpoints/step-*"):
-        kept = run_dir / "checkpoints" / folder.name
-        for name in (MODEL, TRAINING) if kept.is_dir() else ():
-            if (kept / name).read_bytes() != (folder / name).read_bytes():
-                yield f"{folder.name}: {name} has other bytes than training from step {start} gives"
-    replayed = vars(open_checkpoint(folder).scalars) | {"history": stop.scalars.history}
-    yield from _differences(stop.path.name, vars(stop.scalars), replayed, "training again")
+    for replayed in complete(trainer.run.path, console.warn):
+        if checkpoint := kept.get(replayed.step):
+            scalars = vars(replayed.scalars) | {"history": checkpoint.scalars.history}
+            yield from _differences(checkpoint.path.name, vars(checkpoint.scalars), scalars, "training again")
+            for name in (MODEL, TRAINING):
+                if (checkpoint.path / name).read_bytes() != (replayed.path / name).read_bytes():
+                    yield f"{checkpoint.path.name}: {name} has other bytes than training from step {start} gives"
 
 
 def compare_results(

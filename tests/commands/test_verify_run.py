@@ -212,7 +212,7 @@ CHECKPOINTS = {
     ),
     "the mean of the set": (edit_json(f"{LAST}/state.json", "scalars", "mean", 0, value=0.5), "mean is"),
     "the set": (edit_json(f"{LAST}/state.json", "scalars", "shards", value="0" * 64), "not the set"),
-    "the step": (edit_json(f"{LAST}/state.json", "step", value=7), "step-00000008 is 7"),
+    "the step": (edit_json(f"{LAST}/state.json", "step", value=7), "step-00000008: step is 7"),
     "a loss": (edit_json(f"{LAST[:-1]}4/state.json", "scalars", "history", "pending", 0, value=2.0), "step 3 is 2.0"),
     "the best accuracy": (
         edit_json(f"{LAST}/state.json", "scalars", "history", "best", "accuracy", value=0.9),

@@ -9,8 +9,8 @@ from mnistm_dist.errors import EXIT_USER_ERROR, did_you_mean, print_error, run_c
 
 COMMANDS = {
     "pack": "pack images with labels into shards",
-    "verify": "check the files of a packed set",
-    "plan": "show which images a training step uses",
+    "verify": "check a packed set, or a run",
+    "plan": "show which images a training step uses, and their losses",
     "train": "train a model, with any number of processes",
     "evaluate": "evaluate a trained run",
     "predict": "classify image files",

@@ -191,8 +191,8 @@ class RunConfig:
     """Steps between checkpoints, besides those at the end of each epoch and of checkpoint_minutes. 0: none."""
     checkpoint_minutes: NonNegativeFloat = 10.0
     """Save a checkpoint at least this often, minutes. 0: no limit."""
-    keep_checkpoints: PositiveInt = 2
-    """How many of the latest checkpoints are kept, besides the best."""
+    keep_checkpoints: Literal["all"] | PositiveInt = 2
+    """How many of the latest checkpoints are kept, besides the best. all: each can be verified by a replay."""
     evaluate_every: PositiveInt = 1
     """Epochs between evaluations on val."""
     log_every: PositiveInt = 10

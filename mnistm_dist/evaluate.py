@@ -11,7 +11,6 @@ them. On one kind of device the predictions are the same bytes at every world
 size.
 """
 
-import os
 import sys
 from contextlib import ExitStack
 from dataclasses import replace
@@ -56,7 +55,7 @@ def main(
         write_summary,
     )
     from mnistm_dist.training import distributed
-    from mnistm_dist.training.hardware import find_device, native_precisions
+    from mnistm_dist.training.hardware import native_or_fp32
     from mnistm_dist.training.preemption import exit_promptly
     from mnistm_dist.training.run_dir import CONFIG_NAME, read_summary, require_run
     from mnistm_dist.training.setup import EVALUATED_SPLITS, open_evaluation
@@ -67,16 +66,12 @@ def main(
         config = configuration.load(run_dir / CONFIG_NAME)
         if shards:
             config = configuration.replace(config, shards=shards)
-    machine = replace(config.machine, threads="auto")
-    with errors_once_per_node():
-        emulated = machine.precision not in ("auto", *native_precisions(find_device(os.environ)))
-    if emulated:
-        machine = replace(machine, precision="fp32")
+    machine = native_or_fp32(replace(config.machine, threads="auto"))
     exit_promptly()
     timeout = config.run.collective_timeout
     with distributed.joined(machine, expect_world_size=None, collective_timeout=timeout) as world:
         console = Console(enabled=world.is_main)
-        if emulated:
+        if machine.precision != config.machine.precision:
             console.warn(f"precision: {config.machine.precision} is not native here; evaluating in fp32")
         with ExitStack() as stack, console.library_warnings(), distributed.peer_failures(timeout):
             folder = world.run_on_main(lambda: choose_folder(run_dir, out, console, stack))

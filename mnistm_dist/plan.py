@@ -1,15 +1,24 @@
-"""Show which images a training step uses, on which rank, without training.
+"""Show which images a training step uses, on which rank, and their losses.
 
     python -m mnistm_dist.plan runs/NAME --step 1234
     python -m mnistm_dist.plan runs/NAME --step 1234 --save batch.png
+    python -m mnistm_dist.plan runs/NAME --step 1234 --losses
     python -m mnistm_dist.plan --shards shards/official --step 0 --world-size 4
 
-The second one draws the images as the model receives them. The third is for a
-run of the default recipe that has not started. --json prints {"step": S,
-"epoch": E, "ranks": [[key, ...], ...]}; E is the epoch of the step's first
-image. Both count from 0, as --step does; the text and log.jsonl count from 1.
-The global batch of a step does not depend on the world size, except in the
-windowed order of a run that has not started: its number of streams does.
+The second one draws the images as the model receives them. The third trains
+from the last checkpoint before the step, in a temporary folder, up to it and
+gives the loss of each of its images, the largest first: which made a spike. On
+the machine and the number of processes (torchrun) of the run, the loss of the
+step is that of the log, to the last bit. The fourth is for a run of the default
+recipe that has not started.
+
+--json prints {"step": S, "epoch": E, "ranks": [[key, ...], ...]}; E is the
+epoch of the step's first image. Both count from 0, as --step does; the text and
+log.jsonl count from 1. --losses adds "images": [{"key", "label", "loss"}, ...],
+"mean", the loss of the step as training computes it, and "logged", null if the
+log does not have it. The global batch of a step does not depend on the world
+size, except in the windowed order of a run that has not started: its number of
+streams does.
 """
 
 from __future__ import annotations
@@ -37,7 +46,7 @@ from mnistm_dist.config import (
     read_recipe,
     replace,
 )
-from mnistm_dist.errors import UserError, run_cli
+from mnistm_dist.errors import UserError, is_first, run_cli
 
 if TYPE_CHECKING:
     import numpy as np
@@ -72,6 +81,7 @@ def main(
     world_size: PositiveInt = 1,
     json_output: Annotated[bool, arg(name="json")] = False,
     save: Annotated[Annotated[LocalPath, Field(pattern=r"\.(png|svg|pdf)$")] | None, arg(metavar="FILE.png")] = None,
+    losses: bool = False,
     new_run: NewRun,
 ) -> int:
     """Show the images of a step.
@@ -82,6 +92,7 @@ def main(
         world_size: Number of processes.
         json_output: Print one JSON object.
         save: Draw the images, as the model receives them, to this file.
+        losses: Train RUN again up to the step, and show the loss of each image.
     """
     config = choose_config(run, new_run)
     # Heavy imports come after the flags, so that --help and a mistyped flag answer at once.
@@ -111,12 +122,32 @@ def main(
     # As the console, the log and the report count them: from 1.
     place = f"step {step + 1:,} of {schedule.total_steps:,} (--step {step}), epoch {epoch + 1}"
     title = f"{place}: {batch_size} images"
+    result = {"step": step, "epoch": epoch, "ranks": ranks}
+    texts = [f"rank {rank}: {' '.join(of_rank)}" for rank, of_rank in enumerate(ranks)]
+    captions = [""] * batch_size
+    if losses:
+        if run is None:
+            raise UserError("--losses: trains a run again; name a run folder instead of --shards")
+        from mnistm_dist.replay import losses_of_step
+
+        of_images, mean, logged = losses_of_step(Path(run), config, step)
+        if not is_first():
+            return 0
+        # The largest first, and NaN before all.
+        largest = np.argsort(-np.nan_to_num(of_images, nan=np.inf), kind="stable")
+        positions, ids, of_images = positions[largest], ids[largest], of_images[largest].tolist()
+        names = [shards.manifest.classes[label] for label in shards.labels("train")[ids]]
+        rows = list(zip(shards.keys("train", ids), names, of_images, strict=True))
+        images = [{"key": key, "label": name, "loss": loss} for key, name, loss in rows]
+        result |= {"images": images, "mean": mean, "logged": logged}
+        captions = [f"\nloss {loss:.4f}" for loss in of_images]
+        texts = [f"loss {mean!r}, in the log {'not found' if logged is None else repr(logged)}"]
+        texts += [f"{loss:10.4f}  label {name}  {key}" for key, name, loss in rows]
     if save:
-        save_images(Path(save), config, shards, positions, ids, schedule.image_size(step), title)
+        save_images(Path(save), config, shards, positions, ids, schedule.image_size(step), title, captions)
     if json_output:
-        write_result(json.dumps({"step": step, "epoch": epoch, "ranks": ranks}) + "\n")
+        write_result(json.dumps(result) + "\n")
         return 0
-    texts = (f"rank {rank}: {' '.join(of_rank)}" for rank, of_rank in enumerate(ranks))
     head = f"{title}, {order} order, seed {config.steps.seed}"
     lines = [textwrap.fill(text, width=80, subsequent_indent="    ") for text in (head, *texts)]
     if save:
@@ -140,9 +171,16 @@ def choose_config(run: str | None, new_run: NewRun) -> Config:
 
 
 def save_images(
-    path: Path, config: Config, shards: ShardSet, positions: np.ndarray, ids: np.ndarray, image_size: int, title: str
+    path: Path,
+    config: Config,
+    shards: ShardSet,
+    positions: np.ndarray,
+    ids: np.ndarray,
+    image_size: int,
+    title: str,
+    captions: list[str],
 ) -> None:
-    """Draw the samples ``ids`` at training ``positions``, augmented to ``image_size`` pixels, with key and label.
+    """Draw the samples ``ids`` at training ``positions``, augmented to ``image_size`` pixels, with key, label, caption.
 
     Raises `UserError` if a shard is damaged or the file cannot be written.
     """
@@ -160,7 +198,7 @@ def save_images(
     images = torch.from_numpy(shards.images("train", ids))
     floats = augment(images, positions, image_size) * preprocess.std + preprocess.mean
     pixels = (255 * floats).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
-    captions = [f"{key}\n{classes[label]}" for key, label in zip(keys, labels, strict=True)]
+    captions = [f"{key}\n{classes[label]}{more}" for key, label, more in zip(keys, labels, captions, strict=True)]
     with explain_os_errors(path):
         save(batch_grid(list(pixels), captions, title), path)
 

@@ -28,7 +28,6 @@ from mnistm_dist.training.checkpoint import Checkpoint
 from mnistm_dist.training.preemption import Preempted, StopRequest, exit_promptly, parse_signals
 from mnistm_dist.training.resume import agree_on_start, check_resume, choose_start, restore_state
 from mnistm_dist.training.run_dir import read_summary
-from mnistm_dist.training.schedule import Schedule
 from mnistm_dist.training.setup import RunSetup, acquire_run_dir, open_run, write_start
 from mnistm_dist.training.train_state import create_train_state
 from mnistm_dist.training.trainer import Trainer
@@ -105,7 +104,7 @@ def train(
     run_dir = world.run_on_all_ranks(lambda: acquire_run_dir(run, checkpoint))
     stop.install()
     with run_dir, distributed.peer_failures(run.config.run.collective_timeout):
-        classes, schedule = run.shards.manifest.classes, Schedule.of(run.config, run.shards.split("train").count)
+        classes, schedule = run.shards.manifest.classes, run.schedule
         state = create_train_state(run.config, world, len(classes), run.shares)
         if checkpoint is not None:
             world.run_on_all_ranks(lambda: restore_state(state, checkpoint, run))

@@ -4,7 +4,7 @@
 
     model.safetensors           the weights to evaluate and to use (the averaged weights if the recipe has them)
     training_state.safetensors  the optimizer's tensors by parameter name; with averaging, the trained weights too
-    state.json                  step, scalars, and size and sha256 of the two files
+    state.json                  step, scalars, and size and sha256 of the two files and of the run's own files
 
 A checkpoint is complete if state.json exists and both files have their hashes. No random state is saved: the order and
 every augmentation are functions of (seed, step).
@@ -14,7 +14,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +29,7 @@ from mnistm_dist.config import LEARNING, Config, fields_of
 from mnistm_dist.errors import UserError, os_error_reason
 from mnistm_dist.files import fsync_path, write_atomic
 from mnistm_dist.training.environment import device_name
+from mnistm_dist.training.run_dir import RUN_FILES
 from mnistm_dist.training.train_state import Record, TrainingHistory, TrainState
 
 FORMAT: Literal[1] = 1
@@ -61,7 +62,9 @@ class Scalars(Record):
     std: list[float] = Field(min_length=3, max_length=3)
 
 
-class _Digest(Record):
+class Digest(Record):
+    """Size and hash of a file."""
+
     size: int
     sha256: str
 
@@ -69,7 +72,8 @@ class _Digest(Record):
 class _Document(Record):
     format: Literal[1]
     step: int = Field(ge=0)
-    files: dict[str, _Digest]
+    files: dict[str, Digest]
+    run_files: dict[str, Digest] = Field(default_factory=dict)
     scalars: Scalars
 
 
@@ -81,6 +85,8 @@ class Checkpoint:
     step: int
     """Steps done."""
     scalars: Scalars
+    run_files: Mapping[str, Digest]
+    """`RUN_FILES` as they were when it was saved; log.jsonl has grown since. Empty for an earlier version's."""
 
 
 def learning_values(config: Config, device: torch.device) -> dict[str, Any]:
@@ -106,7 +112,8 @@ def save(run_dir: Path, state: TrainState, scalars: Scalars) -> Path:
             MODEL: _write_tensors(temporary / MODEL, state.eval_model.state_dict()),
             TRAINING: _write_tensors(temporary / TRAINING, tensors),
         }
-        document = _Document(format=FORMAT, step=state.steps_done, files=files, scalars=scalars)
+        run_files = {name: _digest(run_dir / name) for name in RUN_FILES if (run_dir / name).is_file()}
+        document = _Document(format=FORMAT, step=state.steps_done, files=files, run_files=run_files, scalars=scalars)
         # Through json, since every float must be read back as it was.
         write_atomic(temporary / STATE, json.dumps(document.model_dump(), indent=1))
         fsync_path(temporary)
@@ -147,12 +154,13 @@ def restore(checkpoint: Checkpoint, state: TrainState) -> None:
                 optimizer_state.setdefault(index, {})[key.removeprefix(prefix)] = value
     groups = state.optimizer.state_dict()["param_groups"]
     state.optimizer.load_state_dict({"state": optimizer_state, "param_groups": groups})
-    state.history, state.steps_done = checkpoint.scalars.history, checkpoint.step
+    # A copy: training changes it.
+    state.history, state.steps_done = checkpoint.scalars.history.model_copy(deep=True), checkpoint.step
 
 
-def prune(run_dir: Path, *, keep: int, best_step: int | None) -> None:
+def prune(run_dir: Path, *, keep: int | Literal["all"], best_step: int | None) -> None:
     """Remove all checkpoints but the ``keep`` newest and the one of ``best_step``, and what killed runs left behind."""
-    for path in checkpoint_dirs(run_dir)[:-keep]:
+    for path in checkpoint_dirs(run_dir)[: 0 if keep == "all" else -keep]:
         if best_step is None or path != checkpoint_dir(run_dir, best_step):
             # From the first moment on it no longer looks like a checkpoint.
             path.rename(path.with_name(f".{path.name}.{time.time_ns()}"))
@@ -176,17 +184,18 @@ def is_checkpoint_dir(path: Path) -> bool:
     return path.name.startswith("step-") and path.parent.name == "checkpoints"
 
 
-def latest(run_dir: Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    """Return the latest complete checkpoint of a run, or None.
-
-    ``warn`` is called for each torn one, which is skipped.
-    """
+def complete(run_dir: Path, warn: Callable[[str], None]) -> Iterator[Checkpoint]:
+    """Yield the complete checkpoints of a run, the latest first. ``warn`` is called for each torn one."""
     for path in reversed(checkpoint_dirs(run_dir)):
         try:
-            return open_checkpoint(path)
+            yield open_checkpoint(path)
         except UserError as error:
             warn(f"{error}; skipped")
-    return None
+
+
+def latest(run_dir: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+    """Return the latest complete checkpoint of a run, or None; ``warn`` as in `complete`."""
+    return next(complete(run_dir, warn), None)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -210,7 +219,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise UserError(
             f"checkpoint {path}: torn, changed or removed ({reason}); use another checkpoint of the run"
         ) from error
-    return Checkpoint(path=path, step=document.step, scalars=document.scalars)
+    return Checkpoint(path=path, step=document.step, scalars=document.scalars, run_files=document.run_files)
 
 
 def load_model(path: Path, model: nn.Module) -> None:
@@ -244,13 +253,13 @@ def _load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> N
         raise UserError(f"checkpoint {path}: holds the weights of another model ({detail})") from error
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> _Digest:
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> Digest:
     # safetensors refuses channels_last tensors; contiguous copies resume bit for bit.
     save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
     fsync_path(path)
     return _digest(path)
 
 
-def _digest(path: Path) -> _Digest:
+def _digest(path: Path) -> Digest:
     with path.open("rb") as file:
-        return _Digest(size=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
+        return Digest(size=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())

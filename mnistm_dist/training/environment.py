@@ -14,6 +14,8 @@ import mnistm_dist
 from mnistm_dist.data.parallel import available_cores
 from mnistm_dist.training.distributed import World
 
+# What the last bits of a training depend on, beside its configuration: each launch logs them.
+DECIDES_BITS = ("world_size", "threads", "device", "torch", "cuda")
 PACKAGES = ("torch", "torchvision", "accelerate", "webdataset", "wandb", "numpy", "pillow", "safetensors")
 
 

@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +17,7 @@ import torch
 
 from mnistm_dist.config import MachineConfig
 from mnistm_dist.data.parallel import available_cores
-from mnistm_dist.errors import NodeError, RankError, UserError
+from mnistm_dist.errors import NodeError, RankError, UserError, errors_once_per_node
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Environment = Mapping[str, str]
@@ -210,6 +211,13 @@ def native_precisions(device: str) -> tuple[Precision, ...]:
         return ("bf16", "fp32", "fp16") if has_bf16 else ("fp32", "fp16")
     has_bf16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return ("bf16", "fp32") if has_bf16 else ("fp32",)
+
+
+def native_or_fp32(machine: MachineConfig) -> MachineConfig:
+    """Return how to compute here: in fp32 if the precision would be emulated. Raise `UserError` of `find_device`."""
+    with errors_once_per_node():
+        native = machine.precision in ("auto", *native_precisions(find_device(os.environ)))
+    return machine if native else replace(machine, precision="fp32")
 
 
 def choose_precision(requested: str, launcher: str | None, native: tuple[Precision, ...]) -> Precision:

@@ -15,7 +15,9 @@ from mnistm_dist.run_lock import RunLock
 
 State = Literal["running", "preempted", "finished", "failed"]
 CONFIG_NAME, STATE_NAME, LOG_NAME = "config.yaml", "state.json", "log.jsonl"
-SUMMARY_NAME = "summary.json"
+SUMMARY_NAME, ENVIRONMENT_NAME, ARCHITECTURE_NAME = "summary.json", "environment.json", "architecture.json"
+# What a run folder has from its start; each checkpoint holds their hashes.
+RUN_FILES = (CONFIG_NAME, ENVIRONMENT_NAME, ARCHITECTURE_NAME, LOG_NAME)
 # The results of a run, which results.py writes.
 RESULT_NAMES = (
     *(SUMMARY_NAME, "report.html", "learning_curve.png", "mistakes"),
@@ -74,7 +76,7 @@ class RunDir:
             self._lock.release()
 
     def set_aside(self, checkpoints: list[Path]) -> Path:
-        """Move checkpoints and the results to a new folder in this one; copy the configuration and the log to it.
+        """Move checkpoints and the results to a new folder in this one; copy `RUN_FILES` to it.
 
         The new folder is a run folder, too: it can be evaluated and resumed.
         """
@@ -82,7 +84,7 @@ class RunDir:
         results = [path for name in RESULT_NAMES for path in self.path.glob(name)]
         with writing(self.path):
             (folder / "checkpoints").mkdir(parents=True)
-            for path in filter(Path.exists, (self.path / CONFIG_NAME, self.path / LOG_NAME)):
+            for path in filter(Path.exists, (self.path / name for name in RUN_FILES)):
                 shutil.copy2(path, folder)
             for path in (*results, *checkpoints):
                 path.rename(folder / path.relative_to(self.path))
@@ -183,6 +185,17 @@ def read_log(path: Path) -> list[dict[str, Any]]:
             if isinstance(row, dict) and isinstance(row.get("step"), int):
                 rows.append(row)
     return rows
+
+
+def launches(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of a log that a launch begins with: its step, world size and machine."""
+    return [row for row in rows if row["kind"] in ("start", "resume")]
+
+
+def step_losses(rows: list[dict[str, Any]]) -> dict[int, float]:
+    """Return the training loss of each step, by step from 0, that the rows of a log have."""
+    windows = [(row["step"], row.get("losses", [])) for row in rows if row["kind"] == "train"]
+    return {end - len(losses) + i: loss for end, losses in windows for i, loss in enumerate(losses)}
 
 
 def _to_lines(rows: list[dict[str, Any]]) -> str:

@@ -29,10 +29,11 @@ from mnistm_dist.files import FolderBusy
 from mnistm_dist.training import checkpoint as checkpoints
 from mnistm_dist.training.checkpoint import Checkpoint
 from mnistm_dist.training.distributed import World
-from mnistm_dist.training.environment import describe_environment
+from mnistm_dist.training.environment import DECIDES_BITS, describe_environment
 from mnistm_dist.training.hardware import check_compile, check_cuda_graph
 from mnistm_dist.training.models import architecture
-from mnistm_dist.training.run_dir import CONFIG_NAME, RunDir
+from mnistm_dist.training.run_dir import ARCHITECTURE_NAME, CONFIG_NAME, ENVIRONMENT_NAME, RunDir
+from mnistm_dist.training.schedule import Schedule
 from mnistm_dist.training.train_state import TrainState
 
 # Where the bundled sample is packed to, and looked for, if no shards are named.
@@ -86,6 +87,11 @@ class RunSetup:
         size, steps = self.world.size, self.config.steps
         sizes = {"batch_size": steps.batch_size, "micro_batch": int(steps.micro_batch), "world_size": size}
         return [micro_batch_share(**sizes, rank=rank) for rank in range(size)]
+
+    @functools.cached_property
+    def schedule(self) -> Schedule:
+        """What each step trains."""
+        return Schedule.of(self.config, self.shards.split("train").count)
 
 
 def open_run(config: Config, world: World, bars: ProgressBars) -> RunSetup:
@@ -241,8 +247,10 @@ def write_start(
         print_line(f"set aside: {names} and any results were moved to {run_dir.set_aside(later)}")
     run_dir.open_log(state.steps_done)
     if run_dir.active:
+        environment = describe_environment(run.world, argv)
         run_dir.write(CONFIG_NAME, dump(run.config))
-        run_dir.write("environment.json", describe_environment(run.world, argv))
-        run_dir.write("architecture.json", architecture(state.model, max(run.config.steps.image_size)))
+        run_dir.write(ENVIRONMENT_NAME, environment)
+        run_dir.write(ARCHITECTURE_NAME, architecture(state.model, max(run.config.steps.image_size)))
         run_dir.set_state("running")
-        run_dir.log({"kind": "resume" if resumed else "start", "step": state.steps_done, "world_size": run.world.size})
+        facts = {name: environment[name] for name in DECIDES_BITS}
+        run_dir.log({"kind": "resume" if resumed else "start", "step": state.steps_done, **facts})

@@ -117,12 +117,15 @@ class Trainer:
 
     def log_training(self, step: int, norm: float) -> None:
         """Log the steps since the last row; ``norm`` is the gradient's, of ``step``, before clipping."""
+        losses = list(self.window.losses)
         self.train_loss, steps_per_second = self.window.close()
         self.logger.train_row(
             {
                 "step": self.state.steps_done,
                 "epoch": self.schedule.epoch(step) + 1,
                 "train/loss": self.train_loss,
+                # Of each step since the last row: which one a spike is of, and what a replay must give.
+                "losses": losses,
                 "train/learning_rate": self.schedule.learning_rate(step),
                 "train/images_per_second": steps_per_second * self.config.steps.batch_size,
                 # None: the gradient overflowed in fp16, and the scaler skipped the step.

@@ -50,7 +50,8 @@ def plain_script(config: Config, manifest: Manifest, data: Any) -> Steps:
 
 def build_model(config: Config, manifest: Manifest, layout: torch.memory_format) -> torch.nn.Module:
     """Return the trainer's model with its initial weights."""
-    return create_model(len(manifest.classes), config.steps.seed).to(default_device()).to(memory_format=layout).train()
+    model = create_model(len(manifest.classes), config.steps.seed, config.network.model)
+    return model.to(default_device()).to(memory_format=layout).train()
 
 
 def bare_loop(

@@ -24,11 +24,11 @@ from mnistm_dist.reporting.console import Console
 from mnistm_dist.reporting.run_logger import RunLogger
 from mnistm_dist.reporting.tracking import AccelerateTracker
 from mnistm_dist.training import distributed
+from mnistm_dist.training.initial_state import create_train_state
 from mnistm_dist.training.preemption import StopRequest
 from mnistm_dist.training.run_dir import RunDir
 from mnistm_dist.training.schedule import Schedule
 from mnistm_dist.training.setup import open_run
-from mnistm_dist.training.train_state import create_train_state
 from mnistm_dist.training.trainer import Trainer, TrainLogger
 
 BOTH, NEITHER = "console and TensorBoard", "neither"
@@ -85,7 +85,9 @@ def train_logged(options: Logs, steps: int, logged: bool) -> Measurement:
             # Evaluations are no steps.
             del setup.readers["val"]
             schedule = Schedule.of(setup.config, setup.shards.split("train").count)
-            state = create_train_state(setup.config, world, len(setup.shards.manifest.classes), setup.shares)
+            state = create_train_state(
+                setup.config, world, len(setup.shards.manifest.classes), setup.shares, resumed=False
+            )
             with RunDir(setup.path, active=True) as run_dir:
                 console, opened = Console(stream=stream), threading.Event()
                 tracker = AccelerateTracker("tensorboard", console.line, {"run_name": "run", "logging_dir": folder}, {})

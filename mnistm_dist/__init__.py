@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import importlib
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -11,8 +12,9 @@ if TYPE_CHECKING:
 
     from mnistm_dist.data.sampler import OrderedSampler
     from mnistm_dist.inference import TrainedModel
+    from mnistm_dist.train import train_model as train
 
-__all__ = ["OrderedSampler", "load_model"]
+__all__ = ["OrderedSampler", "load_model", "train"]
 __version__ = "0.1.0"
 
 
@@ -28,9 +30,12 @@ def load_model(
     return inference.load_model(run, checkpoint, device)
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
     if name == "OrderedSampler":
         from mnistm_dist.data.sampler import OrderedSampler
 
         return OrderedSampler
+    if name == "train":
+        # The command's module, which can be called: Python stores it under this name anyway.
+        return importlib.import_module("mnistm_dist.train")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -109,7 +109,7 @@ class TrainRequest:
         # Only a flag may change the micro-batch.
         refused = [name for name in changed if name not in MAY_CHANGE_AT_RESUME - ({"micro_batch"} & recipe.keys())]
         if refused:
-            differences = (f"{name} was {_text(kept[name])}, now {_text(changed[name])}" for name in refused)
+            differences = (f"{name} was {flag_text(kept[name])}, now {flag_text(changed[name])}" for name in refused)
             raise UserError(f"resume: {'; '.join(differences)}; leave these out, or start a new run with --run-dir")
         return build(self.recipe or stored.recipe, kept | changed)
 
@@ -271,7 +271,7 @@ def _text_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
         metavar=metavar,
         instance_from_str=lambda args: args[0],
         is_instance=lambda _: True,
-        str_from_instance=lambda value: [_text(value).replace(",", _COMMA)],
+        str_from_instance=lambda value: [flag_text(value).replace(",", _COMMA)],
     )
 
 
@@ -286,6 +286,6 @@ def _metavar(kind: Any) -> str:
     return _METAVARS.get(kind) or ("|".join(parts) if all(parts) else "")
 
 
-def _text(value: Any) -> str:
+def flag_text(value: Any) -> str:
     """Return a value as it is written on the command line."""
-    return ",".join(map(str, value)) if isinstance(value, tuple) else "none" if value is None else str(value)
+    return ",".join(map(str, value)) if isinstance(value, tuple | list) else "none" if value is None else str(value)

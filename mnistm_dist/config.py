@@ -30,6 +30,7 @@ from mnistm_dist.errors import UserError, did_you_mean, escape_control
 from mnistm_dist.files import explain_os_errors, local_path
 
 LARGEST_IMAGE_SIZE = 1024  # of a training, pixels
+DEFAULT_MODEL = "pruned-resnet18"
 
 # The types of the fields. Text is converted: "none" to None, "32,48" and "[32,48]" to image sizes.
 T = TypeVar("T")
@@ -99,6 +100,19 @@ class AugmentConfig:
     """Largest fraction of the area that a random crop cuts off. 0: none."""
     colour: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Largest relative change of brightness, of contrast and of saturation: 0.2 draws each from 0.8 to 1.2."""
+
+
+@checked
+@dataclass(frozen=True, kw_only=True)
+class NetworkConfig:
+    """The model and its initial weights."""
+
+    model: str = DEFAULT_MODEL
+    """pruned-resnet18, torchvision:NAME or package.module:function, which returns the model of a number of classes."""
+    init_from: OrNone[LocalPath] = None
+    """Run or .safetensors file with the initial weights. With other classes, those of the last layer are new."""
+    init_sha256: OrNone[str] = None
+    """sha256 that the file of init_from must have. none: recorded at the first launch."""
 
 
 @checked
@@ -224,6 +238,7 @@ class Config:
     """Name of a bundled recipe, or a YAML file."""
     data: DataConfig = DataConfig()
     augment: AugmentConfig = AugmentConfig()
+    network: NetworkConfig = NetworkConfig()
     optim: OptimConfig = OptimConfig()
     steps: StepsConfig = StepsConfig()
     machine: MachineConfig = MachineConfig()

@@ -11,9 +11,9 @@ from mnistm_dist.reporting.time_left import TimeLeft
 from mnistm_dist.results import header_rows
 from mnistm_dist.training.cuda_graph import create_step
 from mnistm_dist.training.hardware import CoreWatch, peak_memory_gb
+from mnistm_dist.training.initial_state import create_train_state
 from mnistm_dist.training.schedule import Schedule
 from mnistm_dist.training.setup import RunSetup
-from mnistm_dist.training.train_state import create_train_state
 
 STEPS, WARM_UP = 10, 2  # discarded steps at each image size, and those of them that are not timed
 
@@ -28,7 +28,8 @@ def print_estimate(run: RunSetup, console: Console, steps_done: int) -> None:
     schedule = Schedule.of(config, split.count)
     augment = Augment(config.augment, Preprocess(split.mean, split.std, world.device), config.steps.seed)
     # Not resumed: the values of the weights do not change the time of a step.
-    state, left = create_train_state(config, world, len(run.shards.manifest.classes), run.shares), TimeLeft()
+    classes, left = run.shards.manifest.classes, TimeLeft()
+    state = create_train_state(config, world, len(classes), run.shares, resumed=steps_done > 0)
     state.train_model.train()
     train_step = create_step(world, state, augment, config)
     watch = CoreWatch(seconds=0.0)

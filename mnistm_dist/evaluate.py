@@ -49,12 +49,12 @@ def main(
     from mnistm_dist import config as configuration
     from mnistm_dist.reporting.html import write_report
     from mnistm_dist.results import (
-        choose_checkpoint,
         evaluate_checkpoint,
         next_commands,
         write_summary,
     )
     from mnistm_dist.training import distributed
+    from mnistm_dist.training.checkpoint import choose_checkpoint
     from mnistm_dist.training.hardware import native_or_fp32
     from mnistm_dist.training.preemption import exit_promptly
     from mnistm_dist.training.run_dir import CONFIG_NAME, read_summary, require_run
@@ -84,7 +84,7 @@ def main(
                 if summary.get("checkpoint") != entry or shards:
                     # The numbers of the other split are of another checkpoint, or of another set.
                     summary = {name: value for name, value in summary.items() if name not in EVALUATED_SPLITS}
-                summary = write_summary(folder, summary | {"checkpoint": entry}, predictions)
+                summary = write_summary(folder, summary | {"checkpoint": entry}, predictions, {})
                 report = config.run.report and folder == run_dir
                 if report:
                     write_report([run_dir], run_dir / "report.html", predictions)

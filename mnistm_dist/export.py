@@ -5,7 +5,8 @@
     python -m mnistm_dist.export runs/NAME --to hub --out FOLDER --push ME/NAME
 
 onnx and torch. Input: images, uint8 (N, H, W, 3), RGB, any N, H and W; the
-preprocessing is part of the model. Output: probabilities, float32 (N, C),
+preprocessing is part of the model. If the set was packed with --resize, scale
+and crop images in the same way first. Output: probabilities, float32 (N, C),
 computed in float32 whatever the run's precision was.
 
     session = onnxruntime.InferenceSession("model.onnx")
@@ -83,7 +84,8 @@ def main(
         with staged_folder(out) if to == "hub" else atomic_path(out) as temporary:
             if to == "hub":
                 hub.write_folder(model, Path(run), temporary)
-                exported: exported_model.Runner = replace(load_model(temporary, device="cpu"), autocast=None).predict
+                written = replace(load_model(temporary, device="cpu"), autocast=None, resize=None)
+                exported: exported_model.Runner = written.predict
             else:
                 write, load = exported_model.FORMATS[to]
                 temporary.write_bytes(write(model))
@@ -95,10 +97,11 @@ def main(
                     f"{out}: not written: its probabilities differ from the model's by {difference:.1e}, more than "
                     f"{TOLERANCE:.0e}; another version of {' or '.join(PACKAGES[to]) or 'torch'} may do better"
                 )
+    sizes = f"scaled and cropped as by pack --resize {model.resize}" if model.resize else "any N, H and W"
     size = sum(path.stat().st_size for path in [out, *out.rglob("*")] if path.is_file())
     rows = {
         "model": f"{model.checkpoint}, {model.step:,} steps",
-        "input": "images: uint8 (N, H, W, 3), RGB, any N, H and W",
+        "input": f"images: uint8 (N, H, W, 3), RGB, {sizes}",
         "output": f"probabilities: float32 (N, {len(model.classes)})",
         "compared": f"{IMAGES} images in {len(exported_model.SIZES)} sizes: they differ by {difference:.1e}",
         "size": f"{size:,} bytes",

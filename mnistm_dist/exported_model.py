@@ -5,6 +5,7 @@ Both formats take ``images``, uint8 (N, H, W, 3), RGB, any N, H and W from 1, an
 """
 
 import copy
+import dataclasses
 import io
 import itertools
 import json
@@ -55,8 +56,9 @@ class Portable(nn.Module):
 
 
 def about(model: TrainedModel) -> str:
-    """Return the description that an exported file holds, as JSON: class names, size of the model's input, step."""
-    return json.dumps({"classes": model.classes, "image_size": model.image_size, "step": model.step})
+    """Return the description that an exported file holds, as JSON: class names, size of the model's input, step, and
+    ``resize``, the size to which the caller scales and crops pictures first."""
+    return json.dumps({name: getattr(model, name) for name in ("classes", "image_size", "step", "resize")})
 
 
 def trace(model: TrainedModel) -> ExportedProgram:
@@ -129,6 +131,8 @@ def compare(model: TrainedModel, run: Runner, images: np.ndarray) -> float:
     The images, uint8 (n, H, W, 3), are brought to each of `SIZES`, and classified all at once and the first by itself.
     """
     differences = []
+    # The file neither scales nor crops.
+    model = dataclasses.replace(model, resize=None)
     for size in SIZES:
         resized = np.stack([np.asarray(Image.fromarray(image).resize(size)) for image in images])
         for batch in (resized, resized[:1]):

@@ -28,11 +28,12 @@ FAILURES: Any = (*HfHubHTTPError.__bases__, OSError, ValueError)
 def write_folder(model: TrainedModel, run_dir: Path, folder: Path) -> None:
     """Write the files of a model of a run to an empty folder. Raises `OSError`."""
     config = configuration.load(run_dir / CONFIG_NAME)
-    config = configuration.replace(config, shards=None, cache_dir=None, run_dir=None)
+    config = configuration.replace(config, shards=None, cache_dir=None, run_dir=None, init_from=None)
     config = replace(config, recipe=Path(config.recipe).stem)
     state = json.loads((model.checkpoint / STATE).read_bytes())
     # Without it, the folder can be evaluated but not resumed.
     del state["files"][TRAINING]
+    state["scalars"].get("learning", {}).pop("init_from", None)
     summary = read_summary(run_dir)
     if summary.get("checkpoint", {}).get("step") != model.step:
         # The results are of another checkpoint.

@@ -14,10 +14,8 @@ normalised, classified.
 import itertools
 import os
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +26,6 @@ from mnistm_dist import config as configuration
 from mnistm_dist.data.image_io import read_picture, resize_and_crop, to_rgb
 from mnistm_dist.data.transforms import Preprocess
 from mnistm_dist.errors import UserError
-from mnistm_dist.results import choose_checkpoint
 from mnistm_dist.training import checkpoint as checkpoints
 from mnistm_dist.training.evaluation import BATCH_SIZE
 from mnistm_dist.training.hardware import find_device, native_precisions
@@ -110,12 +107,9 @@ class TrainedModel:
             # A GPU chooses its kernels by the batch size, which in TF32 or bfloat16 shows in the third decimal: the
             # result of an image must not depend on the number of images beside it.
             prepared = torch.cat([prepared, prepared[-1:].expand(batch_size - count, -1, -1, -1)])
-        with self._precision():
+        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             logits = self.module(prepared)
         return logits.float().softmax(dim=1)[:count].cpu().numpy()
-
-    def _precision(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast)
 
 
 def load_model(
@@ -134,25 +128,21 @@ def load_model(
     """
     run_dir = Path(run)
     require_run(run_dir)
-    machine = configuration.load(run_dir / CONFIG_NAME).machine
+    config = configuration.load(run_dir / CONFIG_NAME)
     has_test = "test" in read_summary(run_dir)
-    found, _ = choose_checkpoint(run_dir, str(checkpoint), has_test=has_test)
+    found, _ = checkpoints.choose_checkpoint(run_dir, str(checkpoint), has_test=has_test)
     scalars, target = found.scalars, torch.device(device or find_device(os.environ))
-    module = create_model(len(scalars.classes), seed=0)
+    precision = config.machine.precision
+    module = create_model(len(scalars.classes), 0, config.network.model)
     checkpoints.load_model(found.path, module)
     return TrainedModel(
-        module=to_device(module, target, machine.memory_format).eval(),
+        module=to_device(module, target, config.machine.memory_format).eval(),
         preprocess=Preprocess(scalars.mean, scalars.std, target),
         image_size=scalars.image_size,
         resize=scalars.resize,
         classes=tuple(scalars.classes),
         device=target,
-        autocast=native_autocast(machine.precision, target),
+        autocast=AUTOCAST_DTYPES.get(precision) if precision in native_precisions(target.type) else None,
         checkpoint=found.path,
         step=found.step,
     )
-
-
-def native_autocast(precision: str, device: torch.device) -> torch.dtype | None:
-    """Return the reduced precision of a run if ``device`` supports it natively, else None (float32)."""
-    return AUTOCAST_DTYPES.get(precision) if precision in native_precisions(device.type) else None

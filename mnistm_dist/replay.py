@@ -28,12 +28,12 @@ from mnistm_dist.reporting.tracking import Tracker
 from mnistm_dist.training import distributed
 from mnistm_dist.training.checkpoint import Checkpoint, complete
 from mnistm_dist.training.hardware import native_or_fp32
+from mnistm_dist.training.initial_state import create_train_state
 from mnistm_dist.training.log_window import NonFiniteLoss
 from mnistm_dist.training.preemption import StopRequest, exit_promptly
 from mnistm_dist.training.resume import restore_state
 from mnistm_dist.training.run_dir import LOG_NAME, RunDir, read_log, step_losses
 from mnistm_dist.training.setup import RunSetup, open_run
-from mnistm_dist.training.train_state import create_train_state
 from mnistm_dist.training.trainer import Trainer
 
 
@@ -67,7 +67,7 @@ def train_again(run: RunSetup, start: Checkpoint | None, stop: int, console: Con
     """Train from a checkpoint, or from the initial weights, until ``stop`` steps are done. All ranks take part."""
     run = dataclasses.replace(run, config=replace(run.config, max_steps=stop or None))
     world, classes = run.world, run.shards.manifest.classes
-    state = create_train_state(run.config, world, len(classes), run.shares)
+    state = create_train_state(run.config, world, len(classes), run.shares, resumed=start is not None)
     if start is not None:
         world.run_on_all_ranks(lambda: restore_state(state, start, run))
     with world.run_on_all_ranks(lambda: RunDir(run.path, active=world.is_main)) as run_dir:

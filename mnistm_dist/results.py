@@ -3,6 +3,7 @@
 `train` writes results at the end of a run, `evaluate` at any time after it.
 """
 
+import dataclasses
 import functools
 import json
 import shlex
@@ -16,10 +17,11 @@ from PIL import Image
 
 from mnistm_dist.data.loader import Reader
 from mnistm_dist.data.transforms import Preprocess
-from mnistm_dist.errors import UserError, escape_control
+from mnistm_dist.errors import escape_control
 from mnistm_dist.files import write_atomic
 from mnistm_dist.reporting.console import Console
-from mnistm_dist.reporting.describe import describe_failure
+from mnistm_dist.reporting.describe import describe_failure, number
+from mnistm_dist.reporting.metrics import CustomMetrics, measure_custom
 from mnistm_dist.reporting.predictions import Predictions, mistakes, read_predictions
 from mnistm_dist.reporting.run_logger import log_results
 from mnistm_dist.reporting.tracking import Tracker
@@ -34,50 +36,14 @@ from mnistm_dist.training.setup import RunSetup
 from mnistm_dist.training.train_state import TrainState
 
 
-def choose_checkpoint(run_dir: Path, which: str, *, has_test: bool) -> tuple[checkpoints.Checkpoint, dict[str, Any]]:
-    """Return a checkpoint and the entry ``checkpoint`` of ``summary.json``.
-
-    ``which`` is best, last, a path, or chosen: the best on val if there is a test split to give an unbiased result,
-    else the last. Raise `UserError` if there is no such checkpoint.
-    """
-    if which == "chosen" and (run_dir / checkpoints.MODEL).exists():
-        # A folder of `export --to hub`.
-        which = str(run_dir)
-    if which not in ("best", "last", "chosen"):
-        checkpoint, chosen = checkpoints.open_checkpoint(Path(which)), "named"
-    else:
-        warnings: list[str] = []
-        last = checkpoints.latest(run_dir, warnings.append)
-        if last is None:
-            reason = f" ({warnings[0]})" if warnings else ""
-            raise UserError(
-                f"{run_dir}: no complete checkpoint{reason}; train with --resume {shlex.quote(str(run_dir))}"
-            )
-        checkpoint, chosen, best = last, "last", last.scalars.history.best
-        if which == "best" and best is None:
-            raise UserError(
-                f"{run_dir}: val was never evaluated, so there is no best checkpoint; use --checkpoint last"
-            )
-        if best is not None and (which == "best" or (which == "chosen" and has_test)):
-            chosen = "best on val"
-            if best.step != last.step:
-                checkpoint = checkpoints.open_checkpoint(checkpoints.checkpoint_dir(run_dir, best.step))
-    entry = {
-        "step": checkpoint.step,
-        "chosen": chosen,
-        "averaged": checkpoint.scalars.averaged,
-        "image_size": checkpoint.scalars.image_size,
-    }
-    return checkpoint, entry
-
-
 def evaluate_checkpoint(run: RunSetup, checkpoint: checkpoints.Checkpoint, console: Console) -> dict[str, Predictions]:
     """Evaluate a checkpoint on every split of ``run.readers`` but train; write predictions and figures.
 
     Return the predictions of each split on rank 0, nothing elsewhere. All ranks take part.
     """
     config, world, scalars = run.config, run.world, checkpoint.scalars
-    initial = create_model(len(run.shards.manifest.classes), config.steps.seed)
+    classes, name = run.shards.manifest.classes, config.network.model
+    initial = world.run_on_all_ranks(lambda: create_model(len(classes), config.steps.seed, name))
     model = to_device(initial, world.device, config.machine.memory_format)
     # Only rank 0 reads it: on a network file system other nodes may see a new file a minute later.
     world.run_on_main(lambda: checkpoints.load_model(checkpoint.path, model))
@@ -131,7 +97,9 @@ def draw_split(run_dir: Path, split: str, predictions: Predictions, reader: Read
             Image.fromarray(image).save(folder / f"{mistake.key}.png")
 
 
-def finish(run: RunSetup, run_dir: RunDir, state: TrainState, console: Console, tracker: Tracker) -> None:
+def finish(
+    run: RunSetup, run_dir: RunDir, state: TrainState, console: Console, tracker: Tracker, metrics: CustomMetrics
+) -> None:
     """Evaluate the chosen checkpoint on val and test; write figures, summary, report and state, then print the result.
 
     All ranks take part.
@@ -142,11 +110,13 @@ def finish(run: RunSetup, run_dir: RunDir, state: TrainState, console: Console, 
     from mnistm_dist.reporting.style import save
 
     has_test = "test" in run.readers
-    checkpoint, entry = run.world.run_on_main(lambda: choose_checkpoint(run.path, "chosen", has_test=has_test))
+    checkpoint, entry = run.world.run_on_main(
+        lambda: checkpoints.choose_checkpoint(run.path, "chosen", has_test=has_test)
+    )
     predictions = evaluate_checkpoint(run, checkpoint, console)
     if not run.world.is_main:
         return
-    summary = write_summary(run.path, {**summary_fields(run, state), "checkpoint": entry}, predictions)
+    summary = write_summary(run.path, {**summary_fields(run, state), "checkpoint": entry}, predictions, metrics)
     if run.config.run.report:
         curve = learning_curve(run_dir.rows, f"Learning curve, {escape_control(run.path.name)}")
         with writing(run.path):
@@ -176,6 +146,8 @@ def header_rows(run: RunSetup, state: TrainState, schedule: Schedule, tracker: s
     tf32 = " (convolutions in TF32)" if in_tf32 else ""
     if state.steps_done:
         steps = f"resuming at step {state.steps_done:,} of {steps}"
+    network, flops = config.network, sum(layer["flops"] for layer in state.layers)
+    new = f" (new, since the classes differ: {', '.join(state.new_tensors)})" if state.new_tensors else ""
     inverts = config.augment.invert and manifest.lineage == "unknown"
     hint = "it inverts colours, which suits MNIST-M; photos: --recipe images, other images: --invert 0"
     averaged = f", averaged weights ({optim.ema_decay})" if optim.ema_decay else ""
@@ -187,7 +159,9 @@ def header_rows(run: RunSetup, state: TrainState, schedule: Schedule, tracker: s
         "device": device_name(world.device),
         "precision": f"{config.machine.precision}{tf32}, {config.machine.memory_format}",
         "threads": f"{config.machine.threads} per process",
-        "model": f"pruned ResNet18, {count_parameters(state.model):,} parameters",
+        "model": f"{network.model}, {count_parameters(state.model):,} parameters",
+        "FLOPs": f"{number(flops / 1e6)} million per image, forward at {config.steps.image_size[-1]} px",
+        **({"initial weights": f"{network.init_from}{new}"} if network.init_from else {}),
         "shards": f"{run.shards.root} ({manifest.lineage}: {counts})",
         "data": f"{config.data.reader} reader, {config.data.order} order",
         "batch": f"{batch_size} = {batch_size // micro_batch} x {micro_batch} (micro-batches x images)",
@@ -220,7 +194,9 @@ def summary_fields(run: RunSetup, state: TrainState) -> dict[str, Any]:
         "save_seconds": round(state.history.save_seconds, 3),
         "peak_memory_gb": peak_memory_gb(run.world.device),
         "images_per_second": round(images / seconds, 2) if seconds else None,
+        "model": config.network.model,
         "parameters": count_parameters(state.model),
+        "flops_per_image": sum(layer["flops"] for layer in state.layers),
         "data": {
             "path": str(run.shards.root),
             "lineage": manifest.lineage,
@@ -231,9 +207,13 @@ def summary_fields(run: RunSetup, state: TrainState) -> dict[str, Any]:
     }
 
 
-def write_summary(run_dir: Path, summary: dict[str, Any], results: dict[str, Predictions]) -> dict[str, Any]:
-    """Write ``summary.json`` with the metrics of the splits; return its content."""
-    summary = summary | {split: predictions.metrics.to_json() for split, predictions in results.items()}
+def write_summary(
+    run_dir: Path, summary: dict[str, Any], results: dict[str, Predictions], metrics: CustomMetrics
+) -> dict[str, Any]:
+    """Write ``summary.json`` with the metrics of the splits, custom ones included; return its content."""
+    for split, predictions in results.items():
+        custom = measure_custom(metrics, predictions.probabilities, predictions.labels)
+        summary = summary | {split: dataclasses.replace(predictions.metrics, custom=custom).to_json()}
     with writing(run_dir):
         write_atomic(run_dir / SUMMARY_NAME, json.dumps(summary, indent=1))
     return summary

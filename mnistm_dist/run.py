@@ -2,7 +2,7 @@
 
 1. The configuration: defaults, recipe, flags; at a resume, the run's own.
 2. The processes join, the data is opened, every ``auto`` is resolved.
-3. The run folder is locked; model and optimizer are created and, at a resume, restored.
+3. Model and optimizer are created and checked; the run folder is locked and, at a resume, a checkpoint restored.
 4. The loop (training/trainer.py): step, log, evaluation, checkpoint; a signal saves and exits.
 5. The final evaluation, the figures, the report.
 """
@@ -14,29 +14,33 @@ import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from mnistm_dist.cli import TrainRequest, write_result
 from mnistm_dist.config import Config, dump
 from mnistm_dist.errors import EXIT_PREEMPTED, errors_once_per_node, is_first
 from mnistm_dist.estimate import images_left, print_estimate
 from mnistm_dist.reporting.console import Console
+from mnistm_dist.reporting.metrics import CustomMetrics, measure_custom
 from mnistm_dist.reporting.run_logger import RunLogger
 from mnistm_dist.reporting.tracking import Tracker, open_tracker
 from mnistm_dist.results import finish, header_rows
 from mnistm_dist.training import distributed
 from mnistm_dist.training.checkpoint import Checkpoint
+from mnistm_dist.training.initial_state import create_train_state
 from mnistm_dist.training.preemption import Preempted, StopRequest, exit_promptly, parse_signals
 from mnistm_dist.training.resume import agree_on_start, check_resume, choose_start, restore_state
 from mnistm_dist.training.run_dir import read_summary
 from mnistm_dist.training.setup import RunSetup, acquire_run_dir, open_run, write_start
-from mnistm_dist.training.train_state import create_train_state
 from mnistm_dist.training.trainer import Trainer
 
 
-def launch(request: TrainRequest, *, process_ends: bool) -> int:
-    """Step 1 of a run, and its processes. Return the exit code.
+def launch(request: TrainRequest, metrics: CustomMetrics, *, process_ends: bool) -> tuple[int, dict[str, Any]]:
+    """Step 1 of a run, and its processes. Return the exit code, and what the last run's ``summary.json`` holds.
 
-    ``process_ends``: whether this process ends with the run, as that of a command does.
+    ``process_ends``: whether this process ends with the run, as that of a command does. ``metrics``: of the user's own.
     """
     with errors_once_per_node():
         requests = [request.of_seed(seed) for seed in request.seeds] or [request]
@@ -44,12 +48,13 @@ def launch(request: TrainRequest, *, process_ends: bool) -> int:
     run_dirs = [Path(str(one.config.run.run_dir)) for one in requests if request.seeds]
     if not starts:
         compare_seeds(run_dirs, Console(enabled=is_first()))
-        return 0
+        run = requests[-1].config.run
+        return 0, summary_of(Path(str(run.run_dir or run.resume)))
     _, (config, checkpoint) = starts[0]
     if request.flags.print_config:
         if is_first():
             write_result(dump(config))
-        return 0
+        return 0, {}
     timeout, stop = config.run.collective_timeout, StopRequest(parse_signals(config.run.stop_signals))
     try:
         exit_promptly()
@@ -60,15 +65,20 @@ def launch(request: TrainRequest, *, process_ends: bool) -> int:
             with console.library_warnings(), distributed.peer_failures(timeout):
                 if request.flags.dry_run:
                     print_estimate(open_run(config, world, console), console, checkpoint.step if checkpoint else 0)
-                    return 0
+                    return 0, {}
                 for one, (config, checkpoint) in starts:
-                    code = train(config, checkpoint, world, console, stop, one.argv)
-                    if code:
-                        return code
+                    summary = train(config, checkpoint, world, console, stop, one.argv, metrics)
+                    if not summary:
+                        return EXIT_PREEMPTED, {}
                 world.run_on_main(lambda: compare_seeds(run_dirs, console))
-                return 0
+                return 0, summary
     finally:
         stop.close(process_ends=process_ends)
+
+
+def summary_of(run_dir: Path) -> dict[str, Any]:
+    """Return the content of ``summary.json``, and the run folder it is in."""
+    return {**read_summary(run_dir), "run_dir": str(run_dir)}
 
 
 def compare_seeds(run_dirs: Sequence[Path], console: Console) -> None:
@@ -94,37 +104,40 @@ def train(
     console: Console,
     stop: StopRequest,
     argv: list[str],
-) -> int:
-    """Steps 2 to 5 of a run. Return the exit code. All ranks take part."""
+    metrics: CustomMetrics,
+) -> dict[str, Any]:
+    """Steps 2 to 5 of a run. Return its summary, empty if a signal has stopped it. All ranks take part."""
     checkpoint = agree_on_start(config, checkpoint, world)
     run = open_run(config, world, console)
     world = run.world
     if checkpoint is not None:
         world.run_on_all_ranks(lambda: check_resume(checkpoint, run, console.warn))
+    classes, schedule = run.shards.manifest.classes, run.schedule
+    resumed = checkpoint is not None
+    # Before the run folder is made: it refuses what cannot be trained.
+    state = create_train_state(run.config, world, len(classes), run.shares, resumed=resumed)
+    measure_custom(metrics, np.eye(len(classes)), np.arange(len(classes)))
     run_dir = world.run_on_all_ranks(lambda: acquire_run_dir(run, checkpoint))
     stop.install()
     with run_dir, distributed.peer_failures(run.config.run.collective_timeout):
-        classes, schedule = run.shards.manifest.classes, run.schedule
-        state = create_train_state(run.config, world, len(classes), run.shares)
         if checkpoint is not None:
             world.run_on_all_ranks(lambda: restore_state(state, checkpoint, run))
-        resumed = checkpoint is not None
         world.run_on_all_ranks(lambda: write_start(run, run_dir, state, console.line, resumed=resumed, argv=argv))
         try:
             with tracking(run, console) as tracker:
                 console.header(f"run {run.path}", header_rows(run, state, schedule, tracker.name))
                 left = functools.partial(images_left, run, schedule)
-                logger = RunLogger(console, tracker, run_dir.log, classes, left)
+                logger = RunLogger(console, tracker, run_dir.log, classes, left, metrics)
                 trainer = Trainer(run, run_dir, state, schedule, logger, stop)
                 if run.config.run.sanity_checks and not resumed:
                     trainer.check_model()
                 trainer.fit()
-                finish(run, run_dir, state, console, tracker)
+                finish(run, run_dir, state, console, tracker, metrics)
         except Preempted as preempted:
             resume = f"python -m mnistm_dist.train --resume {shlex.quote(str(run.path))}"
             console.line(f"{preempted}: saved at step {state.steps_done}. Resume with: {resume}")
-            return EXIT_PREEMPTED
-    return 0
+            return {}
+    return world.run_on_main(lambda: summary_of(run.path))
 
 
 @contextmanager

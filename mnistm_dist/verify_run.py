@@ -29,12 +29,13 @@ from mnistm_dist.errors import UserError, is_first
 from mnistm_dist.replay import opened, train_again
 from mnistm_dist.reporting.console import Console
 from mnistm_dist.reporting.predictions import read_predictions
-from mnistm_dist.results import choose_checkpoint, evaluate_checkpoint, summary_fields
+from mnistm_dist.results import evaluate_checkpoint, summary_fields
 from mnistm_dist.training.checkpoint import (
     MODEL,
     TRAINING,
     Checkpoint,
     checkpoint_dir,
+    choose_checkpoint,
     complete,
     learning_values,
 )
@@ -48,8 +49,8 @@ from mnistm_dist.training.trainer import Trainer
 EXIT_FINDINGS = 1
 # On another kind of machine: the largest relative difference of a mean loss.
 LOSS_BOUND = 0.05
-# Fields of summary.json that follow from nothing else.
-MEASURED = ("world_size", "device", "peak_memory_gb", "save_seconds", "data")
+# Fields of summary.json that follow from nothing else, or, as FLOPs, from the version of torch.
+MEASURED = ("world_size", "device", "peak_memory_gb", "save_seconds", "data", "flops_per_image")
 # What a row of the log has of its own step.
 OF_ONE_STEP = ("train/gradient_norm", "train/learning_rate", "val/loss", "val/accuracy")
 LONGEST_VALUE = 32  # characters of a value that a finding shows

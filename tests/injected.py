@@ -16,14 +16,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import nn
 
 from mnistm_dist import results as scoring
 from mnistm_dist.data import resident
 from mnistm_dist.data.loader import Batch, Reader
 from mnistm_dist.errors import UserError
 from mnistm_dist.reporting import figures, html
-from mnistm_dist.training import checkpoint, cuda_graph, distributed, evaluation, preemption, setup, train_state
+from mnistm_dist.training import checkpoint, cuda_graph, distributed, evaluation, preemption, setup
 from mnistm_dist.training import trainer as loop
 
 CLONE_NEWNS, MS_RDONLY, MS_REC, MS_PRIVATE = 0x20000, 1, 0x4000, 0x40000
@@ -201,21 +200,6 @@ def in_phase() -> None:
         return original(*arguments, **extra)
 
     setattr(owner, name, hit)
-
-
-# Models
-
-
-def add_dropout() -> None:
-    """Give the model dropout of half of its features."""
-    original = train_state.create_model
-
-    def with_dropout(num_classes: int, seed: int) -> Any:
-        model = original(num_classes, seed)
-        model.fc[2] = nn.Sequential(model.fc[2], nn.Dropout(0.5))
-        return model
-
-    train_state.create_model = with_dropout
 
 
 # Records

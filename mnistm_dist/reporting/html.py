@@ -153,6 +153,7 @@ def _split(run: RunRecord, split: str) -> dict[str, Any]:
         "name": name,
         "metrics": metrics,
         "text": describe(metrics).splitlines(),
+        "custom": scored.custom if (scored := getattr(run.summary, split)) else {},
         "split": split,
         "matrix": _matrix(metrics),
         # A round start of the bars that leaves space for the differences between the classes.

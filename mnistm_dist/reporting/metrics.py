@@ -6,7 +6,8 @@
 """
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -19,6 +20,9 @@ SMALLEST_PROBABILITY = 5e-7
 # 97.5 % point of the standard normal distribution, for two-sided 95 % intervals.
 NORMAL_QUANTILE_975 = 1.959963984540054
 WORST_CONFUSIONS = 10  # cells off the diagonal that ``summary.json`` lists, the largest first
+
+# Metrics of the user's own, by name: functions of probabilities, float (N, C), and labels, int64 (N,).
+CustomMetrics = Mapping[str, Callable[[np.ndarray, np.ndarray], float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +65,8 @@ class Metrics:
     """Mean of -ln p(true class), in nats."""
     calibration_error: float
     """Expected calibration error, 0 to 1."""
+    custom: Mapping[str, float | None] = field(default_factory=dict)
+    """Metrics of the user's own; None: not finite."""
 
     def __post_init__(self) -> None:
         """Raise `ValueError` if the confusion matrix does not fit the classes or counts no image."""
@@ -139,6 +145,7 @@ class Metrics:
             "log_loss": self.log_loss,
             "calibration_error": self.calibration_error,
             "worst_cell": cells[0] if cells else None,
+            **({"custom": dict(self.custom)} if self.custom else {}),
         }
 
 
@@ -179,6 +186,14 @@ def measure(
         log_loss=float(-np.log(of_true).mean()),
         calibration_error=sum(row.count * abs(row.accuracy - row.confidence) for row in bins) / count,
     )
+
+
+def measure_custom(metrics: CustomMetrics, probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float | None]:
+    """Return the value of each function; None for one that is not finite, which JSON does not have."""
+    return {
+        name: value if math.isfinite(value := float(function(probabilities, labels))) else None
+        for name, function in metrics.items()
+    }
 
 
 def calibration_bins(

@@ -10,7 +10,7 @@ import numpy as np
 
 from mnistm_dist.reporting.console import Bar, Console
 from mnistm_dist.reporting.describe import number
-from mnistm_dist.reporting.metrics import measure
+from mnistm_dist.reporting.metrics import CustomMetrics, measure, measure_custom
 from mnistm_dist.reporting.predictions import Predictions, mistakes
 from mnistm_dist.reporting.time_left import TimeLeft
 from mnistm_dist.reporting.tracking import Table, Tracker
@@ -30,6 +30,7 @@ class RunLogger:
         write_row: appends a row to ``log.jsonl``.
         classes: names of the classes.
         images_left: for the time left; by default it follows from the steps alone.
+        metrics: of the user's own, measured at each evaluation.
     """
 
     def __init__(
@@ -39,7 +40,9 @@ class RunLogger:
         write_row: Callable[[dict[str, Any]], None],
         classes: tuple[str, ...],
         images_left: ImagesLeft | None = None,
+        metrics: CustomMetrics | None = None,
     ) -> None:
+        self.metrics = metrics or {}
         self.console, self.tracker, self.write_row, self.classes = console, tracker, write_row, classes
         self._images_left, self._time_left, self._evaluation_seconds = images_left, TimeLeft(), 0.0
 
@@ -72,10 +75,14 @@ class RunLogger:
             probabilities: float (N, C).
         """
         metrics, split = measure(labels, probabilities, self.classes), row["split"]
-        scores = {f"{split}/loss": metrics.log_loss, f"{split}/accuracy": metrics.accuracy}
+        scores: dict[str, float | None] = {
+            f"{split}/loss": metrics.log_loss,
+            f"{split}/accuracy": metrics.accuracy,
+            **{f"{split}/{n}": value for n, value in measure_custom(self.metrics, probabilities, labels).items()},
+        }
         logged = {name: row[name] for name in ("step", "epoch", "split", "image_size")}
         self.write_row({"kind": "evaluation", **logged, **scores})
-        self.tracker.log(scores, step=row["step"])
+        self.tracker.log({name: value for name, value in scores.items() if value is not None}, step=row["step"])
         self._time_left.add("evaluate", row["image_size"], self._evaluation_seconds / len(labels))
         self.console.evaluation({**row, **scores})
 

@@ -70,6 +70,7 @@ class Summary(BaseModel):
     save_seconds: FiniteFloat | None = None
     peak_memory_gb: FiniteFloat | None = None
     images_per_second: FiniteFloat | None = None
+    model: str | None = None
     parameters: NonNegativeInt | None = None
     checkpoint: EvaluatedCheckpoint | None = None
     data: Data | None = None
@@ -85,6 +86,8 @@ class Layer(BaseModel):
     output_shape: list[NonNegativeInt]
     """Of one image: channels, height, width."""
     parameters: NonNegativeInt
+    flops: NonNegativeInt = 0
+    """Of one image's forward pass."""
 
 
 # A line of ``log.jsonl``.

@@ -253,8 +253,13 @@ class AccelerateTracker(BackgroundTracker):
     def log_results(
         self, summary: Mapping[str, Any], figures: Mapping[str, Path], tables: Mapping[str, Table], step: int
     ) -> None:
-        scored = [split for split in ("val", "test") if split in summary]
-        self.log({f"result/{split}_accuracy": summary[split]["accuracy"] for split in scored}, step)
+        values = {
+            f"result/{split}_{name}": value
+            for split in ("val", "test")
+            if (scores := summary.get(split))
+            for name, value in [("accuracy", scores["accuracy"]), *scores.get("custom", {}).items()]
+        }
+        self.log({name: value for name, value in values.items() if value is not None}, step)
         for name, path in figures.items():
             if self.name == "tensorboard":
                 image = {name: np.asarray(Image.open(path).convert("RGB"))[None]}

@@ -12,6 +12,7 @@ every augmentation are functions of (seed, step).
 
 import hashlib
 import json
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -26,10 +27,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mnistm_dist.config import LEARNING, Config, fields_of
-from mnistm_dist.errors import UserError, os_error_reason
-from mnistm_dist.files import fsync_path, write_atomic
+from mnistm_dist.errors import UserError, near_path, os_error_reason
+from mnistm_dist.files import explain_os_errors, fsync_path, write_atomic
 from mnistm_dist.training.environment import device_name
-from mnistm_dist.training.run_dir import RUN_FILES
+from mnistm_dist.training.run_dir import RUN_FILES, read_summary, require_run
 from mnistm_dist.training.train_state import Record, TrainingHistory, TrainState
 
 FORMAT: Literal[1] = 1
@@ -134,7 +135,7 @@ def restore(checkpoint: Checkpoint, state: TrainState) -> None:
     Raise `UserError` if the checkpoint is of another model.
     """
     path = checkpoint.path
-    tensors = _load_tensors(path / TRAINING)
+    tensors = load_tensors(path / TRAINING)
     load_model(path, state.eval_model)
     if state.ema is not None:
         weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
@@ -148,7 +149,8 @@ def restore(checkpoint: Checkpoint, state: TrainState) -> None:
             if key.startswith(prefix):
                 if value.shape not in (parameter.shape, ()):
                     raise UserError(f"checkpoint {path}: {key} has the shape {tuple(value.shape)}: another model's")
-                if value.shape == parameter.shape:
+                # A step is a scalar on the CPU, also of a parameter that is a scalar.
+                if value.shape == parameter.shape and not key.endswith(".step"):
                     # In the parameter's memory format, as the optimizer created it: other strides are slower.
                     value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
                 optimizer_state.setdefault(index, {})[key.removeprefix(prefix)] = value
@@ -222,12 +224,63 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path=path, step=document.step, scalars=document.scalars, run_files=document.run_files)
 
 
+def choose_checkpoint(run_dir: Path, which: str, *, has_test: bool) -> tuple[Checkpoint, dict[str, Any]]:
+    """Return a checkpoint and the entry ``checkpoint`` of ``summary.json``.
+
+    ``which`` is best, last, a path, or chosen: the best on val if there is a test split to give an unbiased result,
+    else the last. Raise `UserError` if there is no such checkpoint.
+    """
+    if which == "chosen" and (run_dir / MODEL).exists():
+        # A folder of `export --to hub`.
+        which = str(run_dir)
+    if which not in ("best", "last", "chosen"):
+        checkpoint, chosen = open_checkpoint(Path(which)), "named"
+    else:
+        warnings: list[str] = []
+        last = latest(run_dir, warnings.append)
+        if last is None:
+            reason = f" ({warnings[0]})" if warnings else ""
+            raise UserError(
+                f"{run_dir}: no complete checkpoint{reason}; train with --resume {shlex.quote(str(run_dir))}"
+            )
+        checkpoint, chosen, best = last, "last", last.scalars.history.best
+        if which == "best" and best is None:
+            raise UserError(
+                f"{run_dir}: val was never evaluated, so there is no best checkpoint; use --checkpoint last"
+            )
+        if best is not None and (which == "best" or (which == "chosen" and has_test)):
+            chosen = "best on val"
+            if best.step != last.step:
+                checkpoint = open_checkpoint(checkpoint_dir(run_dir, best.step))
+    entry = {
+        "step": checkpoint.step,
+        "chosen": chosen,
+        "averaged": checkpoint.scalars.averaged,
+        "image_size": checkpoint.scalars.image_size,
+    }
+    return checkpoint, entry
+
+
+def find_weights(source: str) -> tuple[Path, str]:
+    """Return the file with the weights of a run's result, or the file itself, and its sha256. Raise `UserError`."""
+    path = Path(source)
+    if path.is_dir():
+        require_run(path)
+        checkpoint, _ = choose_checkpoint(path, "chosen", has_test="test" in read_summary(path))
+        path = checkpoint.path / MODEL
+    with explain_os_errors(
+        f"init_from {path}", verb="read", advice=f"name a run or a .safetensors file{near_path(path)}"
+    ):
+        return path, _digest(path).sha256
+
+
 def load_model(path: Path, model: nn.Module) -> None:
     """Load the weights of a checkpoint into ``model``. Raise `UserError` if they are another model's."""
-    _load_weights(model, _load_tensors(path / MODEL), path)
+    _load_weights(model, load_tensors(path / MODEL), path)
 
 
-def _load_tensors(path: Path) -> dict[str, Tensor]:
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file, on the CPU. Raise `UserError` if it cannot be read."""
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
@@ -254,8 +307,12 @@ def _load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> N
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> Digest:
-    # safetensors refuses channels_last tensors; contiguous copies resume bit for bit.
-    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
+    # safetensors refuses channels_last tensors, and tensors that share memory; contiguous copies resume bit for bit.
+    copies = {
+        name: value.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
+        for name, value in tensors.items()
+    }
+    save_file(copies, path)
     fsync_path(path)
     return _digest(path)
 

@@ -67,6 +67,8 @@ def predict_split(
     gathered = world.gather_on_main(_predict(world, model, preprocess, reader, image_size, progress))
     if gathered is None:
         return None
+    # A rank may have had no batch.
+    gathered = [arrays for arrays in gathered if len(arrays[0])]
     ids, labels, probabilities = (np.concatenate(parts) for parts in zip(*gathered, strict=True))
     order = np.argsort(ids, kind="stable")
     assert np.array_equal(ids[order], np.arange(reader.size)), "evaluation did not see each sample exactly once"
@@ -94,8 +96,7 @@ def _predict(
             progress(min(done * world.size, reader.size), reader.size)
     model.train(was_training)
     if not outputs:
-        num_classes = len(list(model.parameters())[-1])
-        return np.empty(0, np.int64), np.empty(0, np.int64), np.empty((0, num_classes), np.float32)
+        return np.empty(0), np.empty(0), np.empty(0)
     return np.concatenate(ids), world.fetch(torch.cat(labels)).numpy(), world.fetch(torch.cat(outputs)).numpy()
 
 

@@ -1,10 +1,23 @@
-"""The model: ResNet18 without layer3 and layer4, with a small MLP head. 692,106 parameters for 10 classes."""
+"""Models: a ResNet18 without layer3 and layer4 (692,106 parameters for 10 classes), torchvision's, and your own."""
 
-from typing import Any
+import difflib
+import importlib
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
+
+from mnistm_dist.config import DEFAULT_MODEL
+from mnistm_dist.errors import UserError, did_you_mean
+
+# Returns a model of so many classes: float (B, 3, H, W) to logits, float (B, classes).
+ModelFunction = Callable[[int], nn.Module]
 
 
 class PrunedResNet18(nn.Module):
@@ -35,12 +48,77 @@ class PrunedResNet18(nn.Module):
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
 
-def create_model(num_classes: int, seed: int) -> PrunedResNet18:
-    """Return the model; its initial weights depend on ``seed`` alone, and the global random state is not changed."""
-    with torch.random.fork_rng(devices=[]):
+def create_model(num_classes: int, seed: int, name: str = DEFAULT_MODEL) -> nn.Module:
+    """Return a model; its initial weights depend on ``seed`` alone, and the global random state is not changed.
+
+    ``name``: as ``--model``. Raise `UserError` if there is no such model, or its function fails.
+    """
+    function = find_model(name)
+    with torch.random.fork_rng(devices=[]), failures_of(f"model {name}: cannot be created"):
         # torch.manual_seed would also seed the GPUs.
         torch.default_generator.manual_seed(seed)
-        return PrunedResNet18(num_classes)
+        model = function(num_classes)
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model {name}: the function returned {type(model).__name__}; it should be a torch.nn.Module")
+    parameters = list(model.parameters())
+    if not any(p.requires_grad for p in parameters) or any(map(nn.parameter.is_lazy, parameters)):
+        raise UserError(f"model {name}: no parameter to train, or a lazy one; should have parameters of known shapes")
+    return model
+
+
+def find_model(name: str) -> ModelFunction:
+    """Return the function that creates a model of that name. Raise `UserError` if there is none."""
+    if name == DEFAULT_MODEL:
+        return PrunedResNet18
+    origin, colon, function_name = name.partition(":")
+    # Without this argument it lists detection models, too, whose backbones would be downloaded.
+    known = torchvision.models.list_models(module=torchvision.models)
+    if origin == "torchvision" and function_name in known:
+        return lambda num_classes: torchvision.models.get_model(function_name, num_classes=num_classes)
+    if not colon or origin == "torchvision":
+        names = {DEFAULT_MODEL: DEFAULT_MODEL, **{one: f"torchvision:{one}" for one in known}}
+        close = difflib.get_close_matches(function_name or name, names, 1)
+        hint = f" (did you mean {names[close[0]]}?)" if close else ""
+        raise UserError(f"model {name}: unknown{hint}; use {DEFAULT_MODEL}, torchvision:NAME or module:function")
+    folder = Path.cwd()
+    if str(folder) not in sys.path:
+        # As with python -m; the command mnistm-dist and scripts in other folders do not have it.
+        sys.path.insert(0, str(folder))
+    near = did_you_mean(origin, {path.stem for path in folder.glob("*.py")} - {origin})
+    with failures_of(f"model {name}: cannot be imported from {folder}{near}"):
+        module = importlib.import_module(origin)
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        near_name = did_you_mean(function_name, vars(module))
+        raise UserError(f"model {name}: {origin} has no function {function_name}{near_name}; name one of its")
+    return function
+
+
+def name_of(function: ModelFunction) -> str:
+    """Return the name by which `find_model` finds a function. Raise `UserError` if it cannot be imported by name."""
+    module, name = getattr(function, "__module__", "__main__"), getattr(function, "__qualname__", "")
+    if module == "__main__" or getattr(sys.modules[module], name, None) is not function:
+        raise UserError(
+            f"model: {function!r:.100} cannot be imported by its name, and a resume must build it again; define it at "
+            "the top level of a module of its own, such as my_models.py, and pass my_models.net or 'my_models:net'"
+        )
+    return f"{module}:{name}"
+
+
+@contextmanager
+def failures_of(subject: str) -> Iterator[None]:
+    """Turn what a model's own code raises into a `UserError` that names the line: ``SUBJECT: ...``."""
+    try:
+        yield
+    except (
+        *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError),
+        *(RuntimeError, SyntaxError, TypeError, ValueError),
+    ) as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"{subject}: {type(error).__name__}: {reason} ({Path(last.filename).name}, line {last.lineno})"
+        ) from error
 
 
 def to_device(model: nn.Module, device: torch.device, memory_format: str) -> nn.Module:
@@ -52,27 +130,3 @@ def to_device(model: nn.Module, device: torch.device, memory_format: str) -> nn.
 def count_parameters(model: nn.Module) -> int:
     """Return the number of trainable parameters."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-
-
-def architecture(model: nn.Module, image_size: int) -> list[dict[str, Any]]:
-    """Return a row for every leaf layer, in call order: name, layer, output_shape (without the batch), parameters."""
-    rows: list[dict[str, Any]] = []
-
-    def record(name: str) -> Any:
-        def hook(module: nn.Module, _inputs: Any, output: Tensor) -> None:
-            shape, parameters = list(output.shape[1:]), count_parameters(module)
-            rows.append({"name": name, "layer": repr(module), "output_shape": shape, "parameters": parameters})
-
-        return hook
-
-    leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
-    handles = [module.register_forward_hook(record(name)) for name, module in leaves]
-    was_training, parameter = model.training, next(model.parameters())
-    try:
-        with torch.no_grad():
-            model.eval()(torch.zeros(1, 3, image_size, image_size, device=parameter.device, dtype=parameter.dtype))
-    finally:
-        model.train(was_training)
-        for handle in handles:
-            handle.remove()
-    return rows

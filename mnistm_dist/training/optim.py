@@ -134,22 +134,25 @@ class WeightAverage:
     """Exponential moving average of the parameters and buffers of a model, on the model's device.
 
     Once per step, ``average = decay * average + (1 - decay) * value``, with decay_t = min(decay, (1 + t) / (10 + t)) so
-    that the initial weights fade (as TensorFlow's ExponentialMovingAverage). Integer buffers are copied.
+    that the initial weights fade (as TensorFlow's ExponentialMovingAverage). Integer buffers are copied, and those that
+    begin with an infinite value, such as the mask of an attention.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
+        tensors = _tensors(model)
+        self._averaged = [i for i, value in enumerate(tensors) if value.is_floating_point() and value.isfinite().all()]
+        self._copied = sorted(set(range(len(tensors))) - set(self._averaged))
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """Add the weights after ``step`` (from 0)."""
         decay = min(self.decay, (1 + step) / (10 + step))
         averages, values = _tensors(self.model), _tensors(model)
-        floats = [i for i, value in enumerate(values) if value.is_floating_point()]
-        torch._foreach_lerp_([averages[i] for i in floats], [values[i] for i in floats], 1 - decay)
-        others = [i for i, value in enumerate(values) if not value.is_floating_point()]
-        torch._foreach_copy_([averages[i] for i in others], [values[i] for i in others])
+        torch._foreach_lerp_([averages[i] for i in self._averaged], [values[i] for i in self._averaged], 1 - decay)
+        if self._copied:
+            torch._foreach_copy_([averages[i] for i in self._copied], [values[i] for i in self._copied])
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:

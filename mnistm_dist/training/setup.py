@@ -31,7 +31,6 @@ from mnistm_dist.training.checkpoint import Checkpoint
 from mnistm_dist.training.distributed import World
 from mnistm_dist.training.environment import DECIDES_BITS, describe_environment
 from mnistm_dist.training.hardware import check_compile, check_cuda_graph
-from mnistm_dist.training.models import architecture
 from mnistm_dist.training.run_dir import ARCHITECTURE_NAME, CONFIG_NAME, ENVIRONMENT_NAME, RunDir
 from mnistm_dist.training.schedule import Schedule
 from mnistm_dist.training.train_state import TrainState
@@ -186,6 +185,7 @@ def resolve(config: Config, world: World, manifest: Manifest) -> Config:
         config.data, manifest, batch_size=batch_size, world_size=1 if reproducible else world.size
     )
     memory_format, shards = config.machine.memory_format, config.data.shards or str(SAMPLE)
+    init_from, init_sha256 = config.network.init_from, config.network.init_sha256
     return replace(
         config,
         # Absolute: a resume, an evaluation and a plan find it from another folder, too.
@@ -194,6 +194,7 @@ def resolve(config: Config, world: World, manifest: Manifest) -> Config:
         reader=reader,
         shuffle_streams=streams,
         micro_batch=micro_batch,
+        init_sha256=init_sha256 or (init_from and checkpoints.find_weights(init_from)[1]),
         precision=world.precision,
         threads=world.threads,
         memory_format="channels_last" if memory_format == "auto" else memory_format,
@@ -250,7 +251,7 @@ def write_start(
         environment = describe_environment(run.world, argv)
         run_dir.write(CONFIG_NAME, dump(run.config))
         run_dir.write(ENVIRONMENT_NAME, environment)
-        run_dir.write(ARCHITECTURE_NAME, architecture(state.model, max(run.config.steps.image_size)))
+        run_dir.write(ARCHITECTURE_NAME, list(state.layers))
         run_dir.set_state("running")
         facts = {name: environment[name] for name in DECIDES_BITS}
         run_dir.log({"kind": "resume" if resumed else "start", "step": state.steps_done, **facts})

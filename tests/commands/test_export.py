@@ -59,11 +59,11 @@ def test_an_export_is_one_file_without_paths_of_this_machine(exported, trained_r
         assert path.encode() not in content
 
 
-def test_the_exported_file_holds_classes_image_size_and_step(exported, trained_run):
+def test_the_exported_file_holds_classes_sizes_and_step(exported, trained_run):
     import onnx
 
     model = load_model(trained_run)
-    about = {"classes": list(model.classes), "image_size": 32, "step": model.step}
+    about = {"classes": list(model.classes), "image_size": 32, "step": model.step, "resize": None}
     extra = {ABOUT: ""}
     torch.export.load(exported["torch"], extra_files=extra)
     assert json.loads(extra[ABOUT]) == about

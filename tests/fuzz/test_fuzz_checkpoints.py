@@ -17,8 +17,8 @@ from torch.nn import functional
 from mnistm_dist import config
 from mnistm_dist.config import OptimConfig
 from mnistm_dist.inference import load_model
-from mnistm_dist.results import choose_checkpoint
 from mnistm_dist.training import checkpoint as checkpoints
+from mnistm_dist.training.checkpoint import choose_checkpoint
 from mnistm_dist.training.models import create_model
 from mnistm_dist.training.optim import create_optimizer
 from mnistm_dist.training.train_state import BestEvaluation, TrainingHistory, TrainState

@@ -193,10 +193,10 @@ def test_in_bf16_the_model_is_the_same_bytes_on_one_two_and_three_processes(trai
 
 
 def test_a_model_with_dropout_is_the_same_bytes_on_any_processes_and_after_a_resume(trained):
-    dropout = {"before": "injected:add_dropout"}
-    runs = [trained(world_size, *QUICK, **dropout) for world_size in (1, 3)]
-    cut = trained(2, *QUICK, "--max-steps", 2, name="cut", **dropout)
-    cut = trained(2, "--resume", cut / "checkpoints" / "step-00000002", "--max-steps", 5, name="cut", **dropout)
+    dropout = ("--model", "own_models:with_dropout")
+    runs = [trained(world_size, *QUICK, *dropout) for world_size in (1, 3)]
+    cut = trained(2, *QUICK, *dropout, "--max-steps", 2, name="cut")
+    cut = trained(2, "--resume", cut / "checkpoints" / "step-00000002", "--max-steps", 5, name="cut")
     assert len({model_of(run) for run in (*runs, cut)}) == 1
     assert model_of(trained(1, *QUICK, name="without")) != model_of(runs[0])
 

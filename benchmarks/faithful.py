@@ -25,6 +25,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -104,11 +105,16 @@ def run_rank(tool: type[Tool], job: Launch, data: Path, folder: Path, rank: int,
     sizes = {"WORLD_SIZE": job.world_size, "LOCAL_WORLD_SIZE": job.world_size, "RANK": rank, "LOCAL_RANK": rank}
     os.environ.update({name: str(value) for name, value in {**sizes, "MASTER_PORT": port}.items()})
     os.environ["MASTER_ADDR"] = "127.0.0.1"
+    # The lock files of a tool, too, are removed with the folder of the launch.
+    tempfile.tempdir = str(folder)
     timeout = datetime.timedelta(seconds=COLLECTIVE_TIMEOUT if job.lockstep else TIMEOUT)
     states = data / f"states-{job.resume or job.world_size}"
     with (folder / f"rank-{rank}.jsonl").open("w", buffering=1) as file:
         try:
             dist.init_process_group("gloo", timeout=timeout)
+            if rank == 0:
+                tool.clean(data)
+            dist.barrier()
             user = tool(data, rank, job.world_size)
             if job.resume:
                 user.load_from(states)
@@ -172,6 +178,8 @@ def measure(tool: type[Tool], ranks: Sequence[int], folder: Path) -> None:
     """Ask all questions of a tool in a process of its own, and write the rows to ``folder/rows.json``."""
     log_to(folder / "log.txt")
     torch.set_num_threads(1)
+    # One for all launches: that of a rank would be killed with it, in the middle of its work.
+    resource_tracker.ensure_running()
     for module in tool.modules:
         importlib.import_module(module)
     data, launches = folder / "data", count()
@@ -183,6 +191,7 @@ def measure(tool: type[Tool], ranks: Sequence[int], folder: Path) -> None:
     assert writing.exitcode == 0, "the samples could not be written"
     answers = ask(tool, lambda job: launch(tool, job, data, folder / f"launch-{next(launches)}"), ranks)
     rows = [{"question": question, "ranks": world_size, **vars(answer)} for question, world_size, answer in answers]
+    tool.clean(data)
     (folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
 
 
@@ -263,8 +272,11 @@ def print_answers(result: dict[str, Any]) -> None:
         limited = [row for row in rows if row["note"] or row["answer"] != "yes"]
         for question in dict.fromkeys(row["question"] for row in limited):
             asked = [row for row in limited if row["question"] == question]
-            texts = (f"{row['ranks']} ranks: {describe(row['counts'])}" for row in asked if row["counts"])
-            console.print(Padding(f"{question}, {'; '.join(texts)}", (0, 0, 0, 2)))
+            ranks_of: dict[str, list[str]] = {}
+            for row in asked:
+                ranks_of.setdefault(describe(row["counts"]), []).append(label(row))
+            texts = (f"{text} ({', '.join(ranks)} ranks)" for text, ranks in ranks_of.items() if text)
+            console.print(Padding(f"{question}: {'; '.join(texts)}", (0, 0, 0, 2)))
             for note in dict.fromkeys(row["note"] for row in asked if row["note"]):
                 console.print(Padding(note, (0, 0, 0, 4)))
     console.print()
@@ -273,8 +285,14 @@ def print_answers(result: dict[str, Any]) -> None:
             console.print(f"{name}: {value}", soft_wrap=True)
 
 
+def label(row: dict[str, Any]) -> str:
+    """Return the number of ranks of a row, and on how many others a run was resumed."""
+    other = row["counts"].get("ranks_at_the_resume", row["ranks"])
+    return f"{row['ranks']} to {other}" if other != row["ranks"] else str(other)
+
+
 def describe(counts: dict[str, Any]) -> str:
     """Return counts as text, without zeros."""
-    left = dict(counts)
+    left = {name: value for name, value in counts.items() if name != "ranks_at_the_resume"}
     texts = [f"{left.pop('equal_steps')} of {left.pop('steps')} steps equal"] if "steps" in left else []
     return ", ".join(texts + [f"{value} {name.replace('_', ' ')}" for name, value in left.items() if value])

@@ -63,6 +63,10 @@ class Tool:
     def write(cls, data: Path) -> None:
         """Write the samples in the tool's format, for those that read files."""
 
+    @classmethod
+    def clean(cls, data: Path) -> None:
+        """Remove what a killed launch has left outside ``data``."""
+
     def train(self) -> Iterator[Step]:
         """Yield this rank's steps, from the loaded state or from the beginning, up to the last epoch."""
         for epoch in range(self.epoch, EPOCHS):
@@ -314,10 +318,16 @@ class MosaicStreaming(Tool):
                 for sample in range(SAMPLES):
                     writer.write({"id": sample})
 
+    @classmethod
+    def clean(cls, data: Path) -> None:
+        # As clean_stale_shared_memory() of "FAQs and tips", but only what names this folder: other runs may be alive.
+        for names in Path("/dev/shm").glob("*_locals"):
+            if str(data).encode() in names.read_bytes():
+                for left in names.parent.glob(names.name.replace("locals", "*")):
+                    left.unlink()
+
     def __init__(self, *place: Any) -> None:
         super().__init__(*place)
-        # What a killed run leaves in shared memory (FAQs and tips).
-        importlib.import_module("streaming.base.util").clean_stale_shared_memory()
         self.loader = self.open("train", shuffle=True, shuffle_seed=SEED)
 
     def open(self, split: str, **options: Any) -> Any:

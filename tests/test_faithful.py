@@ -1,8 +1,10 @@
 """The judge of ``python -m benchmarks faithful`` finds what it looks for, and its launches kill, resume and hang."""
 
 import json
+import os
 from collections.abc import Iterator
 from itertools import count
+from pathlib import Path
 
 import pytest
 
@@ -22,7 +24,7 @@ from benchmarks.faithful_judge import (
     judge_resume,
     read_record,
 )
-from benchmarks.faithful_tools import BATCH, EPOCHS, SAMPLES, LitData, Ordered, Step, Tool
+from benchmarks.faithful_tools import BATCH, EPOCHS, SAMPLES, LitData, MosaicStreaming, Ordered, Step, Tool
 from benchmarks.options import Faithful
 from mnistm_dist.errors import UserError
 
@@ -155,6 +157,19 @@ def test_the_error_of_a_tool_is_its_answer(tmp_path):
     found = {question: answer for question, _, answer in answers}
     assert {question: answer.answer for question, answer in found.items()} == {"ends": "no", "once": "no"}
     assert found["once"].counts == {"error": "RuntimeError: no such shard"}
+
+
+def test_only_the_shared_memory_of_the_own_folder_is_removed(tmp_path):
+    own, other = (f"test{os.getpid()}{name}" for name in "ab")
+    names = [Path("/dev/shm") / f"{prefix}_{part}" for prefix in (own, other) for part in ("locals", "barrier")]
+    try:
+        for name in names:
+            name.write_bytes(f"{tmp_path if name.name.startswith(own) else '/elsewhere'}/train\0{0}".encode())
+        MosaicStreaming.clean(tmp_path)
+        assert [name.exists() for name in names] == [False, False, True, True]
+    finally:
+        for name in names:
+            name.unlink(missing_ok=True)
 
 
 @pytest.mark.slow

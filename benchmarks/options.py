@@ -43,13 +43,10 @@ Integers = Annotated[tuple[int, ...], comma_separated(int)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """Flags of every benchmark."""
+class Output:
+    """Flags of every command."""
 
-    shards: str = SAMPLE  # Packed set: a folder or an address. The bundled sample is packed if it is not there.
-    cache_dir: Path = field(default_factory=lambda: choose_cache_dir(None))  # Folder of decoded and fetched sets.
     json: Path | None = None  # Write the result to this file too.
-    threads: int = 0  # CPU threads of each process. 0: all cores.
 
     def __post_init__(self) -> None:
         """Raise `ValueError` for a value out of range, and for a result file that could not be written at the end."""
@@ -59,6 +56,15 @@ class Options:
                 raise ValueError(f"--{name.replace('_', '-')}: found {value}; use a number from {low} to {high}")
         if self.json and (self.json.is_dir() or not self.json.parent.is_dir()):
             raise ValueError(f"--json: {self.json} is not a file in an existing folder; create the folder first")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Output):
+    """Flags of every benchmark of speed."""
+
+    shards: str = SAMPLE  # Packed set: a folder or an address. The bundled sample is packed if it is not there.
+    cache_dir: Path = field(default_factory=lambda: choose_cache_dir(None))  # Folder of decoded and fetched sets.
+    threads: int = 0  # CPU threads of each process. 0: all cores.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,3 +135,18 @@ class Recipe(Options):
     seeds: Integers = (0,)  # Seeds of each recipe.
     to_end: bool = False  # Continue each training to its end after it has reached the accuracy.
     runs: Path = Path("runs/benchmarks")  # Folder of the run folders. Existing runs are continued.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Faithful(Output):
+    """Which samples do tools read: on several processes, after a kill, in evaluation?"""
+
+    only: Texts = ()  # Measure only the tools whose name contains one of these texts.
+    ranks: Integers = (1, 2, 3, 4)  # Numbers of processes. The batches of the first are the reference.
+
+    def __post_init__(self) -> None:
+        """Raise `ValueError` for a number of processes that is not measured."""
+        super().__post_init__()
+        for ranks in self.ranks:
+            if not 1 <= ranks <= 4:
+                raise ValueError(f"--ranks: found {ranks}; use numbers from 1 to 4")

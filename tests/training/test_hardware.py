@@ -128,12 +128,11 @@ def spin(seconds: float) -> None:
         pass
 
 
-def test_busy_cores_are_noticed_once(monkeypatch):
-    monkeypatch.setattr(hardware, "BUSY_SECONDS", 0.5)
+def test_busy_cores_are_noticed_once():
     allowed, core = os.sched_getaffinity(0), min(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {core})
     try:
-        watch = CoreWatch()
+        watch = CoreWatch(seconds=0.5)
         with subprocess.Popen([sys.executable, "-c", SPIN]) as other:
             time.sleep(0.3)
             assert watch.warning() is None
@@ -146,8 +145,7 @@ def test_busy_cores_are_noticed_once(monkeypatch):
         os.sched_setaffinity(0, allowed)
 
 
-def test_a_process_that_waits_for_something_else_does_not_blame_the_cores(monkeypatch):
-    monkeypatch.setattr(hardware, "BUSY_SECONDS", 0.5)
-    watch = CoreWatch()
+def test_a_process_that_waits_for_something_else_does_not_blame_the_cores():
+    watch = CoreWatch(seconds=0.5)
     time.sleep(0.6)
     assert watch.warning() is None

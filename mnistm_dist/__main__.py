@@ -26,7 +26,7 @@ def main() -> int:
     listing = "\n".join(f"  {command:<10}{text}" for command, text in COMMANDS.items())
     if name in ("-h", "--help"):
         print(f"usage: mnistm-dist COMMAND ...\n\n{listing}\n\nFor the flags of a command: mnistm-dist COMMAND --help")
-        print('To complete commands and flags in bash (or zsh, fish):\n  eval "$(mnistm-dist --completion bash)"')
+        print('To complete commands and flags in bash (or zsh, fish):\neval "$(mnistm-dist --completion bash)"')
     elif name == "--version":
         print(f"mnistm-dist {__version__}")
     elif name == "--completion":

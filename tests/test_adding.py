@@ -107,9 +107,9 @@ def metric(copy: Copy) -> None:
     copy.replace(file, r"^(    def to_json)", rf"{formula}\1")
     field = '            "balanced_accuracy": self.balanced_accuracy,\n'
     copy.replace(file, r'^(            "accuracy": self\.accuracy,\n)', rf"\1{field}")
-    tile = 'tiles.append((percent(metrics.balanced_accuracy), f"{SPLIT_NAMES[split]} balanced accuracy"))\n'
-    anchor = r"^( +)(tiles\.append\(\(percent\(metrics\.accuracy\).*\n)"
-    copy.replace("reporting/html.py", anchor, rf"\1\2\1{tile}")
+    tile = '{{ tile(split.metrics.balanced_accuracy|percent, split.name ~ " balanced accuracy") }}\n'
+    anchor = r"^(\{\{ tile\(split\.metrics\.accuracy\|percent.*\n)"
+    copy.replace("reporting/templates/run.html.j2", anchor, rf"\1{tile}")
 
 
 LOADER = '''def load_safetensors(file: Path) -> Arrays:

@@ -159,7 +159,7 @@ def added(tmp_path: Path) -> Callable[[str], Copy]:
         shutil.copytree(ROOT / "mnistm_dist", copy.root / "mnistm_dist")
         ADDITIONS[what](copy)
         files = dict(TABLE.findall((ROOT / "CONTRIBUTING.md").read_text()))[what]
-        named = {name.removeprefix("mnistm_dist/") for name in re.findall(r"`([\w/]+\.(?:py|yaml))`", files)}
+        named = {name.removeprefix("mnistm_dist/") for name in re.findall(r"`([\w/.]+\.(?:py|yaml|j2))`", files)}
         kind = {re.sub(r"(recipes|sources)/(taste|keras|named)\.", r"\1/NAME.", file) for file in copy.touched}
         assert kind == named
         assert len(named) <= 2

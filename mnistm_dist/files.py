@@ -11,6 +11,10 @@ from typing import TypeVar
 
 from mnistm_dist.errors import UserError, os_error_reason
 
+# The first bytes of what Git leaves in place of a large file that it has not fetched (Git LFS, pointer specification).
+GIT_LFS_START = b"version https://git-lfs"
+# What to do about it: the end of an error message.
+GIT_LFS_ADVICE = "a Git LFS pointer in place of the file; fetch it with git lfs pull"
 AnyPath = TypeVar("AnyPath", str, Path)
 
 
@@ -23,6 +27,12 @@ def explain_os_errors(
         yield
     except OSError as error:
         raise UserError(f"{subject}: cannot be {verb} ({os_error_reason(error)}); {advice}") from error
+
+
+def refuse_pointer(origin: str, start: bytes) -> None:
+    """Raise `UserError` if a file starts as a Git LFS pointer."""
+    if start.startswith(GIT_LFS_START):
+        raise UserError(f"{origin}: {GIT_LFS_ADVICE}")
 
 
 def local_path(path: AnyPath) -> AnyPath:

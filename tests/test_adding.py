@@ -125,15 +125,17 @@ LOADER = '''def load_safetensors(file: Path) -> Arrays:
 def layout(copy: Copy) -> None:
     """Arrays in a safetensors file."""
     file = "data/sources/data_files.py"
-    copy.replace(file, r"^(def load_idx\()", rf"{LOADER}\1")
+    copy.replace(file, r"^(def _flatten\()", rf"{LOADER}\1")
     copy.replace(
-        file, r"^(    \"idx\": \(load_idx, .*\n)", r'\1    "safetensors": (load_safetensors, "named arrays"),' + "\n"
+        file, r"^(    \"idx\": \(lambda .*\n)", r'\1    "safetensors": (load_safetensors, "named arrays"),' + "\n"
     )
     file = "data/sources/catalog.py"
     copy.replace(
         file, r"^(    \"pickle\": \"a dict .*\n)", r'\1    "safetensors": "x_train, y_train, x_test, y_test",' + "\n"
     )
-    copy.replace(file, r"^(    \"npz\": \(\"\.npz\",\),\n)", r'\1    "safetensors": (".safetensors",),' + "\n")
+    copy.replace(
+        file, r"^(    \"npz\": \(\(\), \(\"\.npz\",\)\),\n)", r'\1    "safetensors": ((), (".safetensors",)),' + "\n"
+    )
 
 
 ADDITIONS: dict[str, Callable[[Copy], None]] = {

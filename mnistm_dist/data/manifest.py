@@ -24,6 +24,7 @@ from pydantic import (
 from mnistm_dist.data.image_io import MAX_SIDE, explain_decode_errors
 from mnistm_dist.data.sources.base import MAX_CLASSES, SPLITS
 from mnistm_dist.errors import UserError, escape_control
+from mnistm_dist.files import refuse_pointer
 
 MANIFEST_NAME = "manifest.json"
 # Version of the format. A reader accepts only its own.
@@ -156,6 +157,7 @@ def render(manifest: Manifest) -> str:
 
 def parse(data: bytes, where: str) -> Manifest:
     """Read and validate the bytes of a ``manifest.json``; ``where`` names the file in messages. Raises `UserError`."""
+    refuse_pointer(where, data)
     try:
         content = TypeAdapter(dict[str, Any]).validate_json(data)
         identity = content.pop("identity", None)

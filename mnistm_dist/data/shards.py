@@ -28,7 +28,7 @@ from mnistm_dist.data.image_io import decode_png
 from mnistm_dist.data.manifest import MANIFEST_NAME, REPAIR, Manifest, SetFile, Sha256, Split, open_index, parse
 from mnistm_dist.data.parallel import Progress, available_cores
 from mnistm_dist.errors import UserError, near_path, os_error_reason
-from mnistm_dist.files import explain_os_errors, write_atomic
+from mnistm_dist.files import GIT_LFS_ADVICE, GIT_LFS_START, explain_os_errors, write_atomic
 
 # Status of a file: as claimed, shorter than claimed, other bytes than claimed, not there, or extra: a tar or index that
 # the manifest does not list, but a reader that takes all tars would take.
@@ -228,6 +228,9 @@ def examine(path: Path, claim: SetFile, record: Record) -> Finding:
         elif state.st_size != claim.size:
             status = TRUNCATED if state.st_size < claim.size else CHANGED
             detail = f"{state.st_size:,} bytes instead of {claim.size:,}"
+            with path.open("rb") as file:
+                if file.read(len(GIT_LFS_START)) == GIT_LFS_START:
+                    detail = GIT_LFS_ADVICE
         elif record.get(key) != (stamp, claim.sha256):
             old_enough = time.time_ns() - state.st_ctime_ns > _MIN_AGE_NS
             with path.open("rb", buffering=0) as file:

@@ -258,7 +258,6 @@ UNKNOWN: dict[str, tuple[Callable[[Path], object], str]] = {
     "a RAR archive": (lambda path: path.write_bytes(b"Rar!\x1a\x07"), "unpack it with unrar x FILE"),
     "zstd": (lambda path: write_folder(path, {"mnist_m.tar.zst": b"\x28\xb5\x2f\xfd"}), "unpack it with zstd -d FILE"),
     "a pipe": (os.mkfifo, "found neither a file nor a folder"),
-    "MATLAB 7.3": (lambda path: path.write_bytes(b"MATLAB 7.3 MAT-file".ljust(512)), "save it with -v7"),
 }
 
 

@@ -63,17 +63,20 @@ def test_matlab_arrays_are_read_as_scipy_reads_them(tmp_path, compressed):
         "empty": np.zeros((0, 3)),
         "a_name_that_is_longer_than_most": np.uint16([[1, 2, 3]]),
     }
+    texts = {"names": np.array(["cat", "dög"], dtype=object), "text": "hällo", "padded": np.array(["a", "bc"])}
     others = {
-        "text": "x",
         "complex": np.array([1 + 2j]),
         "cell": np.array([[1], ["a"]], dtype=object),
         "struct": {"q": 1},
     }
     file = tmp_path / "set.mat"
-    savemat(file, arrays | others, do_compression=compressed)
+    savemat(file, arrays | texts | others, do_compression=compressed)
     result, expected = read_mat(file), loadmat(file)
-    assert set(result) == set(arrays)
-    for name, array in result.items():
+    assert {name for name, array in result.items() if array is None} == set(others)
+    for name, text in texts.items():
+        assert result[name].tolist() == np.atleast_1d(text).tolist()
+    for name in arrays:
+        array = result[name]
         assert array.dtype == expected[name].dtype
         np.testing.assert_array_equal(array, expected[name])
 

@@ -24,12 +24,15 @@ def rename(files: Files) -> None:
 
 
 OFFICIAL_DAMAGE: dict[str, tuple[Callable[[Files], object], str]] = {
-    "no labels": (lambda files: files.pop(LABELS), "mnist_m_train: no labels; put mnist_m_train_labels.txt beside it"),
+    "no labels": (lambda files: files.pop(LABELS), "mnist_m_train_labels.txt; add its line, or that file"),
     "a missing image": (lambda files: files.pop(IMAGE), "line 4: 00000003.png: no such image"),
     "a renamed image": (rename, "line 4: 00000003.png: no such image"),
     "a missing label": (relabel(lambda lines: lines[:3] + lines[4:]), "00000003.png: no label in "),
     "too many labels": (relabel(lambda lines: [*lines, "00000099.png 1"]), "line 41: 00000099.png: no such image"),
-    "a label twice": (relabel(lambda lines: [*lines, lines[3]]), "line 41: 00000003.png is labelled twice"),
+    "a label twice": (
+        relabel(lambda lines: [*lines, lines[3]]),
+        "00000003.png is labelled twice",
+    ),
     "a label of 10": (
         relabel(lambda lines: [*lines[:-1], "00000039.png 10"]),
         "line 40: label '10'; accepted are 0 to 9",
@@ -77,7 +80,10 @@ CSV_DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "a missing cell": (lambda text: text + b"train00001.png\r\n", "line 42: expected 2 values"),
     "too many cells": (lambda text: text + b"train00001.png,1,2\r\n", "line 42: expected 2 values"),
     "a missing image": (lambda text: text + b"gone.png,1\r\n", "line 42: gone.png: no such image"),
-    "an image twice": (lambda text: text + b"train00001.png,1\r\n", "line 42: train00001.png is labelled twice"),
+    "an image twice": (
+        lambda text: text + b"train00001.png,1\r\n",
+        "/train00001.png is labelled twice",
+    ),
     "an image in two splits": (lambda text: text + b"val00001.png,1\r\n", "val00001.png is labelled twice"),
     "an empty label": (lambda text: text[:-3] + b"\r\n", "row 40 has an empty label"),
     "no CSV": (lambda text: text + b'"unclosed', "train.csv: damaged or not CSV"),

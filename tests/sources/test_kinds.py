@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import tarfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from layouts import Files, noise, refusal, write_folder, write_mnist, write_tar, write_zip
+from layouts import Files, noise, refusal, write_folder, write_mnist, write_parquet, write_tar, write_zip
 from PIL import Image
 
 from mnistm_dist.data.image_io import encode_png
@@ -266,3 +268,136 @@ def test_a_train_file_and_a_file_without_a_split_are_refused(tmp_path: Path) -> 
     for name in ("set_train_images", "set_train_labels", "set_images", "set_labels"):
         np.save(tmp_path / f"{name}.npy", IMAGES if "images" in name else LABELS)
     assert "not train, val or test, but other images of" in refusal(tmp_path)
+
+
+def class_files(split: str, prefix: str = "") -> Files:
+    part = PARTS[split]
+    return {
+        f"{prefix}{label}/{number}.png": encode_png(image)
+        for number, (image, label) in enumerate(zip(part.images, part.labels, strict=True))
+    }
+
+
+COUNTS = {"train": 40, "val": 10, "test": 12}
+IN_ARCHIVES = {
+    "archives in folders of splits": lambda folder, split: (f"{split}/images.zip", class_files(split)),
+    "archives named by splits": lambda folder, split: (f"{split}.zip", class_files(split)),
+    "a folder of the same name in an archive": lambda folder, split: (f"{split}.zip", class_files(split, f"{split}/")),
+    "another name around it": lambda folder, split: (f"pets_{split}.zip", class_files(split, f"pets/{split}/")),
+}
+
+
+@pytest.mark.parametrize("form", IN_ARCHIVES)
+def test_splits_are_named_by_archives_and_by_the_folders_around_and_in_them(tmp_path: Path, form: str) -> None:
+    for split in PARTS:
+        name, files = IN_ARCHIVES[form](tmp_path, split)
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_zip(tmp_path / name, files)
+    source = open_source(str(tmp_path))
+    assert (source.classes, source.counts) == (tuple("0123456789"), COUNTS)
+    assert sorted(labels_of(source, "val")) == sorted(map(str, PARTS["val"].labels))
+
+
+def test_shards_in_folders_of_splits_keep_their_splits(tmp_path: Path) -> None:
+    for split, count in (("train", 6), ("val", 4)):
+        (tmp_path / split).mkdir()
+        write_tar(tmp_path / split / "000000.tar", shard("cls", "CLASS", count), "w")
+    assert open_source(str(tmp_path)).counts == {"train": 6, "val": 4}
+
+
+def test_folders_of_splits_in_folders_of_classes_are_splits(tmp_path: Path) -> None:
+    files = {f"{animal}/{split}/{n}.png": PNG for animal in ("cat", "dog") for split in ("train", "test") for n in "12"}
+    source = open_source(str(write_folder(tmp_path, files)))
+    assert (source.classes, source.counts) == (("cat", "dog"), {"train": 4, "test": 4})
+
+
+def test_a_list_beside_an_archive_labels_its_images_and_its_other_columns_are_noted(tmp_path: Path) -> None:
+    write_zip(tmp_path / "images.zip", {f"images/{n}.png": encode_png(IMAGES[n]) for n in range(3)})
+    write_folder(tmp_path, {"labels.csv": b"image,label,weight\n2.png,a\n".replace(b",a", b",a,1")})
+    source = open_source(str(tmp_path))
+    assert (source.layout, labels_of(source)) == ("csv", ["a"])
+    notes = " ".join(source.notes)
+    for name in ("columns weight are left out", "images.zip/images/0.png"):
+        assert name in notes
+
+
+def test_an_image_beside_archives_does_not_disturb_them(tmp_path: Path) -> None:
+    write_zip(tmp_path / "pets.zip", class_files("train"))
+    write_folder(tmp_path, {"preview.png": PNG})
+    source = open_source(str(tmp_path))
+    assert (source.counts, source.notes) == ({"train": 40}, ("left out: preview.png",))
+
+
+def test_data_files_in_an_archive_are_read_after_they_were_opened(tmp_path: Path) -> None:
+    folder = write_parquet(tmp_path / "set", PARTS)
+    write_zip(tmp_path / "set.zip", {file.name: file.read_bytes() for file in folder.rglob("*.parquet")})
+    assert labels_of(open_source(str(tmp_path / "set.zip"))) == list(map(str, LABELS))
+
+
+@pytest.mark.parametrize("write", [write_zip, write_tar])
+def test_an_empty_folder_in_an_archive_is_noted(tmp_path: Path, write: Callable[[Path, Files], Path]) -> None:
+    path = write(tmp_path / "set", {"a/1.png": PNG, "b/2.png": PNG})
+    if write is write_zip:
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr("c/", b"")
+            archive.writestr("a/", b"")
+    else:
+        write_tar(path, {"a/1.png": PNG, "b/2.png": PNG}, "w")
+        with tarfile.open(path, "a") as tar:
+            for name in ("a", "c"):
+                member = tarfile.TarInfo(name)
+                member.type = tarfile.DIRTYPE
+                tar.addfile(member)
+    assert open_source(str(path)).notes == (f"left out: {path.name}/c/",)
+
+
+def test_a_column_of_splits_in_parquet_is_used(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    images = [{"bytes": PNG, "path": None}] * 3
+    columns = {"image": images, "label": [1, 0, 1], "split": ["train", "validation", "test"]}
+    pq.write_table(pa.table(columns), tmp_path / "all.parquet")
+    assert open_source(str(tmp_path)).counts == {"train": 1, "val": 1, "test": 1}
+    pq.write_table(pa.table({**columns, "split": ["train", "extra", "test"]}), tmp_path / "all.parquet")
+    assert "row 1: split 'extra'; accepted: train, val, test" in refusal(tmp_path)
+
+
+def test_class_names_and_whatever_else_is_in_a_file_of_arrays_are_used_or_noted(tmp_path: Path) -> None:
+    import h5py
+    from scipy.io import savemat
+
+    names, labels = ["cat", "dog"], LABELS % 2
+    savemat(
+        tmp_path / "a.mat", {"X": IMAGES, "y": labels, "classes": np.array(names, dtype=object), "note": {"by": "me"}}
+    )
+    content = {"images": IMAGES, "labels": labels.tolist(), "label_names": names, "note": 3, "more": [{"by": None}]}
+    (tmp_path / "b.pkl").write_bytes(pickle.dumps(content))
+    with h5py.File(tmp_path / "c.h5", "w") as file:
+        file["images"], file["labels"], file["list_classes"], file["note"] = IMAGES, labels, names, 3
+    for name in ("a.mat", "b.pkl", "c.h5"):
+        source = open_source(str(tmp_path / name))
+        assert source.classes == ("cat", "dog")
+        assert labels_of(source) == [names[label] for label in labels]
+        assert f"{name}: note is left out" in " ".join(source.notes)
+    assert "b.pkl: more/0/by is left out" in " ".join(open_source(str(tmp_path / "b.pkl")).notes)
+
+
+def test_labels_that_are_text_in_a_matlab_cell_name_the_classes(tmp_path: Path) -> None:
+    from scipy.io import savemat
+
+    texts = np.array(["cat" if label % 2 else "dog" for label in LABELS], dtype=object)
+    savemat(tmp_path / "a.mat", {"images": IMAGES, "labels": texts})
+    assert labels_of(open_source(str(tmp_path))) == texts.tolist()
+
+
+@pytest.mark.parametrize("name", ["train/0/1.png", "train-00000-of-00001.parquet", "train.npz", "images.zip"])
+def test_a_git_lfs_pointer_in_a_source_is_named(tmp_path: Path, name: str) -> None:
+    files: Files = {f"train/{n % 2}/{n}.png": PNG for n in range(4)} if name.endswith(".png") else {}
+    write_folder(tmp_path, files | {name: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"})
+    assert f"{name}: a Git LFS pointer in place of the file; fetch it with git lfs pull" in refusal(tmp_path)
+
+
+def test_a_matlab_file_of_another_version_is_named(tmp_path: Path) -> None:
+    (tmp_path / "set.mat").write_bytes(b"MATLAB 7.3 MAT-file".ljust(512))
+    assert "MATLAB 7.3; save it with -v7" in refusal(tmp_path)

@@ -32,7 +32,7 @@ PICKLES: dict[str, tuple[bytes, str]] = {
     ),
     "numpy's own loader": (b"\x80\x02cnumpy\nload\n.", "it calls numpy.load"),
     "a class of ours": (pickle.dumps({"train": Part(images=ONE, labels=ONE)}), "it calls layouts.Part"),
-    "a list": (pickle.dumps([1]), "not a pickled dict of arrays"),
+    "a list": (pickle.dumps([1]), "expected images and labels"),
     "a number": (pickle.dumps({"train": 1}), "found no arrays"),
     "other keys": (
         pickle.dumps({"a": ONE, "train": ONE}),

@@ -31,7 +31,7 @@ from mnistm_dist.data.packing.splits import Part, count_shards, cut_splits, read
 from mnistm_dist.data.packing.statistics import PixelStatistics, find_lineage, measure_pixels
 from mnistm_dist.data.parallel import Progress, stage
 from mnistm_dist.data.sources.base import SPLITS, Source
-from mnistm_dist.errors import UserError
+from mnistm_dist.errors import UserError, escape_control
 from mnistm_dist.files import explain_os_errors, staged_folder
 
 TRAIN_SHARDS = 64  # default number of shards of the train split; fewer if there are fewer samples
@@ -99,8 +99,8 @@ def pack(
             format_version=FORMAT_VERSION,
             lineage=found,
             layout=source.layout,
-            description=_printable(source.description),
-            notes=tuple(map(_printable, (*source.notes, *notes))),
+            description=escape_control(source.description),
+            notes=tuple(map(escape_control, (*source.notes, *notes))),
             resize=resize,
             classes=source.classes,
             image_size=image_size,
@@ -111,10 +111,6 @@ def pack(
         with explain_os_errors(folder):
             (folder / MANIFEST_NAME).write_text(render(manifest))
     return manifest
-
-
-def _printable(text: str) -> str:
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def _write_splits(

@@ -4,8 +4,9 @@ A table is what a reader finds in a file or folder: images, each with a label an
 the tables of a set together: it decides the splits, and names the classes.
 """
 
+import functools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -123,6 +124,7 @@ class NoLabelsError(UserError):
     """There are images, or what might be some, without labels: another part of the source may have them."""
 
 
+@functools.lru_cache  # folders are the same for many images
 def split_of(name: str, *, whole: bool = False) -> str | None:
     """Return the split that a name contains, or None. ``whole``: the name must be that word alone."""
     match = _SPLIT.search(name)
@@ -136,6 +138,12 @@ def split_of(name: str, *, whole: bool = False) -> str | None:
 def without_split(name: str) -> str:
     """Return a name in lower case without its word for a split."""
     return _SPLIT.sub(" ", name).strip().lower()
+
+
+def key_of(name: str) -> str:
+    """Return the name of a file up to the first dot after its folder, as WebDataset does."""
+    folder, slash, file = name.rpartition("/")
+    return folder + slash + file.partition(".")[0]
 
 
 def role_of(name: str) -> str | None:
@@ -164,34 +172,40 @@ class Table:
     """Where they come from, for messages."""
     labels: np.ndarray
     """(n,): int64, numbers of classes, or text, names of classes."""
-    splits: str | Sequence[str | None] | None
-    """The split of all images, or of each; None if the source does not say."""
+    splits: Sequence[str | None]
+    """The split of each image, (n,); None if the source does not say."""
     classes: Sequence[str] | None = None
-    """Names of the numbers, if the source has them."""
+    """Names of the numbers, or of all classes, if the source has them."""
     read: Callable[[], Iterator[tuple[int, bytes | np.ndarray, str]]] = field(repr=False)
     """Yield the row of every image once, in any order, with an image file or pixels, and its origin for messages."""
 
 
-def make_source(
-    layout: str,
-    tables: Sequence[Table],
-    *,
-    description: str,
-    notes: Sequence[str] = (),
-    classes: Sequence[str] | None = None,
-) -> Source:
-    """Return a source of the tables of a set. ``classes`` are its class names, if they are known otherwise.
+@dataclass(frozen=True, kw_only=True)
+class ImageSet:
+    """The tables of one set, as a reader found them."""
 
-    Raises `UserError` for a label that is no class, for class names that differ, and if only some of the tables have a
+    layout: str
+    place: str
+    """Where the set is, for messages."""
+    tables: Sequence[Table]
+    used: Collection[str]
+    """The files that they are made of."""
+    notes: Sequence[str] = ()
+
+
+def make_source(found: ImageSet, description: str, notes: Sequence[str]) -> Source:
+    """Return a source of the tables of a set.
+
+    Raises `UserError` for a label that is no class, for class names that differ, and if only some of the images have a
     split.
     """
-    classes, labels = _name_classes(tables, classes, description)
+    classes, labels = _name_classes(found.tables, description)
     counts = dict.fromkeys(SPLITS, 0)
     places: list[tuple[np.ndarray, np.ndarray]] = []
-    named = any(split for table in tables for split in _splits_of(table))
-    for table in tables:
+    named = any(split for table in found.tables for split in table.splits)
+    for table in found.tables:
         codes, index = np.zeros(len(table.labels), np.int8), np.zeros(len(table.labels), np.int64)
-        for row, split in enumerate(_splits_of(table)):
+        for row, split in enumerate(table.splits):
             if split is None and named:
                 raise UserError(
                     f"{table.origin}: not train, val or test, but other images of {description} are: name its split"
@@ -202,7 +216,7 @@ def make_source(
         places.append((codes, index))
 
     def read() -> Iterator[Sample]:
-        for table, numbers, (codes, index) in zip(tables, labels, places, strict=True):
+        for table, numbers, (codes, index) in zip(found.tables, labels, places, strict=True):
             for row, image, origin in table.read():
                 if row >= len(numbers):
                     raise UserError(f"{origin}: {description} has changed since it was opened; run again")
@@ -216,69 +230,53 @@ def make_source(
                 )
 
     return Source(
-        layout=layout,
+        layout=found.layout,
         description=description,
         counts={split: count for split, count in counts.items() if count},
-        classes=tuple(classes),
-        notes=tuple(notes),
+        classes=classes,
+        notes=(*found.notes, *notes),
         read=read,
     )
 
 
-def _splits_of(table: Table) -> Sequence[str | None]:
-    return [table.splits] * len(table.labels) if table.splits is None or isinstance(table.splits, str) else table.splits
-
-
-def _name_classes(
-    tables: Sequence[Table], classes: Sequence[str] | None, description: str
-) -> tuple[Sequence[str], list[np.ndarray]]:
+def _name_classes(tables: Sequence[Table], description: str) -> tuple[tuple[str, ...], list[np.ndarray]]:
     """Return the class names, and the labels of each table as int64 indices into them.
 
     Without names in the source, the classes are the numbers from 0 to the largest label (or, if they do not start at 0
     or most of them are unused, the numbers that occur), or the distinct names, sorted; words for digits are sorted as
     digits.
     """
-    labels = [table.labels for table in tables]
-    for table in tables:
-        if table.classes is not None:
-            if classes is not None and list(classes) != list(table.classes):
-                raise UserError(f"{table.origin}: its class names differ from those of {tables[0].origin}")
-            classes = table.classes
-    kinds = {column.dtype.kind in "iu" for column in labels if len(column)}
-    if kinds == {True, False}:
+    given = {tuple(table.classes): table.origin for table in tables if table.classes is not None}
+    if len(given) > 1:
+        first, second = [*given.values()][:2]
+        raise UserError(f"{second}: its class names differ from those of {first}")
+    labels = set().union(*(table.labels.tolist() for table in tables))
+    are_numbers = {isinstance(label, int) for label in labels}
+    if len(are_numbers) > 1:
         raise UserError(f"{description}: some labels are numbers and others are names: use one of the two")
-    distinct = sorted(set().union(*(np.unique(column).tolist() for column in labels)))
-    for table, column in zip(tables, labels, strict=True):
-        if kinds == {True} and len(column) and column.min() < 0:
-            row = column.argmin()
-            raise UserError(f"{table.origin}: label {column[row]} at index {row}; accepted are whole numbers from 0")
-    if classes is None and kinds == {True}:
-        dense = distinct[0] == 0 and 2 * len(distinct) > distinct[-1]
-        classes = list(map(str, range(distinct[-1] + 1) if dense else distinct))
-        if not dense:
-            labels = [np.searchsorted(distinct, column) for column in labels]
-    elif kinds == {False}:
-        by_digit = set(map(str.lower, distinct)) <= set(_DIGIT_WORDS)
-        if classes is None:
-            classes = sorted(distinct, key=lambda name: _DIGIT_WORDS.index(name.lower())) if by_digit else distinct
-        numbers = {name: number for number, name in enumerate(classes)}
-        for table, column in zip(tables, labels, strict=True):
-            for unknown in sorted(set(column.tolist()) - numbers.keys()):
-                row = column.tolist().index(unknown)
-                raise UserError(f"{table.origin}: label {unknown!r:.40} (row {row}); accepted are {list_some(classes)}")
-        labels = [np.array([numbers[name] for name in column.tolist()], np.int64) for column in labels]
-    classes = list(classes or CLASSES)
-    for table, column in zip(tables, labels, strict=True):
-        for row in np.flatnonzero(column >= len(classes))[:1]:
-            last = len(classes) - 1
-            raise UserError(f"{table.origin}: label {column[row]} at index {row}; accepted are 0 to {last}")
+    distinct = sorted(labels)
+    if given:
+        (classes,) = given
+        distinct = list(range(len(classes))) if are_numbers == {True} else list(classes)
+    else:
+        if are_numbers == {True} and distinct[0] == 0 and 2 * len(distinct) > distinct[-1]:
+            distinct = list(range(distinct[-1] + 1))
+        elif are_numbers == {False} and {name.lower() for name in distinct} <= set(_DIGIT_WORDS):
+            distinct.sort(key=lambda name: _DIGIT_WORDS.index(name.lower()))
+        classes = tuple(map(str, distinct)) or CLASSES
     if not 1 <= len(classes) <= MAX_CLASSES:
         raise UserError(f"{description}: {len(classes):,} classes; accepted are 1 to {MAX_CLASSES:,}: check its labels")
     if bad := [name for name in classes if not name or not name.isprintable()]:
         raise UserError(f"{description}: class {bad[0]!a:.40}: a name that is empty or cannot be printed; rename it")
     if len(set(classes)) < len(classes):
         raise UserError(f"{description}: two classes have the same name; rename one of the two")
-    return classes, labels
+    places = {label: index for index, label in enumerate(distinct)}
+    for table in tables:
+        for row, label in enumerate(table.labels.tolist()):
+            if label not in places:
+                accepted = list_some(list(map(str, distinct)))
+                raise UserError(f"{table.origin}: label {label!r:.40} at index {row}; accepted are {accepted}")
+    return classes, [np.array([places[label] for label in table.labels.tolist()], np.int64) for table in tables]
 
 
 def parse_labels(origin: str, texts: Sequence[str]) -> np.ndarray:
@@ -294,6 +292,11 @@ def parse_labels(origin: str, texts: Sequence[str]) -> np.ndarray:
     return np.array(cleaned, dtype=object)
 
 
+def texts_of(values: np.ndarray) -> list[str]:
+    """Return the elements of an array as text; bytes are UTF-8. Raises `UnicodeDecodeError`."""
+    return [value.decode() if isinstance(value, bytes) else str(value) for value in np.asarray(values).ravel().tolist()]
+
+
 def check_labels(origin: str, labels: np.ndarray, count: int) -> np.ndarray:
     """Return labels of an array: int64 (count,), or text.
 
@@ -307,8 +310,8 @@ def check_labels(origin: str, labels: np.ndarray, count: int) -> np.ndarray:
         values = values.argmax(axis=1)
     if values.shape in ((count, 1), (1, count)):
         values = values.reshape(-1)
-    if values.shape == (count,) and values.dtype.kind in "SU":
-        return parse_labels(origin, np.char.decode(values).tolist() if values.dtype.kind == "S" else values.tolist())
+    if values.shape == (count,) and values.dtype.kind in "SUO":
+        return parse_labels(origin, texts_of(values))
     if values.shape != (count,) or values.dtype.kind not in "iufb":
         raise UserError(f"{origin}: {values.dtype} of shape {values.shape}; expected {count} whole numbers")
     for index in np.flatnonzero(~((values >= 0) & (values < 1e9) & (values == np.floor(values))))[:1]:

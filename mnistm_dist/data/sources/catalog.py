@@ -8,23 +8,32 @@
 """
 
 import contextlib
+import glob
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Container, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 from mnistm_dist.data.cache import choose_cache_dir
 from mnistm_dist.data.image_io import SUFFIXES, UNREADABLE, explain_decode_errors
-from mnistm_dist.data.sources.archives import Decompressed, Folder, Mounted, Tree
-from mnistm_dist.data.sources.base import NoLabelsError, Source, list_some, make_source, without_split
+from mnistm_dist.data.sources.archives import ZIP_STARTS, Decompressed, Tree
+from mnistm_dist.data.sources.base import (
+    ImageSet,
+    NoLabelsError,
+    Source,
+    key_of,
+    list_some,
+    make_source,
+    without_split,
+)
 from mnistm_dist.data.sources.columns import open_columns
 from mnistm_dist.data.sources.data_files import LOADERS, open_arrays
 from mnistm_dist.data.sources.download import fetch_mnist
-from mnistm_dist.data.sources.image_files import LABEL_SUFFIXES, SIDECARS, key_of, open_image_files
+from mnistm_dist.data.sources.image_files import LABEL_SUFFIXES, SIDECARS, open_image_files
 from mnistm_dist.data.sources.synthesis import open_mnist_and_photos, open_sample
 from mnistm_dist.errors import UserError
+from mnistm_dist.files import GIT_LFS_ADVICE, GIT_LFS_START
 
 # Every layout, with its structure in one line. Those of files may also lie in a tar or zip.
 KNOWN_LAYOUTS: Mapping[str, str] = {
@@ -46,54 +55,36 @@ KNOWN_LAYOUTS: Mapping[str, str] = {
     "pickle": "a dict of images and labels; labels from --mnist DIR|auto if it has none",
 }
 
-# The layouts that are made from ingredients, not read from a path, and their readers.
-_SYNTHESISED: Mapping[str, Callable[..., Source]] = {"sample": open_sample, "mnist+photos": open_mnist_and_photos}
-_SUFFIXES: Mapping[str, tuple[str, ...]] = {
-    "parquet": (".parquet",),
-    "arrow": (".arrow",),
-    "npz": (".npz",),
-    "npy": (".npy",),
-    "pt": (".pt", ".pth"),
-    "hdf5": (".h5", ".hdf5"),
-    "mat": (".mat",),
-    "pickle": (".pkl", ".pkl.gz", ".pickle", ".pickle.gz"),
-    "idx": ("-ubyte", "-ubyte.gz"),
-    "archive": (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".zip"),
-}
-_SIGNATURES: Mapping[bytes, str] = {
-    b"PAR1": "parquet",
-    b"\x89HDF\r\n\x1a\n": "hdf5",
-    b"MATLAB 5.0 MAT-file": "mat",
-    b"\x93NUMPY": "npy",
-    b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.": "pt",  # before PyTorch 1.6
-    b"\x80": "pickle",
-    b"\0\0\x08": "idx",
-}
+_SYNTHESISED = ("sample", "mnist+photos")  # made from ingredients, not read from a path
 _TO_IMAGES = "with its own library, write the images into a folder per class, and pack that"
-# Files that users take for a set of images, by their first bytes or suffixes: what they are, and what to do.
-_FOREIGN: Mapping[str, tuple[bytes, tuple[str, ...]]] = {
-    "a MATLAB 7.3 file; save it with -v7, which writes MATLAB 5": (b"MATLAB 7.3", ()),
-    "a Git LFS pointer in place of the file; fetch it with git lfs pull": (b"version https://git-lfs", ()),
-    "a web page": (b"<", ()),
-    f"a TFRecord file, which is not read; {_TO_IMAGES}": (b"?TFRecord", (".tfrecord", ".tfrecords", ".tfrec")),
-    f"an LMDB database, which is not read; {_TO_IMAGES}": (b"?LMDB", (".mdb", ".lmdb")),
-    "a 7z archive, which is not read; unpack it with 7z x FILE": (b"7z\xbc\xaf\x27\x1c", (".7z",)),
-    "a RAR archive, which is not read; unpack it with unrar x FILE": (b"Rar!", (".rar",)),
-    "compressed by zstd, which is not read; unpack it with zstd -d FILE": (b"\x28\xb5\x2f\xfd", (".zst", ".zstd")),
+# What users take for a set of images, and what to do; by the first bytes of a file, or else by its suffix.
+_NOT_READ: Mapping[str, tuple[tuple[bytes, ...], tuple[str, ...]]] = {
+    GIT_LFS_ADVICE: ((GIT_LFS_START,), ()),
+    "a web page": ((b"<",), ()),
+    f"a TFRecord file, which is not read; {_TO_IMAGES}": ((), (".tfrecord", ".tfrecords", ".tfrec")),
+    f"an LMDB database, which is not read; {_TO_IMAGES}": ((), (".mdb", ".lmdb")),
+    "a 7z archive, which is not read; unpack it with 7z x FILE": ((b"7z\xbc\xaf\x27\x1c",), (".7z",)),
+    "a RAR archive, which is not read; unpack it with unrar x FILE": ((b"Rar!",), (".rar",)),
+    "compressed by zstd, which is not read; unpack it with zstd -d FILE": ((b"\x28\xb5\x2f\xfd",), (".zst", ".zstd")),
+}
+_KINDS: Mapping[str, tuple[tuple[bytes, ...], tuple[str, ...]]] = {
+    "image": ((), SUFFIXES),
+    **_NOT_READ,
+    "parquet": ((b"PAR1",), (".parquet",)),
+    "arrow": ((), (".arrow",)),
+    "npz": ((), (".npz",)),
+    "npy": ((b"\x93NUMPY",), (".npy",)),
+    "pt": ((b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.",), (".pt", ".pth")),  # the bytes: before PyTorch 1.6
+    "hdf5": ((b"\x89HDF\r\n\x1a\n",), (".h5", ".hdf5")),
+    "mat": ((b"MATLAB",), (".mat",)),
+    "pickle": ((b"\x80",), (".pkl", ".pkl.gz", ".pickle", ".pickle.gz")),
+    "idx": ((b"\0\0\x08",), ("-ubyte", "-ubyte.gz")),
+    "archive": ((), (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".zip")),
+    "text": ((), (*LABEL_SUFFIXES, *SIDECARS)),
 }
 _DATA_KINDS = (*LOADERS, "parquet", "arrow")  # kinds of files that hold images with their labels
 _NESTED = 2  # archives in archives
 _PART = re.compile(r"(\d{3,})(?:-of-(\d+))?(?=\D*$)")
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Found:
-    """A set of images: the reader that opens it, and the files that it uses."""
-
-    layout: str
-    top: str
-    source: Source
-    used: frozenset[str]
 
 
 def open_source(
@@ -144,21 +135,31 @@ def _open_path(path: Path, layout: str | None, mnist: Path | None) -> Source:
     """Return the only set of a path, limited to ``layout`` if it is set. Raises `UserError`."""
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; expected a path, sample or mnist+photos")
-    tree: Tree = Folder(path if path.is_dir() else path.parent)
-    kinds = {name: _kind(name) for name in tree.files()} if path.is_dir() else _siblings(path)
-    if "manifest.json" in kinds and any(name.endswith(".index.npy") for name in kinds):
+    own = {} if path.is_dir() else {path.name: _file_kind(path)}
+    tree = Tree(path) if path.is_dir() else Tree(path.parent, _siblings(path, own[path.name]))
+    together = [] if path.is_dir() else tree.files()
+    if "manifest.json" in tree.files() and any(name.endswith(".index.npy") for name in tree.files()):
         raise UserError(f"{path}: a packed set; train on it with --shards")
-    together = list(kinds)
-    for level in range(_NESTED + 1):
-        found, problems = _read_sets(tree, path, kinds, layout, mnist)
+    beside, archives = set[str](), list[str]()
+    for _ in range(_NESTED + 1):
+        if archives:
+            _check_parts(tree, archives)
+            tree.mount(archives)
+        kinds = {name: own.get(name, _kind(name)) for name in tree.files()}
+        stems = {key_of(name) for name, kind in kinds.items() if kind in ("image", "archive")} | set(
+            map(key_of, archives)
+        )
+        # Images beside archives without labels of their own are taken only if the archives label them.
+        inside = {name: kind for name, kind in kinds.items() if name not in beside}
+        found, problems = _read_sets(tree, inside, stems, layout, mnist)
+        if not found and beside:
+            found, problems = _read_sets(tree, kinds, stems, layout, mnist)
+        beside |= {name for name, kind in kinds.items() if kind == "image"}
         archives = [name for name, kind in kinds.items() if kind == "archive"]
-        if found or not archives or level == _NESTED:
+        if found or not archives:
             break
-        _check_parts(tree, archives)
-        tree = Mounted(tree, archives)
-        kinds = {name: _kind(name) for name in tree.files()}
     if len(found) > 1:
-        listed = "; ".join(f"{one.layout}: {one.top}" for one in found)
+        listed = "; ".join(f"{one.layout}: {one.place}" for one in found)
         raise UserError(f"{path}: several sets of images ({listed}); give the path of one, or --layout")
     if not found:
         for problem in problems:
@@ -169,151 +170,102 @@ def _open_path(path: Path, layout: str | None, mnist: Path | None) -> Source:
             f"{path}: unrecognised layout: found {_describe(path, kinds)}; expected {expected or f'one of {known}'} "
             "(see pack --layouts)"
         )
-    left = [name for name in kinds if name not in found[0].used] + sorted(tree.empty)
-    notes = [f"left out: {list_some(left)}"] if left else []
-    if not path.is_dir() and len(together) > 1:
-        notes.append(f"read together: {list_some(together)}")
-    source = found[0].source
-    return replace(source, notes=(*source.notes, *notes))
+    left = [name for name in kinds if name not in found[0].used] + tree.empty_folders()
+    notes = [f"left out: {error}" for error in problems]
+    notes += [f"left out: {list_some(left)}"] if left else []
+    notes += [f"read together: {list_some(together)}"] if len(together) > 1 else []
+    is_data = found[0].layout in _DATA_KINDS
+    return make_source(found[0], found[0].place if is_data else str(path), notes)
 
 
 def _read_sets(
-    tree: Tree, path: Path, kinds: Mapping[str, str | None], layout: str | None, mnist: Path | None
-) -> tuple[list[_Found], list[UserError]]:
-    """Return the sets among files with these kinds, and why other images were none."""
-    found: list[_Found] = []
-    problems: list[UserError] = []
-    images = {key_of(name) for name, kind in kinds.items() if kind == "image"}
-    # A metadata file beside a shard, as img2dataset writes it, and parts of samples are no sets of their own.
-    stems = images | {key_of(name) for name, kind in kinds.items() if kind == "archive"}
+    tree: Tree, kinds: Mapping[str, str | None], stems: Container[str], layout: str | None, mnist: Path | None
+) -> tuple[list[ImageSet], list[UserError]]:
+    """Return the sets among files with these kinds, and why other images were none.
+
+    Data files named as the images or archives of ``stems`` are metadata beside them, as img2dataset writes it, or parts
+    of samples: no sets of their own.
+    """
     sets: dict[tuple[str, str], list[str]] = {}
     for name, kind in kinds.items():
         if kind in _DATA_KINDS and key_of(name) not in stems and layout in (None, kind):
-            sets.setdefault((str(kind), _set_key(tree, name)), []).append(name)
-    readers: list[Callable[[], Iterator[_Found]]] = [
+            sets.setdefault((str(kind), _set_key(tree.folders(name), name)), []).append(name)
+    readers: list[Callable[[], list[ImageSet]]] = [
         partial(_open_data, tree, kind, files, mnist) for (kind, _), files in sets.items()
     ]
-    if images and layout not in _DATA_KINDS:
+    if "image" in kinds.values() and layout not in _DATA_KINDS:
         of_images = [name for name, kind in kinds.items() if kind in ("image", "text")]
-        readers.append(partial(_open_images, tree, path, of_images, layout))
+        readers.append(partial(open_image_files, tree, of_images, layout))
+    found: list[ImageSet] = []
+    problems: list[UserError] = []
     for reader in readers:
         try:
             found += reader()
         except NoLabelsError as error:
             problems.append(error)
-    noted = tuple(f"left out: {error}" for error in problems)
-    return [replace(one, source=replace(one.source, notes=(*one.source.notes, *noted))) for one in found], problems
+    return found, problems
 
 
-def _open_data(tree: Tree, layout: str, files: Sequence[str], mnist: Path | None) -> Iterator[_Found]:
+def _open_data(tree: Tree, layout: str, files: Sequence[str], mnist: Path | None) -> list[ImageSet]:
     _check_parts(tree, files)
-    classes = None
-    if layout in LOADERS:
-        tables, notes, classes = open_arrays(layout, tree, files, mnist)
-    else:
-        tables, notes = open_columns(layout, tree, files)
-    description = list_some([tree.origin(file) for file in files])
-    source = make_source(layout, tables, description=description, notes=notes, classes=classes)
-    yield _Found(layout=layout, top=description, source=source, used=frozenset(files))
+    return [open_arrays(layout, tree, files, mnist) if layout in LOADERS else open_columns(layout, tree, files)]
 
 
-def _open_images(tree: Tree, path: Path, files: Sequence[str], layout: str | None) -> Iterator[_Found]:
-    for one in open_image_files(tree, files, layout):
-        source = make_source(one.layout, [one.table(tree)], description=str(path), notes=one.notes)
-        yield _Found(
-            layout=one.layout, top=tree.origin(one.top), source=source, used=frozenset([*one.names, *one.used])
-        )
-
-
-def _set_key(tree: Tree, name: str) -> str:
+def _set_key(folders: Sequence[str], name: str) -> str:
     """Return what the names of all files of a set have in common: the name without splits, roles and part numbers."""
-    folders = [re.sub(r"\d{3,}", "#", without_split(folder)) for folder in tree.folders(name)]
+    common = [re.sub(r"\d{3,}", "#", without_split(folder)) for folder in folders]
     base = _PART.sub("#", name.rpartition("/")[2])
     base = re.sub(r"images?|imgs?|labels?|targets?|idx\d|(?<![a-z])[xy](?![a-z])", "", without_split(base))
-    same = [folder for folder in folders if folder]
-    return "/".join([*same, re.sub(r"[\W_]+", "-", base).strip("-")])
+    return "/".join([*filter(None, common), re.sub(r"[\W_]+", "-", base).strip("-")])
 
 
 def _check_parts(tree: Tree, files: Sequence[str]) -> None:
     """Raise `UserError` if a numbered part of a set is missing."""
-    parts: dict[str, dict[int, str]] = {}
-    totals: dict[str, int] = {}
+    series: dict[tuple[str, str, int], dict[int, str]] = {}
     for name in files:
-        if match := list(_PART.finditer(name))[-1:]:
-            series = name[: match[0].start()] + "#" + name[match[0].end() :]
-            parts.setdefault(series, {})[int(match[0][1])] = name
-            totals[series] = int(match[0][2] or 0)
-    for series, numbers in parts.items():
-        total = totals[series]
-        wanted = range(total) if total else range(min(numbers), max(numbers))
-        missing = [number for number in wanted if number not in numbers]
-        if missing and (total or len(numbers) * 2 > len(wanted)):
-            part = series.replace("#", f"{missing[0]:05d}")
+        for match in [*_PART.finditer(name)][-1:]:
+            parts = series.setdefault((name[: match.start()], name[match.end() :], int(match[2] or 0)), {})
+            parts[int(match[1])] = name
+    for (start, end, total), parts in series.items():
+        wanted = range(total) if total else range(min(parts), max(parts))
+        missing = [number for number in wanted if number not in parts]
+        if missing and (total or len(parts) * 2 > len(wanted)):
+            first = f"{start.rpartition('/')[2]}{missing[0]:05d}{end}"
             raise UserError(
-                f"{tree.origin(numbers[min(numbers)])}: {len(missing)} parts of this set are missing, the first like "
-                f"{part.rpartition('/')[2]}; put all parts into one folder"
+                f"{tree.origin(parts[min(parts)])}: {len(missing)} parts of this set are missing, the first like "
+                f"{first}; put all parts into one folder"
             )
 
 
-def _siblings(path: Path) -> dict[str, str | None]:
-    """Return the kinds of a file and of the others of its set in its folder."""
-    kind, folder = _file_kind(path), Folder(path.parent)
-    kinds: dict[str, str | None] = {path.name: kind}
-    if kind in (*_DATA_KINDS, "archive") and path.suffix:
-        key = _set_key(folder, path.name)
-        for file in sorted(path.parent.iterdir()):
-            of_set = file.suffix == path.suffix and _set_key(folder, file.name) == key
-            if of_set and not file.name.startswith(".") and file.is_file() and _kind(file.name) == kind:
-                kinds[file.name] = kind
-    return dict(sorted(kinds.items()))
+def _siblings(path: Path, kind: str | None) -> list[str]:
+    """Return the names of a file of this kind and of the others of its set in its folder."""
+    if kind not in (*_DATA_KINDS, "archive") or not path.suffix:
+        return [path.name]
+    names = [file.name for file in path.parent.glob(f"*{glob.escape(path.suffix)}") if file.is_file()]
+    of_set = {name for name in names if _set_key([], name) == _set_key([], path.name) and _kind(name) == kind}
+    return sorted({path.name} | {name for name in of_set if not name.startswith(".")})
 
 
-def _kind(name: str) -> str | None:
-    """Return what a name says of a file: `image`, `text`, `archive`, the layout of a data file, or None."""
-    lower = name.lower()
-    if lower.endswith(SUFFIXES):
-        return "image"
-    found = next((kind for kind, suffixes in _SUFFIXES.items() if lower.endswith(suffixes)), None)
-    return "text" if found is None and lower.endswith((*LABEL_SUFFIXES, *SIDECARS)) else found
+def _kind(name: str, head: bytes = b"") -> str | None:
+    """Return what the first bytes of a file, or else its name, say of it: one of `_KINDS`, or None."""
+    head, name = head.lstrip(), name.lower()
+    if head and (by_head := next((kind for kind, (starts, _) in _KINDS.items() if head.startswith(starts)), None)):
+        return by_head
+    return next((kind for kind, (_, suffixes) in _KINDS.items() if name.endswith(suffixes)), None)
 
 
 def _file_kind(path: Path) -> str | None:
-    """Return the same from the first bytes of a file, or else from its name."""
+    """Return the kind of a file on disk, which may be compressed."""
     head = _head(path)
-    if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
-        return _zip_kind(path)
     if head[257:262] == b"ustar":
         return "archive"
-    known = next((kind for signature, kind in _SIGNATURES.items() if head.startswith(signature)), None)
-    by_name = _kind(path.name)
-    # A file with a signature is what its signature says.
-    return known or (by_name if by_name not in _SIGNATURES.values() or by_name == "pickle" else None)
-
-
-def _describe(path: Path, kinds: Mapping[str, str | None]) -> str:
-    """Describe a path that holds no known layout, with the next step if there is one."""
-    if path.is_dir():
-        for name in kinds:
-            if foreign := _foreign(name, _head(path / name) if kinds[name] is None else b""):
-                return f"{name}: {foreign}"
-        names = sorted(entry.name + "/" * entry.is_dir() for entry in path.iterdir())
-        return ", ".join(names[:6]) + ", ..." * (len(names) > 6) or "an empty folder"
-    head = _head(path)
-    if foreign := _foreign(path.name, head):
-        return foreign
-    if not head:
-        return "an empty file" if path.is_file() else "neither a file nor a folder"
-    kind = _file_kind(path)
-    if kind == "archive":
-        return f"an archive of {list_some([name.partition('/')[2] for name in kinds]) or 'no files'}"
-    return f"a {kind} file" if kind else f"a file that starts with {head[:16]!r}"
-
-
-def _foreign(name: str, head: bytes) -> str | None:
-    for description, (signature, suffixes) in _FOREIGN.items():
-        if head.lstrip().startswith(signature) or (suffixes and name.lower().endswith(suffixes)):
-            return description
-    return None
+    if not head.startswith(ZIP_STARTS):
+        return _kind(path.name, head)
+    names: list[str] = []
+    with contextlib.suppress(*UNREADABLE), zipfile.ZipFile(path) as archive:
+        names = [name.rpartition("/")[2] for name in archive.namelist()]
+    arrays = names and all(name.endswith(".npy") for name in names)
+    return "npz" if arrays else "pt" if "data.pkl" in names else "archive"
 
 
 def _head(path: Path) -> bytes:
@@ -323,10 +275,17 @@ def _head(path: Path) -> bytes:
         return Decompressed(path).read(512)
 
 
-def _zip_kind(path: Path) -> str:
-    names: list[str] = []
-    with contextlib.suppress(*UNREADABLE), zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
-    if names and all(name.endswith(".npy") for name in names):
-        return "npz"
-    return "pt" if any(name.rpartition("/")[2] == "data.pkl" for name in names) else "archive"
+def _describe(path: Path, kinds: Mapping[str, str | None]) -> str:
+    """Describe a path that holds no known layout, with the next step if there is one."""
+    for name, kind in kinds.items():
+        if (kind := kind or _file_kind(path / name)) in _NOT_READ:
+            return f"{name}: {kind}" if path.is_dir() else str(kind)
+    if path.is_dir():
+        names = sorted(entry.name + "/" * entry.is_dir() for entry in path.iterdir())
+        return ", ".join(names[:6]) + ", ..." * (len(names) > 6) or "an empty folder"
+    if not (head := _head(path)):
+        return "an empty file" if path.is_file() else "neither a file nor a folder"
+    kind = _file_kind(path)
+    if kind == "archive":
+        return f"an archive of {list_some([name.partition('/')[2] for name in kinds]) or 'no files'}"
+    return f"a {kind} file" if kind else f"a file that starts with {head[:16]!r}"

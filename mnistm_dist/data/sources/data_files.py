@@ -6,6 +6,7 @@
 3. Images of other forms (grey, channels first, floats from 0 to 1) are converted when they are read, with a note.
 """
 
+import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,13 +18,25 @@ import numpy as np
 
 from mnistm_dist.data.image_io import MAX_SIDE, explain_decode_errors
 from mnistm_dist.data.sources.archives import Tree, check_expansion
-from mnistm_dist.data.sources.base import CLASSES, SPLITS, NoLabelsError, Table, check_labels, role_of, split_of
+from mnistm_dist.data.sources.base import (
+    CLASSES,
+    SPLITS,
+    ImageSet,
+    NoLabelsError,
+    Table,
+    check_labels,
+    key_of,
+    list_some,
+    role_of,
+    split_of,
+    texts_of,
+)
 from mnistm_dist.data.sources.parsers import read_mat, read_pickle
 from mnistm_dist.data.sources.synthesis import read_digits, read_idx
 from mnistm_dist.errors import UserError, import_optional
 
 _CHUNK_BYTES = 4 << 20  # approximate size of the array images that are read together
-_CLASS_NAMES = ("class_names", "label_names", "classes", "names")
+_CLASS_NAMES = re.compile(r"(.*/)?((list|class|label)_)?(names|classes)", re.IGNORECASE)
 
 # The arrays of a file by their names; `/` joins those of groups and nested dicts. An array has a shape and a dtype and
 # slices to numbers, in memory or not.
@@ -36,11 +49,6 @@ def load_npz(file: Path) -> Arrays:
         check_expansion(str(file), file.stat().st_size, sum(info.file_size for info in archive.infolist()))
     with np.load(file, allow_pickle=False) as arrays:
         return dict(arrays)
-
-
-def load_npy(file: Path) -> Arrays:
-    """Return the array of a NumPy file, memory-mapped, under an empty name."""
-    return {"": np.load(file, mmap_mode="r", allow_pickle=False)}
 
 
 def load_pt(file: Path) -> Arrays:
@@ -60,40 +68,20 @@ def load_pt(file: Path) -> Arrays:
 def load_hdf5(file: Path) -> Arrays:
     """Return the datasets of an HDF5 file, in all groups; they are read in chunks. Needs h5py."""
     h5py = import_optional("h5py", "layout hdf5", "formats")
-    arrays: dict[str, Any] = {}
-
-    def visit(name: str, node: Any) -> None:
-        if isinstance(node, h5py.Dataset) and node.shape:
-            arrays[name] = node
-
-    h5py.File(file, "r").visititems(visit)
-    return arrays
-
-
-def load_pickle(file: Path) -> Arrays:
-    """Return the arrays of a pickled dict, without executing anything in it."""
-    return _flatten(read_pickle(file))
-
-
-def load_idx(file: Path) -> Arrays:
-    """Return the array of an IDX file, MNIST's format, under an empty name."""
-    return {"": read_idx(file)}
+    nodes: dict[str, Any] = {}
+    h5py.File(file, "r").visititems(lambda name, node: nodes.update({name: node}))
+    return {name: node for name, node in nodes.items() if isinstance(node, h5py.Dataset)}
 
 
 def _flatten(content: Any) -> Arrays:
-    """Return the arrays in nested dicts and sequences; the names of those in a sequence are their places."""
-    if hasattr(content, "numpy"):
-        return {"": content.numpy()}
-    if isinstance(content, np.ndarray):
-        return {"": content}
-    if isinstance(content, list | tuple) and all(isinstance(value, int | str) for value in content):
+    """Return the values in nested dicts and sequences; the names of those in a sequence are their places."""
+    if isinstance(content, list | tuple) and all(isinstance(value, int | str | bytes) for value in content):
         return {"": np.asarray(content)}
-    if isinstance(content, Mapping):
-        items = [(key.decode() if isinstance(key, bytes) else str(key), value) for key, value in content.items()]
-    elif isinstance(content, list | tuple):
-        items = [(str(place), value) for place, value in enumerate(content)]
-    else:
-        return {}
+    if isinstance(content, list | tuple):
+        content = dict(enumerate(content))
+    if not isinstance(content, Mapping):
+        return {"": content.numpy() if hasattr(content, "numpy") else content}
+    items = [(key.decode() if isinstance(key, bytes) else str(key), value) for key, value in content.items()]
     flat = ((f"{key}/{name}".strip("/"), array) for key, value in items for name, array in _flatten(value).items())
     return dict(flat)
 
@@ -101,12 +89,12 @@ def _flatten(content: Any) -> Arrays:
 # The loader of each layout, and what it expects, for messages.
 LOADERS: Mapping[str, tuple[Callable[[Path], Arrays], str]] = {
     "npz": (load_npz, "the arrays images and labels"),
-    "npy": (load_npy, "an array of NumPy"),
+    "npy": (lambda file: {"": np.load(file, mmap_mode="r", allow_pickle=False)}, "an array of NumPy"),
     "pt": (load_pt, "a tuple of two tensors"),
     "hdf5": (load_hdf5, "groups train and test with datasets X and Y"),
     "mat": (read_mat, "a MATLAB 5 file with train and label_train"),
-    "pickle": (load_pickle, "a pickled dict of arrays"),
-    "idx": (load_idx, "an IDX file"),
+    "pickle": (lambda file: _flatten(read_pickle(file)), "a pickled dict of arrays"),
+    "idx": (lambda file: {"": read_idx(file)}, "an IDX file"),
 }
 
 
@@ -158,84 +146,79 @@ class _Images:
                 yield index, pixels, f"{self.origin}: image {index}"
 
 
-def open_arrays(
-    layout: str, tree: Tree, files: Sequence[str], mnist: Path | None
-) -> tuple[list[Table], tuple[str, ...], Sequence[str] | None]:
-    """Return the tables of the array files of one set, notes, and the class names if they are known.
+def open_arrays(layout: str, tree: Tree, files: Sequence[str], mnist: Path | None) -> ImageSet:
+    """Return the arrays of a set of files as tables.
 
     ``mnist`` is a folder of MNIST's files, whose labels a pickle without labels gets. Raises `UserError` for arrays
     that are no images and labels of the same number, and `NoLabelsError` for images without labels.
     """
     images: dict[str | None, _Images] = {}
     labels: dict[str | None, tuple[str, Any]] = {}
-    unused, classes = [], None
-    load, expected = LOADERS[layout]
+    notes: list[str] = []
+    classes = None
     for file in files:
-        origin, path = tree.origin(file), tree.local(file)
-        with explain_decode_errors(origin, expected, AssertionError, AttributeError):
-            arrays = load(path)
-        around = tree.context(file)
+        around, (load, expected) = tree.context(file), LOADERS[layout]
+        with explain_decode_errors(tree.origin(file), expected, AssertionError, AttributeError):
+            arrays = load(tree.local(file))
         # Arrays whose names say what they are come first: another one may have the shape of labels.
         for name, array in sorted(arrays.items(), key=lambda item: role_of(item[0]) is None):
-            full, key = f"{origin}: {name}" if name else origin, name or file.rpartition("/")[2].partition(".")[0]
-            if not hasattr(array, "shape") or not array.shape:
-                unused.append(full)
-                continue
+            origin = f"{tree.origin(file)}: {name}" if name else tree.origin(file)
+            shape, kind = getattr(array, "shape", ()), getattr(getattr(array, "dtype", None), "kind", "")
             # Values that were never written take no room in a file.
-            if layout == "hdf5" and array.ndim < 3:
-                check_expansion(full, path.stat().st_size, array.nbytes)
-            split, role = split_of(name) or split_of(around), role_of(key)
-            by_shape = "image" if len(array.shape) >= 3 else "label"
-            if key.lower() in _CLASS_NAMES and array.dtype.kind in "SUO" and split_of(name) is None:
-                classes = [str(text) for text in np.asarray(array).tolist()]
-            elif role == "image" or (role is None and by_shape == "image"):
-                if split in images:
-                    raise UserError(
-                        f"{full}: a second array of split {split or 'train'} beside {images[split].origin}; remove one "
-                        "of the two"
-                    )
-                images[split] = _Images.of(full, array)
-            elif split in labels:
-                unused.append(full)
+            if layout == "hdf5" and len(shape) in (1, 2):
+                check_expansion(origin, tree.local(file).stat().st_size, array.nbytes)
+            split = split_of(name) or split_of(around)
+            role = role_of(name or key_of(file)) or ("image" if len(shape) >= 3 else "label")
+            if shape and kind in "SUO" and _CLASS_NAMES.fullmatch(name):
+                with explain_decode_errors(origin, "class names in UTF-8"):
+                    classes = texts_of(array)
+            elif not shape or (role == "label" and split in labels):
+                notes.append(f"array {origin} is left out")
+            elif role == "label":
+                labels[split] = origin, array
+            elif split in images:
+                first = images[split].origin
+                raise UserError(f"{origin}: a second array of split {split or 'train'} beside {first}; remove one")
             else:
-                labels[split] = full, array
+                images[split] = _Images.of(origin, array)
+    place = list_some(list(map(tree.origin, files)))
     if not images:
         found = ", ".join(origin for origin, _ in labels.values()) or "no arrays"
         raise NoLabelsError(f"{tree.origin(files[0])}: found {found}; expected images and labels")
-    if not labels and layout == "pickle":
-        return _tables_with_mnist(images, mnist), (), CLASSES
-    if mnist is not None and layout == "pickle":
+    if layout == "pickle" and not labels:
+        labels, classes = _labels_of_mnist(images, mnist), list(CLASSES)
+    elif mnist is not None and layout == "pickle":
         raise UserError(f"--mnist: {next(iter(labels.values()))[0]} are the labels already; leave out --mnist")
-    tables, notes = [], [f"array {name} is left out" for name in unused]
+    tables = []
     for split, one in sorted(images.items(), key=lambda item: SPLITS.index(item[0] or "train")):
         if split not in labels:
             raise NoLabelsError(f"{one.origin}: no labels beside it; expected an array labels, or y, of its split")
-        with explain_decode_errors(labels[split][0], "labels"):
-            values = check_labels(labels[split][0], labels[split][1], len(one.array))
-        tables.append(Table(origin=one.origin, labels=values, splits=split, classes=classes, read=one.read))
-    notes += [
-        f"{origin}: no images for these labels; left out"
-        for split, (origin, _) in labels.items()
-        if split not in images
-    ]
-    forms = {found.form for found in images.values() if found.form}
-    return tables, (*notes, *(f"images converted to uint8 RGB: {form}" for form in sorted(forms))), None
+        origin, array = labels.pop(split)
+        with explain_decode_errors(origin, "labels"):
+            values = check_labels(origin, array, len(one.array))
+        splits = [split] * len(values)
+        tables.append(Table(origin=one.origin, labels=values, splits=splits, classes=classes, read=one.read))
+    notes += [f"{origin}: no images for these labels; left out" for origin, _ in labels.values()]
+    notes += [f"images converted to uint8 RGB: {form}" for form in sorted({one.form for one in images.values()} - {""})]
+    return ImageSet(layout=layout, place=place, tables=tables, used=files, notes=notes)
 
 
-def _tables_with_mnist(images: Mapping[str | None, _Images], mnist: Path | None) -> list[Table]:
-    """Return tables with MNIST's labels: test in order; val are the first training digits, train those after them."""
+def _labels_of_mnist(
+    images: Mapping[str | None, _Images], mnist: Path | None
+) -> dict[str | None, tuple[str, np.ndarray]]:
+    """Return MNIST's labels: test in order; val are the first training digits, train those after them."""
     origin = next(iter(images.values())).origin
     if unknown := images.keys() - {*SPLITS}:
         raise UserError(f"{images[unknown.pop()].origin}: no labels; accepted without labels are train, val and test")
     if mnist is None:
         raise NoLabelsError(f"{origin}: no labels in it: add --mnist DIR or --mnist auto, whose labels it has in order")
-    tables = []
-    for split, found in images.items():
+    found: dict[str | None, tuple[str, np.ndarray]] = {}
+    counts = {split: len(one.array) for split, one in images.items()}
+    for split in images:
         labels = read_digits(mnist, "test" if split == "test" else "train")[1]
-        before = len(images["val"].array) if split == "train" and "val" in images else 0
-        if split == "val" and "train" in images:
-            expected = len(found.array) + len(images["train"].array)
-            labels = labels[: len(found.array)] if expected == len(labels) else labels
-        labels = check_labels(f"{found.origin}: labels of {mnist}", labels[before:], len(found.array))
-        tables.append(Table(origin=found.origin, labels=labels, splits=split, read=found.read))
-    return tables
+        if split == "train":
+            labels = labels[counts.get("val", 0) :]
+        elif split == "val" and sum(counts[name] for name in ("train", "val") if name in counts) == len(labels):
+            labels = labels[: counts["val"]]
+        found[split] = f"{images[split].origin}: labels of {mnist}", labels
+    return found

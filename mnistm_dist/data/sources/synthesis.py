@@ -52,12 +52,12 @@ def read_digits(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _find(folder: Path, split: str, content: str) -> Path:
-    names = [f"{'train' if split == 'train' else 't10k'}-{content}-ubyte{suffix}" for suffix in ("", ".gz")]
-    names += [name.replace("-idx", ".idx") for name in names]
-    for file in (place / name for place in (folder, folder / "MNIST" / "raw") for name in names):
-        if file.is_file():
-            return file
-    raise UserError(f"{folder}: no {names[0]}(.gz); expected a folder with MNIST's four IDX files")
+    name = f"{'train' if split == 'train' else 't10k'}-{content}-ubyte"
+    pattern = name.replace("-idx", "[-.]idx") + "*"
+    files = [file for place in (folder, folder / "MNIST" / "raw") for file in sorted(place.glob(pattern))]
+    if not files:
+        raise UserError(f"{folder}: no {name}(.gz); expected a folder with MNIST's four IDX files")
+    return files[0]
 
 
 def read_idx(file: Path, *, dimensions: int | None = None) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import re
 import threading
 import time
@@ -22,6 +23,10 @@ class LocalServer:
         """File -> what is sent in its place."""
         self.statuses: dict[str, list[int]] = {}
         """File -> status codes of its first answers."""
+        self.retry_after: str | None = None
+        """Header of these answers."""
+        self.encoded: dict[str, bool] = {}
+        """File -> whether it is compressed as its Content-Encoding, gzip, says."""
         self.length = True
         """Whether Content-Length is sent."""
         self.requests: list[tuple[str, str | None]] = []
@@ -52,19 +57,26 @@ class LocalServer:
         name, wanted = request.path.rsplit("/", 1)[1], request.headers.get("Range")
         self.requests.append((name, wanted))
         if self.statuses.get(name):
-            request.send_error(self.statuses[name].pop(0))
+            request.send_response(self.statuses[name].pop(0))
+            if self.retry_after is not None:
+                request.send_header("Retry-After", self.retry_after)
+            request.end_headers()
             return
         path = self.folder / name
         if not path.exists():
             request.send_error(404)
             return
         data, start = self.lies.get(name, path.read_bytes()), 0
+        if self.encoded.get(name):
+            data = gzip.compress(data, mtime=0)
         if self.ranges and wanted:
             start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1])
             if start >= len(data):
                 request.send_error(416)
                 return
         request.send_response(206 if start else 200)
+        if name in self.encoded:
+            request.send_header("Content-Encoding", "gzip")
         if self.length:
             request.send_header("Content-Length", str(len(data) - start))
         request.end_headers()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,14 +13,19 @@ NO_OBJECTS = b"<ListBucketResult><KeyCount>0</KeyCount><IsTruncated>false</IsTru
 
 
 @contextmanager
-def serve_s3(folder: Path) -> Iterator[str]:
-    """Serve the files of ``folder`` as objects: the folders in it are buckets. Yield the URL of the endpoint."""
+def serve_s3(folder: Path, requests: list[Mapping[str, str]] | None = None) -> Iterator[str]:
+    """Serve the files of ``folder`` as objects: the folders in it are buckets. Yield the URL of the endpoint.
+
+    ``requests`` receives the headers of every request.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
             path, _, query = self.path.partition("?")
+            if requests is not None:
+                requests.append(dict(self.headers))
             if "list-type=2" in query:
                 self.answer(200, NO_OBJECTS)
             elif not (file := folder / path.lstrip("/")).is_file():

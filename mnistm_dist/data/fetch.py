@@ -1,4 +1,4 @@
-"""Files from servers (https, http and s3, by fsspec) into the cache: retried, bounded, and checked.
+"""Files from servers (by fsspec: https, http, s3, gs and hf) into the cache: retried, bounded, and checked.
 
 1. `fetch_file`: one file. It is written to ``NAME.partial`` and renamed when its size and checksum are right. After an
    interruption, in this call or an earlier one, it continues where it ended.
@@ -6,14 +6,16 @@
 """
 
 import contextlib
+import functools
 import hashlib
-import importlib
+import pkgutil
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
@@ -23,19 +25,38 @@ from mnistm_dist.data.manifest import MANIFEST_NAME, SetFile, parse
 from mnistm_dist.data.parallel import Progress
 from mnistm_dist.data.shards import OK, ShardSet, examine_all
 from mnistm_dist.errors import UserError, import_optional
-from mnistm_dist.files import fsync_path, write_atomic
+from mnistm_dist.files import fsync_path, refuse_pointer, write_atomic
 
-SCHEMES = ("https", "http", "s3")  # the schemes of addresses that can be fetched
+# The schemes of addresses that can be fetched: the package that reads them, which the extra of this name installs, and
+# what it raises beside `OSError`.
+SCHEMES: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "https": ("aiohttp", ("aiohttp:ClientError",)),
+    "http": ("aiohttp", ("aiohttp:ClientError",)),
+    "s3": ("s3fs", ("botocore.exceptions:BotoCoreError", "botocore.exceptions:ClientError")),
+    "gs": ("gcsfs", ("gcsfs.retry:HttpError", "aiohttp:ClientError", "google.auth.exceptions:GoogleAuthError")),
+    "hf": ("huggingface_hub", ("huggingface_hub.errors:HTTPError",)),
+}
 TRIES = 5  # failures in a row, without a byte received, after which a file is given up
 FIRST_PAUSE = 0.2  # seconds before the second try; doubled before each further one
+LONGEST_WAIT = 600  # seconds that a file may wait for a server that asks for it (Retry-After), in all
+
+Say = Callable[[str], None]  # called with a line for the user
 
 _PIECE = 1 << 20
-_S3_BLOCK = 8 << 20
+_BLOCK = 8 << 20  # bytes per request to a store of objects
 _CONNECT_SECONDS, _SILENCE_SECONDS = 20, 60
 _MAX_BYTES = 16 << 30  # largest file of unknown size: a server that never stops sending is cut off
 _MAX_MANIFEST = 256 << 20
 _CONNECTIONS = 8
 _PAGES = (b"<!doctype", b"<html", b"<?xml", b"<head", b"{")
+# What to do if access is denied.
+_LOGIN = {
+    "https": "put user and password into ~/.netrc",
+    "http": "put user and password into ~/.netrc",
+    "s3": "log in; for a public bucket set FSSPEC_S3_ANON=true, if the reader pays FSSPEC_S3_REQUESTER_PAYS=true",
+    "gs": "log in with gcloud auth application-default login",
+    "hf": "log in with hf auth login",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +87,7 @@ def split_address(address: str, alternative: str) -> SplitResult:
     raise UserError(f"{address}: expected {alternative} or an address of {known}")
 
 
-def fetch_file(file: RemoteFile, target: Path, report: Callable[[int], None]) -> None:
+def fetch_file(file: RemoteFile, target: Path, report: Callable[[int], None], say: Say) -> None:
     """Fetch a file to ``target`` unless it is there already.
 
     ``report(bytes)`` is called with the bytes received, and with a negative number if they turn out to be wrong. Raises
@@ -79,7 +100,14 @@ def fetch_file(file: RemoteFile, target: Path, report: Callable[[int], None]) ->
     earlier = _size(partial)
     report(earlier)
     with cache_errors(partial, (file.size or 0) - earlier):
-        _retry(file.address, lambda: _append(file, partial, report), received=lambda: _size(partial))
+        with partial.open("ab") as stream:
+            for piece in _read(file.address, file.size or _MAX_BYTES, say, earlier, file.size):
+                if stream.tell() == 0:
+                    refuse_pointer(file.address, piece)
+                    if file.checksum is None and piece.lstrip()[:9].lower().startswith(_PAGES):
+                        raise UserError(f"{file.address}: it sends a page of text")
+                stream.write(piece)
+                report(len(piece))
         if _is_right(file, partial):
             fsync_path(partial)
             partial.replace(target)
@@ -88,7 +116,7 @@ def fetch_file(file: RemoteFile, target: Path, report: Callable[[int], None]) ->
         partial.unlink()
     report(-wrong)
     if earlier:  # the earlier part may be wrong
-        fetch_file(file, target, report)
+        fetch_file(file, target, report, say)
     elif wrong < (file.size or 1):
         expected = f" of the expected {file.size:,}" if file.size else ""
         raise UserError(f"{file.address}: it ends after {wrong:,} bytes{expected}")
@@ -111,81 +139,80 @@ def _is_right(file: RemoteFile, path: Path) -> bool:
         return hashlib.file_digest(stream, lambda: hashlib.new(name, usedforsecurity=False)).hexdigest() == value
 
 
-def _retry(address: str, attempt: Callable[[], Any], received: Callable[[], int] = lambda: 0) -> Any:
-    """Return the result of ``attempt``, repeated while it is `Interrupted`, with growing pauses.
+def _read(address: str, limit: int, say: Say, start: int = 0, size: int | None = None) -> Iterator[bytes]:
+    """Yield the bytes of a file from ``start`` on; a known ``size`` saves a request.
 
-    Raises it after `TRIES` failures in a row in which ``received()`` did not grow.
+    A failed connection is repeated with growing pauses, or when the server asks for it, from where it ended. Raises
+    `Interrupted` after `TRIES` failures in a row without a byte, and after `LONGEST_WAIT`; `UserError` if there is no
+    such file, access is denied, or it is longer than ``limit``.
     """
-    failures, before = 0, received()
+    scheme = urlsplit(address).scheme
+    package, raised = SCHEMES[scheme]
+    import_optional(package, f"an address of {scheme}://", scheme)
+    errors: tuple[type[Exception], ...] = (OSError, *map(pkgutil.resolve_name, raised))
+    failures, waited = 0, 0.0
     while True:
+        first, wait, status, reason = start, 0.0, 0, "the server ended the connection early"
         try:
-            return attempt()
-        except Interrupted as error:
-            failures, before = 1 if received() > before else failures + 1, received()
-            if failures == TRIES:
-                reason = f"the connection failed {failures} times in a row ({error})"
-                raise Interrupted(f"{address}: {reason}; try again later") from error
-        time.sleep(FIRST_PAUSE * 2 ** (failures - 1))
+            with _open_remote(address, start, size) as file:
+                while piece := file.read(_PIECE):
+                    start += len(piece)
+                    failures = 0
+                    if start > limit:
+                        raise UserError(f"{address}: longer than {limit:,} bytes, the largest accepted size")
+                    yield piece
+            if start == first or start >= (size or 0):
+                return
+        except FileNotFoundError as error:
+            raise UserError(f"{address}: the server has no such file") from error
+        except errors as error:
+            status = getattr(error, "status", 0)
+            reason, wait = " ".join(str(error).split()) or type(error).__name__, _retry_after(error)
+            if status == 416:
+                return  # the file ends before ``start``
+            if isinstance(error, PermissionError) or (400 <= status < 500 and status not in (408, 429)):
+                raise UserError(f"{address}: the server denies access ({reason}); {_LOGIN[scheme]}") from error
+        waited, failures = waited + wait, failures + (wait == 0)
+        if failures == TRIES:
+            raise Interrupted(f"{address}: the connection failed {failures} times in a row ({reason}); try again later")
+        if waited > LONGEST_WAIT:
+            raise Interrupted(f"{address}: the server is busy and asks to wait for {wait:,.0f} s; try again later")
+        if wait:
+            say(f"{urlsplit(address).netloc} is busy (status {status}): waiting {wait:.0f} s, as it asks")
+        time.sleep(wait or FIRST_PAUSE * 2 ** (failures - 1))
 
 
-def _append(file: RemoteFile, partial: Path, report: Callable[[int], None]) -> None:
-    """Append to ``partial`` what one connection sends. Raises `Interrupted` if more may come."""
-    start = _size(partial)
-    with partial.open("ab") as target:
-        for piece in _read(file.address, file.size or _MAX_BYTES, start, file.size):
-            if target.tell() == 0 and file.checksum is None and piece.lstrip()[:9].lower().startswith(_PAGES):
-                raise UserError(f"{file.address}: it sends a page of text")
-            target.write(piece)
-            report(len(piece))
-    if start < _size(partial) < (file.size or 0):
-        raise Interrupted("the server ended the connection early")
+def _retry_after(error: Exception) -> float:
+    """Return how many seconds a server asks to wait (RFC 9110, 10.2.3), 0 if it does not."""
+    text = (getattr(error, "headers", None) or {}).get("Retry-After", "")
+    with contextlib.suppress(TypeError, ValueError):
+        return float(text) if text.isdecimal() else max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+    return 0.0
 
 
-def _read(address: str, limit: int, start: int = 0, size: int | None = None) -> Iterator[bytes]:
-    """Yield the bytes of a file from ``start`` on, as the server sends them. A known ``size`` saves a request.
-
-    Raises `Interrupted`, and `UserError` if there is no such file, access is denied, or it is longer than ``limit``.
-    """
-    errors: tuple[type[Exception], ...] = (OSError, importlib.import_module("aiohttp").ClientError)
-    if address.startswith("s3:"):
-        import_optional("s3fs", "an s3:// address", "s3")
-        botocore = importlib.import_module("botocore.exceptions")
-        errors = (OSError, botocore.BotoCoreError, botocore.ClientError)
-    try:
-        with _open_remote(address, start, size) as file:
-            while piece := file.read(_PIECE):
-                start += len(piece)
-                if start > limit:
-                    raise UserError(f"{address}: longer than {limit:,} bytes, the largest accepted size")
-                yield piece
-    except FileNotFoundError as error:
-        raise UserError(f"{address}: the server has no such file") from error
-    except errors as error:
-        status = getattr(error, "status", 0)
-        reason = " ".join(str(error).split()) or type(error).__name__
-        if status == 416:
-            return  # the file ends before ``start``
-        if isinstance(error, PermissionError) or (400 <= status < 500 and status not in (408, 429)):
-            raise UserError(f"{address}: the server denies access ({reason})") from error
-        raise Interrupted(reason) from error
-
-
-def _open_remote(address: str, start: int, size: int | None) -> Any:
+def _open_remote(address: str, start: int, size: int | None, *, ranges: bool = True) -> Any:
     import fsspec
 
-    if address.startswith("s3:"):
-        file = fsspec.filesystem("s3").open(address, "rb", size=size, block_size=_S3_BLOCK)
+    parts = urlsplit(address)
+    if parts.scheme not in ("http", "https"):
+        file = fsspec.filesystem(parts.scheme).open(address, "rb", size=size, block_size=_BLOCK)
         file.seek(start)
         return file
     import aiohttp
 
+    # Content-Encoding: gzip of a file that is named so describes the file: it is not undone.
+    is_gzip = parts.path.endswith((".gz", ".tgz"))
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=_SILENCE_SECONDS)
     # trust_env: clusters name their proxies by environment variables.
-    files = fsspec.filesystem(urlsplit(address).scheme, client_kwargs={"timeout": timeout, "trust_env": True})
-    headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={start}-"} if start else {})}
+    client = {"timeout": timeout, "trust_env": True, "auto_decompress": not is_gzip}
+    files = fsspec.filesystem(parts.scheme, client_kwargs=client)
+    headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={start}-"} if start and ranges else {})}
     # A stream, so that no more than a piece is ever held, whatever the server sends. With a size, fsspec does not ask
     # for it.
     file = files.open(address, "rb", block_size=0, size=size or 1, headers=headers)
+    if file.r.status == 206 and "Content-Encoding" in file.r.headers and not is_gzip:
+        file.close()
+        return _open_remote(address, start, size, ranges=False)  # the range is one of compressed bytes
     # A server that does not support ranges sends the file from its beginning.
     while start and file.r.status != 206 and (skipped := file.read(min(start, _PIECE))):
         start -= len(skipped)
@@ -197,15 +224,27 @@ def is_address(shards: str) -> bool:
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", shards) is not None and not Path(shards).exists()
 
 
-def open_shards(shards: str, *, cache_dir: Path, progress: Progress | None = None) -> ShardSet:
-    """Open a packed set: a folder, or an ``https://``, ``http://`` or ``s3://`` address, fetched once per node.
+def open_shards(
+    shards: str,
+    *,
+    cache_dir: Path,
+    progress: Progress = lambda done, total: None,
+    say: Say = lambda line: None,
+) -> ShardSet:
+    """Open a packed set: a folder, or an address of one of `SCHEMES`, fetched once per node.
 
-    ``progress(done, total)`` counts bytes fetched. Raises `UserError`.
+    ``progress(done, total)`` counts bytes fetched; ``say`` receives a line if the server is waited for. Raises
+    `UserError`.
     """
-    return ShardSet.open(fetch_set(shards, cache_dir, progress) if is_address(shards) else shards)
+    return ShardSet.open(fetch_set(shards, cache_dir, progress, say) if is_address(shards) else shards)
 
 
-def fetch_set(address: str, cache_dir: Path, progress: Progress | None = None) -> Path:
+def fetch_set(
+    address: str,
+    cache_dir: Path,
+    progress: Progress = lambda done, total: None,
+    say: Say = lambda line: None,
+) -> Path:
     """Fetch the packed set at ``address`` into the cache, once per node, and return its folder there.
 
     ``progress(done, total)`` counts bytes. A set that was fetched before opens without its server. Raises `UserError`
@@ -222,7 +261,7 @@ def fetch_set(address: str, cache_dir: Path, progress: Progress | None = None) -
     with cache_entry(cache_dir, "fetched", name) as folder:
         url, stored = f"{base}/{MANIFEST_NAME}", folder / MANIFEST_NAME
         try:
-            data = _retry(url, lambda: b"".join(_read(url, _MAX_MANIFEST)))
+            data = b"".join(_read(url, _MAX_MANIFEST, say))
         except Interrupted:
             if not stored.exists():
                 raise
@@ -234,24 +273,23 @@ def fetch_set(address: str, cache_dir: Path, progress: Progress | None = None) -
         missing = {path: claim for (path, claim), finding in files if finding.status != OK}
         wanted, total = (sum(claim.size for claim in some.values()) for some in (missing, claims))
         with cache_errors(stored, wanted):
-            _fetch_claims(base, missing, total - wanted, total, progress)
+            _fetch_claims(base, missing, total - wanted, total, progress, functools.cache(say))
             write_atomic(stored, data)
     return folder
 
 
-def _fetch_claims(base: str, claims: dict[Path, SetFile], done: int, total: int, progress: Progress | None) -> None:
+def _fetch_claims(base: str, claims: dict[Path, SetFile], done: int, total: int, progress: Progress, say: Say) -> None:
     lock = threading.Lock()
 
     def report(count: int) -> None:
         nonlocal done
         with lock:
             done += count
-            if progress is not None:
-                progress(done, total)
+            progress(done, total)
 
     def fetch_one(path: Path, claim: SetFile) -> None:
         file = RemoteFile(address=f"{base}/{claim.name}", size=claim.size, checksum=("sha256", claim.sha256))
-        fetch_file(file, path, report)
+        fetch_file(file, path, report, say)
 
     report(0)
     with ThreadPoolExecutor(_CONNECTIONS, "fetch") as pool:

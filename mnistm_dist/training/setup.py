@@ -48,6 +48,9 @@ class ProgressBars(Protocol):
     def progress(self, description: str, total: int | None, unit: str = "images") -> AbstractContextManager[Progress]:
         """Show a progress bar while the block runs."""
 
+    def warn(self, text: str) -> None:
+        """Show a line that needs attention."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunSetup:
@@ -133,7 +136,7 @@ def open_set(data: DataConfig, world: World, bars: ProgressBars) -> ShardSet:
         if not is_address(shards):
             return open_shards(shards, cache_dir=cache_dir)
         with bars.progress(f"fetching {shards}", None, "bytes") as bar:
-            return open_shards(shards, cache_dir=cache_dir, progress=bar)
+            return open_shards(shards, cache_dir=cache_dir, progress=bar, say=bars.warn)
 
     return world.run_on_all_ranks(open_here)
 

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
+from typing import ClassVar
 
+import fsspec
 import pytest
+from fsspec.config import set_conf_env
+from fsspec.implementations.memory import MemoryFileSystem
 from local_server import LocalServer
 from packed_sets import edit_manifest, flip_byte, tiny_source
 from s3_server import serve_s3
@@ -15,6 +22,7 @@ from s3_server import serve_s3
 from mnistm_dist.data import fetch as transfer
 from mnistm_dist.data.fetch import fetch_set, is_address, open_shards
 from mnistm_dist.data.packing.writer import pack
+from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.errors import UserError
 
 
@@ -116,6 +124,46 @@ def test_errors_of_a_busy_server_are_retried(served, packed, tmp_path):
     assert same_files(fetch_set(served.address, tmp_path / "cache"), packed)
 
 
+def in_seconds(seconds: float) -> str:
+    """A date as HTTP writes it."""
+    return format_datetime(datetime.now(UTC) + timedelta(seconds=seconds), usegmt=True)
+
+
+@pytest.mark.parametrize("retry_after", [lambda: "1", lambda: in_seconds(2)], ids=["seconds", "date"])
+def test_a_server_that_asks_for_time_is_waited_for_with_a_line(served, packed, tmp_path, retry_after: Callable):
+    served.retry_after, served.statuses = retry_after(), {"manifest.json": [503], "train-000000.tar": [429]}
+    lines: list[str] = []
+    assert same_files(fetch_set(served.address, tmp_path / "cache", say=lines.append), packed)
+    assert any("is busy (status 503): waiting " in line for line in lines)
+    assert all(line.startswith("127.0.0.1:") for line in lines)
+
+
+def test_a_server_that_asks_for_too_much_time_is_given_up(served, tmp_path):
+    served.retry_after, served.statuses = "9999", {"manifest.json": [503]}
+    assert "asks to wait for 9,999 s; try again later" in refusal(served.address, tmp_path / "cache")
+
+
+def test_a_set_that_the_server_compresses_is_fetched_and_an_interrupted_transfer_continues(served, packed, tmp_path):
+    served.encoded = dict.fromkeys((path.name for path in packed.iterdir()), True)
+    served.cut_once = {"train-000000.tar": 5_000}
+    assert same_files(fetch_set(served.address, tmp_path / "cache"), packed)
+
+
+def test_a_git_lfs_pointer_is_named_in_a_set_on_a_server_and_in_a_folder(served, packed, tmp_path):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    for name in ("train-000001.tar", "manifest.json"):
+        shutil.copytree(packed, tmp_path / name)
+        (tmp_path / name / name).write_bytes(pointer)
+        served.lies = {name: pointer}
+        folder = tmp_path / name
+        messages = [refusal(served.address, tmp_path / f"cache {name}")]
+        with pytest.raises(UserError) as caught:
+            ShardSet.open(folder).check(["train"], record=None)
+        for message in (*messages, str(caught.value)):
+            assert f"/{name}: " in message
+            assert "a Git LFS pointer in place of the file; fetch it with git lfs pull" in message
+
+
 def refusal(address: str, cache_dir: Path) -> str:
     with pytest.raises(UserError) as caught:
         fetch_set(address, cache_dir)
@@ -164,12 +212,12 @@ def test_a_manifest_with_names_outside_of_its_folder_is_refused(served, tmp_path
 @pytest.mark.parametrize(
     ("address", "named"),
     [
-        ("pipe:cat /etc/passwd", "https://, http://, s3://"),
-        ("ftp://example.org/set", "https://, http://, s3://"),
-        ("file:///etc", "https://, http://, s3://"),
-        ("memory://set", "https://, http://, s3://"),
-        ("https:", "https://, http://, s3://"),
-        ("https://[not-ipv6/set", "https://, http://, s3://"),
+        ("pipe:cat /etc/passwd", "https://, http://, s3://, gs://, hf://"),
+        ("ftp://example.org/set", "https://, http://, s3://, gs://, hf://"),
+        ("file:///etc", "https://, http://, s3://, gs://, hf://"),
+        ("memory://set", "https://, http://, s3://, gs://, hf://"),
+        ("https:", "https://, http://, s3://, gs://, hf://"),
+        ("https://[not-ipv6/set", "https://, http://, s3://, gs://, hf://"),
         ("https://user:secret@example.org/set", "without password"),
         ("https://example.org/set?token=secret", "without password, query and fragment"),
         ("http://127.0.0.1:1/set", "connection failed 5 times in a row"),
@@ -210,3 +258,51 @@ def test_a_set_on_s3_is_fetched(packed, tmp_path, monkeypatch):
         flip_byte(stored / "train-000000.tar", 600)
         assert "sha256 is not the expected" in refusal("s3://sets/a/tiny", tmp_path / "other")
         assert "no such file" in refusal("s3://sets/nothing", tmp_path / "other")
+
+
+@pytest.mark.parametrize(("setting", "header"), [("anon", "Authorization"), ("requester_pays", "x-amz-request-payer")])
+def test_a_public_bucket_and_one_whose_reader_pays_are_settings_of_fsspec(
+    packed, tmp_path, monkeypatch, setting: str, header: str
+):
+    pytest.importorskip("s3fs", reason="s3fs is not installed (pip install 'mnistm-dist[s3]')")
+    for name, value in (("ACCESS_KEY_ID", "key"), ("SECRET_ACCESS_KEY", "secret"), ("DEFAULT_REGION", "us-east-1")):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    shutil.copytree(packed, tmp_path / "s3" / "sets" / "tiny")
+    requests: list[Mapping[str, str]] = []
+    with serve_s3(tmp_path / "s3", requests) as endpoint:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        settings: dict[str, dict] = {}
+        set_conf_env(settings, {f"FSSPEC_S3_{setting.upper()}": "true"})
+        monkeypatch.setitem(fsspec.config.conf, "s3", settings["s3"])
+        assert same_files(fetch_set("s3://sets/tiny", tmp_path / "cache"), packed)
+    reads = [request for request in requests if "Range" in request]
+    assert reads
+    assert all((header in request) == (setting == "requester_pays") for request in reads)
+
+
+@pytest.mark.parametrize(("scheme", "package"), [("gs", "gcsfs"), ("hf", "huggingface_hub")])
+def test_a_set_is_fetched_from_any_store_of_fsspec(packed, tmp_path, monkeypatch, scheme: str, package: str):
+    pytest.importorskip(package, reason=f"{package} is not installed")
+
+    class Store(MemoryFileSystem):
+        protocol = scheme
+        store: ClassVar = {}
+        pseudo_dirs: ClassVar = [""]
+
+        @classmethod
+        def _strip_protocol(cls, path: str) -> str:
+            return "/" + path.removeprefix(f"{scheme}://").strip("/")
+
+    monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, scheme, Store)
+    address = f"{scheme}://datasets/me/tiny"
+    Store().put(str(packed) + "/", address, recursive=True)
+    assert same_files(fetch_set(address, tmp_path / "cache"), packed)
+    Store().rm(f"{address}/train-000000.tar")
+    assert "train-000000.tar: the server has no such file" in refusal(address, tmp_path / "other")
+
+
+@pytest.mark.parametrize(("scheme", "package"), [("s3", "s3fs"), ("gs", "gcsfs")])
+def test_a_missing_package_of_an_address_is_named(tmp_path, monkeypatch, scheme: str, package: str):
+    monkeypatch.setitem(sys.modules, package, None)
+    message = refusal(f"{scheme}://bucket/set", tmp_path)
+    assert message == f'an address of {scheme}:// needs {package}: pip install "mnistm-dist[{scheme}]"'

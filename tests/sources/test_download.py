@@ -95,6 +95,13 @@ def test_a_download_continues_after_a_lost_connection(server, tmp_path, monkeypa
     assert calls[-1][0] == len(data)
 
 
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_content_encoding_that_only_names_the_files_own_compression_is_not_undone(server, tmp_path, ranges):
+    server.ranges, server.encoded, server.cut_once = ranges, {NAME: False}, {NAME: 20_000}
+    path = download(f"{server.address}/{NAME}", tmp_path / "cache")
+    assert path.read_bytes() == (server.folder / NAME).read_bytes()
+
+
 def test_a_download_continues_what_an_earlier_call_left(server, tmp_path, monkeypatch):
     offer(monkeypatch, [known(server)])
     data = (server.folder / NAME).read_bytes()

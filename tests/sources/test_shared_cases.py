@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import shutil
+import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, RunMain, output_of
 from PIL import Image
 
+from mnistm_dist import pack as pack_command
+from mnistm_dist import train
+from mnistm_dist.data.fetch import fetch_set
 from mnistm_dist.data.packing.writer import pack
 from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.data.sources.catalog import open_source
+from mnistm_dist.data.sources.download import download
 from mnistm_dist.errors import UserError
 
 CASES = ROOT.parent / "shared" / "cases"
@@ -81,7 +89,7 @@ CASE_COMMANDS: Mapping[str, Mapping[str, Expected]] = {
     "valid_dropped": dict.fromkeys(("valid.h5", "valid.mat", "course", "official"), OWN),
     "wds_foreign_shards": {"stock": CUT, "stock/train-000000.tar": CUT, "img2ds": "captions, not classes"},
 }
-# Not sources: a server for downloads, and paths that begin with ~.
+# Not sources: a server for downloads, and paths that begin with ~; their tests are below.
 OTHERS = {"http_moods", "tilde_paths"}
 
 
@@ -131,6 +139,56 @@ def test_a_case_gives_what_its_head_says(generated, tmp_path: Path, monkeypatch,
         for split in manifest.splits.values():
             assert len(split.class_counts) == 10
             assert max(split.class_counts) - min(split.class_counts) <= 1
+
+
+@pytest.mark.parametrize("mood", ["plain", "rate1", "busy1", "gzenc", "gzcut", "redir"])
+def test_a_server_of_any_mood_gives_the_archive(generated, tmp_path: Path, mood: str) -> None:
+    (archive,) = generated("pt_in_tar_gz").glob("*train.pt.tar.gz")
+    with served(archive.parent) as address:
+        path = download(f"{address}/{mood}/{archive.name}", tmp_path / "cache")
+    assert path.read_bytes() == archive.read_bytes()
+
+
+def test_a_busy_server_gives_a_packed_set_and_one_with_passwords_says_how_to_log_in(generated, tmp_path: Path) -> None:
+    pack(open_source(str(generated("tilde_paths") / "src")), tmp_path / "served" / "set", num_shards=2)
+    lines: list[str] = []
+    with served(tmp_path / "served") as address:
+        folder = fetch_set(f"{address}/rate1/set", tmp_path / "cache", say=lines.append)
+        with pytest.raises(UserError, match=r"denies access \(401.*put user and password into ~/\.netrc"):
+            fetch_set(f"{address}/auth/set", tmp_path / "cache")
+    assert ShardSet.open(folder).manifest == ShardSet.open(tmp_path / "served" / "set").manifest
+    assert "is busy (status 429): waiting 1 s, as it asks" in lines[0]
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """Run the given server on a folder; yield its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen([sys.executable, CASES / "http_moods.py", str(port), folder], stdout=subprocess.DEVNULL)
+    try:
+        for _ in range(200):
+            with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                break
+            time.sleep(0.05)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_tilde_in_a_flag_or_a_recipe_is_the_home(generated, tmp_path: Path, monkeypatch, run_main: RunMain) -> None:
+    shutil.copytree(generated("tilde_paths"), tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    output_of(run_main(pack_command.main, "src", "--out=~/shards/a", "--num-shards", 1))
+    quick = ("--max-steps", 1, "--tracker", "none", "--no-report", "--threads", 1, "--cache-dir=~/cache")
+    output_of(run_main(train.main, "--recipe", "rec.yaml", *quick))
+    output_of(run_main(train.main, "--shards=~/shards/a", "--run-dir=~/runs/y", "--recipe", "rec.yaml", *quick))
+    assert {path.name for path in (tmp_path / "home").iterdir()} >= {"shards", "runs", "cache"}
+    assert {path.name for path in (tmp_path / "home" / "runs").iterdir()} == {"x", "y"}
+    assert not (tmp_path / "~").exists()
 
 
 def rows_of(folder: Path, split: str) -> tuple[np.ndarray, list[int]]:

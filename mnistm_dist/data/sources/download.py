@@ -8,13 +8,13 @@
 import contextlib
 import hashlib
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import unquote
 
 from mnistm_dist.data import fetch as transfer
 from mnistm_dist.data.cache import cache_entry
-from mnistm_dist.data.fetch import RemoteFile
+from mnistm_dist.data.fetch import RemoteFile, Say
 from mnistm_dist.data.parallel import Progress
 from mnistm_dist.errors import UserError
 
@@ -28,7 +28,7 @@ def download(
     cache_dir: Path,
     *,
     progress: Progress = lambda done, total: None,
-    say: Callable[[str], None] = lambda line: None,
+    say: Say = lambda line: None,
 ) -> Path:
     """Download the official set from the first public copy that works, or from an address; returns the path to open.
 
@@ -37,12 +37,12 @@ def download(
     connection, no such file, a web page in its place, another checksum, a full disk.
     """
     if what != "official":
-        return _fetch_copy(what, _copy_at(what), cache_dir, progress)
+        return _fetch_copy(what, _copy_at(what), cache_dir, progress, say)
     failures = []
     for publisher, copy in OFFICIAL_COPIES.items():
         say(f"downloading from {publisher}")
         try:
-            return _fetch_copy(publisher, copy, cache_dir, progress)
+            return _fetch_copy(publisher, copy, cache_dir, progress, say)
         except UserError as error:
             failures.append(str(error))
             say(f"failed: {error}")
@@ -73,7 +73,7 @@ def _copy_at(address: str) -> _Copy:
     return {name: RemoteFile(address=address)}
 
 
-def _fetch_copy(publisher: str, copy: _Copy, cache_dir: Path, progress: Progress) -> Path:
+def _fetch_copy(publisher: str, copy: _Copy, cache_dir: Path, progress: Progress, say: Say) -> Path:
     sizes = [file.size or 0 for file in copy.values()]
     total, done = sum(sizes) if all(sizes) else 0, 0
 
@@ -85,7 +85,7 @@ def _fetch_copy(publisher: str, copy: _Copy, cache_dir: Path, progress: Progress
     entry = hashlib.sha256(publisher.encode()).hexdigest()[:16]
     with cache_entry(cache_dir, _KIND, entry) as folder:
         for name, file in copy.items():
-            transfer.fetch_file(file, folder / name, report)
+            transfer.fetch_file(file, folder / name, report, say)
     return folder / next(iter(copy)) if len(copy) == 1 else folder
 
 

@@ -134,7 +134,8 @@ def main(
         ) from error
     for note in [*manifest.notes[len(opened.notes) :], *_empty_classes(manifest)]:
         console.warn(note)
-    console.header(f"packed: {target.out}", _summary(manifest, time.monotonic() - started))
+    rows = _summary(manifest, time.monotonic() - started)
+    console.header(f"packed: {target.out}", rows | _advice(manifest, f"--shards {shlex.quote(str(target.out))}"))
     return 0
 
 
@@ -154,13 +155,21 @@ def _summary(manifest: Manifest, seconds: float) -> dict[str, str]:
         "images": f"{height} x {width}",
         "classes": f"{len(manifest.classes):,}: {', '.join(manifest.classes[:10])}"
         + ", ..." * (len(manifest.classes) > 10),
-        "recipe": "fast"
-        if manifest.lineage != "unknown"
-        else "--recipe images for photos; for digits and text --recipe fast --invert 0",
         **{name: f"{split.count:,} images in {len(split.shards)} shards" for name, split in manifest.splits.items()},
         **{f"pixels of {group}": digest for group, digest in manifest.pixels_sha256.items()},
         "took": f"{seconds:.1f} s",
     }
+
+
+def _advice(manifest: Manifest, shards: str) -> dict[str, str]:
+    """Return the commands that train on the set. Inverted colours are a symmetry of MNIST-M alone."""
+    command = "python -m mnistm_dist.train --recipe"
+    if manifest.lineage != "unknown":
+        return {"train by": f"{command} fast {shards}"}
+    digits = f"{command} fast --invert 0 {shards}"
+    if manifest.layout == "idx":
+        return {"train by": digits}
+    return {"train photos by": f"{command} images {shards}", "digits, text by": digits}
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, RunMain, error_of, output_of
+from layouts import noise, write_mnist
 from packed_sets import ARCHIVE, names_in, write_official
 
 from mnistm_dist import pack
@@ -34,6 +35,18 @@ def test_pack_writes_a_set_and_prints_a_summary(tmp_path: Path, run_main: RunMai
     for expected in ("shards/mine", "20 images in 4 shards", manifest.pixels_sha256["test"], "unknown"):
         assert expected in printed
     assert names_in(tmp_path / "shards") == ["mine"]
+
+
+def test_pack_prints_the_command_that_trains_on_the_set(tmp_path: Path, run_main: RunMain) -> None:
+    command = "python -m mnistm_dist.train --recipe"
+    write_official(tmp_path / "photos")
+    write_mnist(tmp_path / "mnist", noise())
+    printed = output_of(run_main(pack.main, "photos", "--out", "a b"))
+    assert f"{command} images --shards 'a b'\n" in printed
+    assert f"{command} fast --invert 0 --shards 'a b'\n" in printed
+    printed = output_of(run_main(pack.main, "mnist", "--out", "digits"))
+    assert f"{command} fast --invert 0 --shards digits\n" in printed
+    assert "images --shards" not in printed
 
 
 @pytest.mark.parametrize(

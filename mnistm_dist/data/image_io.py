@@ -15,6 +15,7 @@ import stat
 import struct
 import tarfile
 import tokenize
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -71,7 +72,7 @@ def png_size(data: bytes, origin: str) -> tuple[int, int]:
         raise UserError(f"{origin}: a PNG of {depth} bits, {kind} ({_ADVICE})")
     if not (1 <= width <= MAX_SIDE and 1 <= height <= MAX_SIDE):
         raise UserError(
-            f"{origin}: {height} x {width} pixels; accepted are 1 to {MAX_SIDE:,} a side: add "
+            f"{origin}: a PNG of {height} x {width} pixels; accepted are 1 to {MAX_SIDE:,} a side: add "
             "--resize N to shrink all images"
         )
     return height, width
@@ -87,10 +88,11 @@ def is_plain_png(data: bytes, size: int | None = None) -> bool:
 def convert_to_png(data: bytes, origin: str, size: int | None = None) -> tuple[bytes, str]:
     """Convert an image file of any of `FORMATS` to a PNG of 8-bit RGB, as `to_rgb`; return it and what the file was.
 
-    ``size``: scale and crop to ``size`` x ``size``. Raises `UserError`, naming ``origin``, if it cannot be read. Pillow
-    warns of too many pixels: the caller makes that an error, since filters of warnings are those of all threads.
+    ``size``: scale and crop to ``size`` x ``size``. Raises `UserError`, naming ``origin``, if it cannot be read or has
+    too many pixels.
     """
-    with explain_decode_errors(origin, f"an image of {', '.join(FORMATS)}"):
+    with explain_decode_errors(origin, f"an image of {', '.join(FORMATS)}"), warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
         if not data:
             raise ValueError("an empty file")
         if data.startswith(_SIGNATURE):
@@ -98,6 +100,12 @@ def convert_to_png(data: bytes, origin: str, size: int | None = None) -> tuple[b
         with Image.open(io.BytesIO(data), formats=formats_here()) as image:
             form = f"{image.format} {image.mode}"
             pixels = to_rgb(image, origin)
+    if size is None and max(pixels.shape[:2]) > MAX_SIDE:
+        height, width = pixels.shape[:2]
+        raise UserError(
+            f"{origin}: {height} x {width} pixels; accepted are 1 to {MAX_SIDE:,} a side: add --resize N to shrink all "
+            "images"
+        )
     return encode_png(resize_and_crop(pixels, size)), form
 
 

@@ -177,7 +177,7 @@ def test_the_official_train_gives_55000_and_4001_others_a_tenth() -> None:
         (tiny_source(10), -1, "1 to 9"),
         (tiny_source(1), None, "at least 2"),
         (tiny_source(10, 0, 5), 3, "its own val split"),
-        (tiny_source(0, 5), None, "1 of 0 training images"),
+        (tiny_source(0, 5), None, "no training images"),
     ],
 )
 def test_splits_that_cannot_be_cut_are_refused(

@@ -6,19 +6,18 @@ byte for byte; all other image files, and arrays, become such PNGs.
 """
 
 import os
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from io import FileIO
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from mnistm_dist.data.image_io import convert_to_png, encode_png, is_plain_png, png_size, resize_and_crop
-from mnistm_dist.data.parallel import Progress, ordered_map
+from mnistm_dist.data.parallel import Progress, ordered_map, workers_for
 from mnistm_dist.data.sources.base import SPLITS, Sample, Source
 from mnistm_dist.errors import UserError
 from mnistm_dist.files import explain_os_errors
@@ -57,6 +56,8 @@ def cut_splits(source: Source, val_size: int | None = None) -> dict[str, Part]:
     both. Raises `UserError` if train or val would be empty, or if ``val_size`` is given for a source with its own val.
     """
     train, val, test = (source.counts.get(split, 0) for split in SPLITS)
+    if not train:
+        raise UserError(f"{source.description}: no training images; a packed set needs them")
     if val and val_size is not None:
         raise UserError(f"{source.description}: has its own val split of {val:,} images: leave out the val size")
     val_split, val_start = "val", 0
@@ -97,33 +98,28 @@ def spool_images(
     total, offset, first, image_size = sum(source.counts.values()), 0, "", (0, 0)
     converted: Counter[str] = Counter()
     before = after = 0
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        encoded = ordered_map(
-            lambda samples: [_encode(sample, resize) for sample in samples], _chunks(source.samples())
-        )
-        for done, (sample, form, file_size) in enumerate(chain.from_iterable(encoded), start=1):
-            png = sample.encoded
-            assert png is not None
-            size = png_size(png, sample.origin)
-            if not first:
-                image_size, first = size, sample.origin
-            elif size != image_size:
-                raise UserError(
-                    f"{sample.origin}: {size[0]} x {size[1]} pixels, but {first} has {image_size[0]} x "
-                    f"{image_size[1]}: all images of a set have one size: add --resize N"
-                )
-            if form:
-                converted[form] += 1
-                before, after = before + file_size, after + len(png)
-            origin = sample.origin.encode("utf-8", "surrogateescape")[:65_535]
-            rows[sample.split][sample.index] = (offset, len(png), len(origin), sample.label)
-            offset += len(png) + len(origin)
-            rest = memoryview(png + origin)
-            with explain_os_errors(folder):
-                while rest:
-                    rest = rest[file.write(rest) :]
-            progress(done, total)
+    for done, (sample, form, file_size) in enumerate(_with_pngs(source.samples(), total, resize), start=1):
+        png = sample.encoded
+        assert png is not None
+        size = png_size(png, sample.origin)
+        if not first:
+            image_size, first = size, sample.origin
+        elif size != image_size:
+            raise UserError(
+                f"{sample.origin}: {size[0]} x {size[1]} pixels, but {first} has {image_size[0]} x {image_size[1]}: "
+                "all images of a set have one size: add --resize N"
+            )
+        if form:
+            converted[form] += 1
+            before, after = before + file_size, after + len(png)
+        origin = sample.origin.encode("utf-8", "surrogateescape")[:65_535]
+        rows[sample.split][sample.index] = (offset, len(png), len(origin), sample.label)
+        offset += len(png) + len(origin)
+        rest = memoryview(png + origin)
+        with explain_os_errors(folder):
+            while rest:
+                rest = rest[file.write(rest) :]
+        progress(done, total)
     notes: tuple[str, ...] = ()
     if converted:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in converted.most_common(8))
@@ -142,6 +138,15 @@ def read_image(file: FileIO, row: np.void) -> tuple[bytes, str]:
     return data[:size], data[size:].decode("utf-8", "surrogateescape")
 
 
+def _with_pngs(samples: Iterator[Sample], count: int, resize: int | None) -> Iterator[_Png]:
+    """Return the samples as PNGs; in parallel, unless the first ones are kept as they are."""
+    chunks = _chunks(samples)
+    first = next(chunks, [])
+    kept = all(sample.encoded is not None and is_plain_png(sample.encoded, resize) for sample in first)
+    work = partial(_encode, resize=resize)
+    return chain.from_iterable(ordered_map(work, chain([first], chunks), workers=0 if kept else workers_for(count)))
+
+
 def _chunks(samples: Iterator[Sample]) -> Iterator[list[Sample]]:
     chunk: list[Sample] = []
     size = 0
@@ -154,7 +159,11 @@ def _chunks(samples: Iterator[Sample]) -> Iterator[list[Sample]]:
     yield chunk
 
 
-def _encode(sample: Sample, resize: int | None) -> _Png:
+def _encode(samples: list[Sample], resize: int | None) -> list[_Png]:
+    return [_encode_one(sample, resize) for sample in samples]
+
+
+def _encode_one(sample: Sample, resize: int | None) -> _Png:
     data, pixels = sample.encoded, sample.pixels
     if data is not None and is_plain_png(data, resize):
         return sample, "", 0

@@ -16,7 +16,7 @@ import numpy as np
 
 from mnistm_dist.data.image_io import check_png, decode_png
 from mnistm_dist.data.manifest import PIXEL_GROUPS
-from mnistm_dist.data.parallel import Progress, ordered_map
+from mnistm_dist.data.parallel import Progress, ordered_map, workers_for
 
 # sha256 of the pixels of the official training images and test images.
 OFFICIAL_PIXELS = {
@@ -56,7 +56,7 @@ def measure_pixels(
     histograms: defaultdict[str, np.ndarray] = defaultdict(lambda: np.zeros((3, 256), dtype=np.int64))
     done = 0
     tasks = ((chunk, size) for chunk in _chunks(images, max(1, _CHUNK_BYTES // (3 * size[0] * size[1]))))
-    for split, pixels, histogram in ordered_map(_decode_chunk, tasks):
+    for split, pixels, histogram in ordered_map(_decode_chunk, tasks, workers=workers_for(count)):
         for name in {split, *(group for group, members in PIXEL_GROUPS.items() if split in members)}:
             hashes[name].update(pixels.data)
         histograms[split] += histogram

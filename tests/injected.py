@@ -143,14 +143,14 @@ PHASES: dict[str, tuple[Any, str, int]] = {
     "opening": (resident, "set_entry", 1),
     "decoding": (resident, "_save_stamp", 1),
     "training": (cuda_graph, "train_step", 9),
-    "saving": (checkpoint, "_digest", 3),
+    "saving": (checkpoint, "_write_tensors", 4),
     "evaluating": (evaluation, "_predict", 1),
     "predicting": (scoring, "write_split", 1),
     "drawing": (figures, "mistakes", 1),
     "summing up": (scoring, "write_summary", 1),
     "reporting": (html, "write_report", 1),
 }
-"""For each phase a function of it, and at which of its calls the fault occurs: the 9th step, the first file of the
+"""For each phase a function of it, and at which of its calls the fault occurs: the 9th step, the second file of the
 second checkpoint, ..."""
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mnistm_dist.train import train_model as train
 
 __all__ = ["OrderedSampler", "load_model", "train"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def load_model(

@@ -51,9 +51,10 @@ def main(
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder{near_path(folder)}; name one that holds run folders")
     from mnistm_dist.reporting.runs import overview
-    from mnistm_dist.training.run_dir import CONFIG_NAME
+    from mnistm_dist.training.run_dir import CONFIG_NAME, LOG_NAME
 
-    paths = sorted(path.parent for path in folder.rglob(CONFIG_NAME))
+    # A recipe, an exported model and other projects have a config.yaml, too.
+    paths = sorted(path.parent for path in folder.rglob(CONFIG_NAME) if (path.parent / LOG_NAME).is_file())
     runs = [(path, {"name": str(path.relative_to(folder)), **overview(path)}) for path in paths]
     runs = [run for run in runs if any(filter in str(run[1][name]) for name in ("name", "recipe", "state"))]
     if action == "prune":
@@ -89,14 +90,15 @@ def prune(runs: list[tuple[Path, dict[str, Any]]], *, remove: bool) -> int:
     """Print what can be removed of the runs and how much it frees; remove it if ``remove``. Return the exit code."""
     from mnistm_dist.run_lock import RunLock
     from mnistm_dist.training.checkpoint import checkpoint_dirs
-    from mnistm_dist.training.run_dir import read_summary
+    from mnistm_dist.training.run_dir import CONFIG_NAME, read_summary
 
     freed = 0
     for path, row in runs:
         try:
             with RunLock(path):
                 saved, result = checkpoint_dirs(path), read_summary(path).get("checkpoint", {}).get("step")
-                doomed = [path] if not saved else []
+                # A folder that holds other runs stays.
+                doomed = [path] if not saved and len(list(path.rglob(CONFIG_NAME))) == 1 else []
                 if row["state"] == "finished":
                     doomed = [one for one in saved[:-1] if int(one.name.removeprefix("step-")) != result]
                 for target in doomed:

@@ -100,6 +100,26 @@ def test_prune_leaves_a_run_that_is_in_use(folder, run_main):
     assert (folder / "dead" / "config.yaml").exists()
 
 
+def test_only_run_folders_are_listed_and_pruned(folder, run_main):
+    # A recipe of one's own, a model that was exported to the Hub, another project.
+    (folder / "config.yaml").write_text("recipe: fast\n")
+    for name, files in (
+        ("hub", ("config.yaml", "state.json", "model.safetensors")),
+        ("other", ("config.yaml", "a.py")),
+    ):
+        (folder / name).mkdir()
+        for file in files:
+            (folder / name / file).write_text("{}")
+    # A run whose folder holds another one.
+    good = folder / "good" / "config.yaml"
+    write_run(folder / "dead" / "inner", seed=0, **SMALL)
+    names = [row["name"] for row in json.loads(output_of(run_main(runs.main, "list", "--json")))]
+    assert names == ["dead", "dead/inner", "good", "group/cut"]
+    output_of(run_main(runs.main, "prune", "--yes"))
+    assert all(path.exists() for path in (folder / "hub" / "state.json", folder / "other" / "a.py", good))
+    assert (folder / "dead" / "inner" / "summary.json").exists()
+
+
 def test_a_folder_that_is_missing_is_a_user_error(run_main):
     assert "nowhere: no such folder" in error_of(run_main(runs.main, "list", "nowhere"))
 

@@ -210,9 +210,13 @@ def summary_fields(run: RunSetup, state: TrainState) -> dict[str, Any]:
 def write_summary(
     run_dir: Path, summary: dict[str, Any], results: dict[str, Predictions], metrics: CustomMetrics
 ) -> dict[str, Any]:
-    """Write ``summary.json`` with the metrics of the splits, custom ones included; return its content."""
+    """Write ``summary.json`` with the metrics of the splits; return its content.
+
+    Without custom ``metrics``, those that ``summary`` has, of the same checkpoint, are kept.
+    """
     for split, predictions in results.items():
         custom = measure_custom(metrics, predictions.probabilities, predictions.labels)
+        custom = custom or summary.get(split, {}).get("custom", {})
         summary = summary | {split: dataclasses.replace(predictions.metrics, custom=custom).to_json()}
     with writing(run_dir):
         write_atomic(run_dir / SUMMARY_NAME, json.dumps(summary, indent=1))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from mnistm_dist import __version__
 from mnistm_dist.cli import flag_text, parse_train_flags
 from mnistm_dist.config import Config, fields_of
-from mnistm_dist.errors import is_first, run_cli
+from mnistm_dist.errors import UserError, is_first, run_cli
 
 if TYPE_CHECKING:
     from mnistm_dist.reporting.metrics import CustomMetrics
@@ -54,7 +54,8 @@ def train_model(
         model: a function, or a class, that takes the number of classes and returns a module. It must be importable by
             name, since evaluation and a resume build the model again. Or a name, as ``--model``.
         metrics: by name, functions of probabilities, float (N, C), and labels, int64 (N,). They are measured at each
-            evaluation, on rank 0.
+            evaluation, on rank 0, and once before training, on one image of each class. ``accuracy`` and ``loss`` are
+            taken.
 
     Returns:
         What ``summary.json`` holds, and ``run_dir``; on every rank.
@@ -67,6 +68,8 @@ def train_model(
     from mnistm_dist.training.models import name_of
 
     fields = {"recipe": config.recipe, **fields_of(config)} if isinstance(config, Config) else dict(config or {})
+    if taken := sorted({"accuracy", "loss"} & set(metrics or {})):
+        raise UserError(f"metrics: {', '.join(taken)}: the package's own have this name; choose another")
     if model is not None:
         fields["model"] = model if isinstance(model, str) else name_of(model)
     request = parse_train_flags([f"--{name}={flag_text(value)}" for name, value in fields.items()])

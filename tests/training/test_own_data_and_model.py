@@ -15,6 +15,7 @@ from test_resume import wait_for_step
 from mnistm_dist import __version__, load_model, train
 from mnistm_dist.config import build, load, read_recipe
 from mnistm_dist.errors import UserError
+from mnistm_dist.evaluate import main as evaluate
 from mnistm_dist.reporting.runs import read_run
 from mnistm_dist.training.run_dir import read_log
 
@@ -114,6 +115,9 @@ def test_train_in_python_is_the_command_with_metrics_of_ones_own(tmp_path, monke
     assert "recall_of_5" in page
     # Finished: nothing to do, and the same answer.
     assert train({**fields(small_set), "resume": "auto"}, model="own_models:small") == summary
+    # The command has no metrics of one's own: those of this checkpoint stay.
+    assert evaluate(["run"]) == 0
+    assert json.loads((run / "summary.json").read_text())["val"]["custom"] == summary["val"]["custom"]
 
 
 @pytest.mark.parametrize(
@@ -131,6 +135,8 @@ def test_what_is_wrong_in_python_is_an_error_in_one_line(tmp_path, monkeypatch, 
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="cannot be imported by its name"):
         train(fields(small_set), model=lambda classes: own_models.small(classes))
+    with pytest.raises(UserError, match="metrics: accuracy: the package's own have this name"):
+        train(fields(small_set), metrics={"accuracy": recall_of_5})
     with pytest.raises(ZeroDivisionError):
         train(fields(small_set), metrics={"bad": lambda probabilities, labels: 1 / 0})
     assert not (tmp_path / "run").exists()
@@ -200,4 +206,5 @@ def test_a_missing_module_of_a_run_is_named(run_main, tmp_path, small_set):
     assert run_main(main, *flags, "--model", "own_models:small").returncode == 0
     config = tmp_path / "run" / "config.yaml"
     config.write_text(config.read_text().replace("own_models:small", "gone:small"))
-    assert "model gone:small: cannot be imported" in error_of(run_main(predict, "run", "picture.png"))
+    message = f"error: model gone:small: no module gone in {tmp_path}, nor installed; start the command in the folder"
+    assert message in error_of(run_main(predict, "run", "picture.png"))

@@ -53,6 +53,20 @@ def raises(num_classes: int) -> nn.Module:
     raise KeyError("layers")
 
 
+CONSTANT = 3
+
+
+class Misspelt(nn.Module):
+    """Calls a layer that it does not have: torch's code raises."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.body = small(num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.boddy(images)  # type: ignore[operator]
+
+
 def no_parameters(num_classes: int) -> nn.Module:
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
 

@@ -279,14 +279,13 @@ def load_model(path: Path, model: nn.Module) -> None:
     _load_weights(model, load_tensors(path / MODEL), path)
 
 
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file, on the CPU. Raise `UserError` if it cannot be read."""
+def load_tensors(path: Path, advice: str = "use another checkpoint (a live run removes old ones)") -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file, on the CPU. Raise `UserError`, with the advice, if it cannot be
+    read."""
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{path}: cannot be read ({os_error_reason(error)}); use another checkpoint (a live run removes old ones)"
-        ) from error
+        raise UserError(f"{path}: cannot be read ({os_error_reason(error)}); {advice}") from error
 
 
 def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:

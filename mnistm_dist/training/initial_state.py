@@ -70,7 +70,8 @@ def load_initial_weights(model: nn.Module, path: Path, num_classes: int) -> list
 
     Raise `UserError` that names the tensors for weights that do not fit.
     """
-    own, weights = model.state_dict(), checkpoints.load_tensors(path)
+    advice = "name a run, or a .safetensors file: safetensors.torch.save_file(state_dict, PATH) writes one"
+    own, weights = model.state_dict(), checkpoints.load_tensors(path, advice)
     other = {name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape}
     # Those of the last layer differ in their first dimension only, which is the number of classes.
     head = {name for name in other if own[name].shape == (num_classes, *weights[name].shape[1:])}

@@ -16,6 +16,8 @@ from torchvision.models.resnet import BasicBlock
 from mnistm_dist.config import DEFAULT_MODEL
 from mnistm_dist.errors import UserError, did_you_mean
 
+# Folders of code that a model's own code calls, or is called by: this package's, torch's and Python's.
+LIBRARIES = tuple(f"{Path(path).parent}/" for path in (torch.__file__, importlib.__file__, Path(__file__).parent))
 # Returns a model of so many classes: float (B, 3, H, W) to logits, float (B, classes).
 ModelFunction = Callable[[int], nn.Module]
 
@@ -70,12 +72,12 @@ def find_model(name: str) -> ModelFunction:
     """Return the function that creates a model of that name. Raise `UserError` if there is none."""
     if name == DEFAULT_MODEL:
         return PrunedResNet18
-    origin, colon, function_name = name.partition(":")
+    origin, _, function_name = name.partition(":")
     # Without this argument it lists detection models, too, whose backbones would be downloaded.
     known = torchvision.models.list_models(module=torchvision.models)
     if origin == "torchvision" and function_name in known:
         return lambda num_classes: torchvision.models.get_model(function_name, num_classes=num_classes)
-    if not colon or origin == "torchvision":
+    if not (origin and function_name) or origin == "torchvision":
         names = {DEFAULT_MODEL: DEFAULT_MODEL, **{one: f"torchvision:{one}" for one in known}}
         close = difflib.get_close_matches(function_name or name, names, 1)
         hint = f" (did you mean {names[close[0]]}?)" if close else ""
@@ -84,12 +86,21 @@ def find_model(name: str) -> ModelFunction:
     if str(folder) not in sys.path:
         # As with python -m; the command mnistm-dist and scripts in other folders do not have it.
         sys.path.insert(0, str(folder))
-    near = did_you_mean(origin, {path.stem for path in folder.glob("*.py")} - {origin})
-    with failures_of(f"model {name}: cannot be imported from {folder}{near}"):
-        module = importlib.import_module(origin)
+    try:
+        with failures_of(f"model {name}: cannot be imported"):
+            module = importlib.import_module(origin)
+    except UserError as error:
+        missing = error.__cause__.name if isinstance(error.__cause__, ModuleNotFoundError) else None
+        if missing is None or not f"{origin}.".startswith(f"{missing}."):
+            raise
+        near = did_you_mean(origin, {path.stem for path in folder.glob("*.py")})
+        raise UserError(
+            f"model {name}: no module {missing} in {folder}, nor installed{near}; start the command in the folder that "
+            "holds it, or add that to PYTHONPATH"
+        ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
-        near_name = did_you_mean(function_name, vars(module))
+        near_name = did_you_mean(function_name, [one for one, value in vars(module).items() if callable(value)])
         raise UserError(f"model {name}: {origin} has no function {function_name}{near_name}; name one of its")
     return function
 
@@ -99,8 +110,9 @@ def name_of(function: ModelFunction) -> str:
     module, name = getattr(function, "__module__", "__main__"), getattr(function, "__qualname__", "")
     if module == "__main__" or getattr(sys.modules[module], name, None) is not function:
         raise UserError(
-            f"model: {function!r:.100} cannot be imported by its name, and a resume must build it again; define it at "
-            "the top level of a module of its own, such as my_models.py, and pass my_models.net or 'my_models:net'"
+            f"model: {' '.join(repr(function).split()):.100} cannot be imported by its name, and a resume must build "
+            "it again; define it at the top level of a module of its own, such as my_models.py, and pass "
+            "my_models.net or 'my_models:net'"
         )
     return f"{module}:{name}"
 
@@ -114,11 +126,12 @@ def failures_of(subject: str) -> Iterator[None]:
         *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError),
         *(RuntimeError, SyntaxError, TypeError, ValueError),
     ) as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
+        frames = traceback.extract_tb(error.__traceback__)
+        # The model's own line, not that of the library which it calls.
+        own = [frame for frame in frames if not frame.filename.startswith(("<frozen", *LIBRARIES))]
+        place = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
         reason = str(error).strip().partition("\n")[0]
-        raise UserError(
-            f"{subject}: {type(error).__name__}: {reason} ({Path(last.filename).name}, line {last.lineno})"
-        ) from error
+        raise UserError(f"{subject}: {type(error).__name__}: {reason}{place}") from error
 
 
 def to_device(model: nn.Module, device: torch.device, memory_format: str) -> nn.Module:

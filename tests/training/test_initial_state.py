@@ -56,12 +56,17 @@ REFUSED = {
     "resnet18": "model resnet18: unknown (did you mean torchvision:resnet18?); use pruned-resnet18, torchvision:NAME",
     "torchvision:resnet81": "unknown (did you mean torchvision:resnet18?)",
     "torchvision:fasterrcnn_resnet50_fpn": "unknown",
-    "own_modles:small": "cannot be imported from",
+    "torchvision:": "model torchvision:: unknown; use pruned-resnet18, torchvision:NAME or module:function",
+    "own_models:": "model own_models:: unknown; use pruned-resnet18, torchvision:NAME or module:function",
+    "own_modles:small": "error: model own_modles:small: no module own_modles in ",
+    "own_models:CONSTANT": "own_models has no function CONSTANT; name one of its",
     "own_models:smal": "own_models has no function smal (did you mean small?)",
     "own_models:no_module": "the function returned int; it should be a torch.nn.Module",
     "own_models:raises": "cannot be created: KeyError: 'layers' (own_models.py, line",
     "own_models:no_parameters": "no parameter to train",
     "own_models:lazy": "no parameter to train, or a lazy one",
+    "own_models:Misspelt": "fails on images of 28 px; choose another --image-size or --model: AttributeError: "
+    "'Misspelt' object has no attribute 'boddy' (own_models.py, line",
     "own_models:too_wide": "gives torch.float32 (1, 11) for images (1, 3, 28, 28) in evaluation; should be logits",
     "own_models:for_32_pixels": "fails on images of 28 px; choose another --image-size or --model: RuntimeError",
     "own_models:Returns": "gives dict () for images",
@@ -103,9 +108,10 @@ def test_a_function_is_recorded_by_a_name_that_finds_it_again():
     assert name_of(small) == "own_models:small"
     assert name_of(Odd) == "own_models:Odd"
     message = r"define it at the top level of a module of its own, such as my_models\.py"
-    for function in (lambda classes: small(classes), nn.Linear(2, 2).forward, pytest.mark.slow):
-        with pytest.raises(UserError, match=message):
+    for function in (lambda classes: small(classes), nn.Linear(2, 2).forward, pytest.mark.slow, small(3)):
+        with pytest.raises(UserError, match=message) as refused:
             name_of(function)
+        assert "\n" not in str(refused.value)
 
 
 def odd_state(name: str) -> TrainState:
@@ -202,7 +208,11 @@ def test_a_run_starts_from_the_result_of_another_and_records_the_file(run_main, 
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("nowhere", "cannot be read (No such file"), (".", "not a run folder"), ("text", "deserializing header")],
+    [
+        ("nowhere", "cannot be read (No such file"),
+        (".", "not a run folder"),
+        ("text", "name a run, or a .safetensors file: safetensors.torch.save_file(state_dict, PATH) writes one"),
+    ],
 )
 def test_initial_weights_that_cannot_be_read_are_one_line(run_main, small_set, tmp_path, name, message):
     from mnistm_dist.train import main

@@ -164,7 +164,10 @@ def choose_config(run: str | None, new_run: NewRun) -> Config:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in own)
         raise UserError(f"{flags}: {run} has its own; leave this out, or name --shards instead of a run")
     if run is not None:
-        return replace(load(Path(run) / "config.yaml"), **given)
+        config = replace(load(Path(run) / "config.yaml"), **given)
+        if config.data.shards is None:
+            raise UserError(f"{run}: its config.yaml names no packed set; name it with --shards")
+        return config
     if "shards" not in given:
         raise UserError("plan: name a run folder, or a packed set with --shards")
     return build(DEFAULT_RECIPE, read_recipe(DEFAULT_RECIPE) | given)

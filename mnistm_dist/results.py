@@ -228,7 +228,6 @@ def next_commands(run: RunSetup) -> dict[str, str]:
     folder, python = shlex.quote(str(run.path)), "python -m mnistm_dist"
     compared = f"{folder} OTHER_RUN" if run.config.run.report else folder
     commands = {"predict": f"{python}.predict {folder} IMAGE", "report": f"{python}.report {compared}"}
-    if run.config.run.max_steps:
-        last = checkpoints.checkpoint_dir(run.path, run.config.run.max_steps)
-        commands["resume"] = f"{python}.train --resume {shlex.quote(str(last))}"
+    if run.config.run.max_steps and not (run.path / checkpoints.MODEL).exists():
+        commands["resume"] = f"{python}.train --resume {folder} --max-steps none"
     return commands

@@ -32,7 +32,7 @@ from tyro.conf import arg
 
 from mnistm_dist.cli import command
 from mnistm_dist.config import LocalPath, OrNone, ShardsPath, load, replace
-from mnistm_dist.errors import UserError, errors_once_per_node, run_cli
+from mnistm_dist.errors import UserError, errors_once_per_node, near_path, run_cli
 
 
 @command
@@ -57,6 +57,9 @@ def main(
 
     folder = Path(path)
     if not any((folder / name).exists() for name in (CONFIG_NAME, LOG_NAME, "checkpoints")):
+        if not (folder / "manifest.json").exists():
+            near = near_path(folder)
+            raise UserError(f"{folder}: neither a packed set (manifest.json) nor a run (config.yaml){near}; name one")
         return verify_set(folder)
     with errors_once_per_node():
         config = load(folder / CONFIG_NAME)

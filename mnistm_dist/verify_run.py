@@ -54,6 +54,7 @@ MEASURED = ("world_size", "device", "peak_memory_gb", "save_seconds", "data", "f
 # What a row of the log has of its own step.
 OF_ONE_STEP = ("train/gradient_norm", "train/learning_rate", "val/loss", "val/accuracy")
 LONGEST_VALUE = 32  # characters of a value that a finding shows
+MOST_STEPS = 10  # that an error names
 
 
 def verify_run(run_dir: Path, config: Config, which: str, seed: int | None) -> int:
@@ -184,9 +185,10 @@ def choose_stretch(steps: list[int], which: str, seed: int) -> tuple[int, int]:
     before = max((step for step in steps if step < named[-1]), default=0)
     first, stop = named if len(named) == 2 else (before, *named)
     if first >= stop or not {first, stop} <= set(steps):
-        raise UserError(
-            f"--replay {which}: should be two of the steps {', '.join(map(str, steps))}, which have a checkpoint"
-        )
+        shown = list(map(str, steps))
+        if len(shown) > MOST_STEPS:
+            shown[MOST_STEPS // 2 : -MOST_STEPS // 2] = ["..."]
+        raise UserError(f"--replay {which}: should be two of the steps {', '.join(shown)}, which have a checkpoint")
     return first, stop
 
 

@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT, error_of, output_of
 from huggingface_hub import ModelCard
 
-from mnistm_dist import evaluate, load_model
+from mnistm_dist import evaluate, load_model, plan, train
 from mnistm_dist.export import main
 
 
@@ -73,6 +73,21 @@ def test_the_folder_is_evaluated_like_a_run(folder, small_set, run_main, trained
     output_of(done)
     both = [(place / "predictions_val.csv").read_bytes() for place in (tmp_path / "results", trained_run)]
     assert both[0] == both[1]
+
+
+def test_the_folder_cannot_be_resumed_and_stays_as_it_is(folder, small_set, run_main):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    advice = f"start a new run with --init-from {folder}"
+    assert advice in error_of(run_main(train.main, "--resume", folder, "--shards", small_set))
+    assert advice in error_of(run_main(train.main, "--run-dir", folder, "--resume", "auto", "--shards", small_set))
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_plan_of_the_folder_needs_a_set(folder, small_set, run_main):
+    assert "its config.yaml names no packed set; name it with --shards" in error_of(
+        run_main(plan.main, folder, "--step", 1)
+    )
+    output_of(run_main(plan.main, folder, "--step", 1, "--shards", small_set))
 
 
 def test_changed_weights_are_refused(folder, tmp_path):

@@ -62,6 +62,11 @@ def choose_start(request: TrainRequest) -> tuple[Config, Checkpoint | None] | No
         raise UserError(
             f"resume {resume}: no run there (no {CONFIG_NAME}); name a run folder or one of its checkpoints, or auto"
         )
+    if (run_dir / checkpoints.MODEL).exists():
+        raise UserError(
+            f"resume {run_dir}: an exported model, which cannot be trained further; start a new run with --init-from "
+            f"{shlex.quote(str(run_dir))}"
+        )
     if named is not None and Path(named).resolve() != run_dir.resolve():
         raise UserError(f"resume {resume}: not the run of --run-dir {named}; leave one of the two out")
     # With its own configuration also if it is finished, or has no complete checkpoint.

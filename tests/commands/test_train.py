@@ -13,10 +13,12 @@ from safetensors.torch import load_file
 from torch.nn import functional
 
 from mnistm_dist import predict, report, train
+from mnistm_dist.cli import parse_train_flags
 from mnistm_dist.data.order import FullOrder
 from mnistm_dist.data.resident import open_resident
 from mnistm_dist.data.shards import ShardSet
 from mnistm_dist.training.models import create_model
+from mnistm_dist.training.resume import choose_start
 from mnistm_dist.training.run_dir import read_log
 
 QUICK = ("--tracker", "none", "--threads", "1", "--no-report")
@@ -153,14 +155,18 @@ def test_a_run_leaves_a_complete_folder(run_command, small_set, tmp_path):
     assert 0 < len(pictures) == min(36, summary["test"]["total"] - summary["test"]["correct"])
 
 
-def test_a_model_that_gives_one_answer_ends_with_a_warning(run_command, small_set):
+def test_a_model_that_gives_one_answer_ends_with_a_warning(run_command, small_set, tmp_path, monkeypatch):
     wild = ("--optimizer", "sgd", "--learning-rate", 1000, "--lr-schedule", "constant", "--max-grad-norm", 0.1)
     flags = ("--batch-size", 32, "--image-size", 16, "--max-steps", 2, "--ema-decay", 0, "--log-every", 1, *wild)
     out = output_of(run_command("train", "--shards", small_set, "--run-dir", "a run", *flags, *QUICK))
     assert "warning: the " in out.splitlines()[-1]
     assert "use a smaller --learning-rate, or train for more steps" in out.splitlines()[-1]
-    # Quoted for a shell.
-    assert "python -m mnistm_dist.train --resume 'a run/checkpoints/step-00000002'" in out
+    # Quoted for a shell, and accepted.
+    assert "python -m mnistm_dist.train --resume 'a run' --max-steps none\n" in out
+    monkeypatch.chdir(tmp_path)
+    start = choose_start(parse_train_flags(["--resume", "a run", "--max-steps", "none"]))
+    assert start is not None
+    assert start[1].step == 2
     assert "python -m mnistm_dist.report 'a run'" in out
 
 

@@ -18,7 +18,9 @@ from packed_sets import flip_byte
 from safetensors.torch import load_file, save_file
 
 from mnistm_dist import verify
+from mnistm_dist.errors import UserError
 from mnistm_dist.training.run_dir import read_log
+from mnistm_dist.verify_run import choose_stretch
 
 FLAGS = (
     *("--recipe", "fast", "--batch-size", 16, "--micro-batch", 8, "--image-size", 16, "--epochs", 2, "--max-steps", 8),
@@ -89,6 +91,11 @@ def test_a_random_stretch_is_told_with_its_seed_and_drawn_again_by_it(run_main, 
 @pytest.mark.parametrize("stretch", ["3", "8:6", "0:7", "0"])
 def test_steps_without_a_checkpoint_are_refused_with_those_that_have_one(run_main, run, stretch):
     assert "two of the steps 0, 2, 4, 6, 8" in error_of(run_main(verify.main, run, "--replay", stretch))
+
+
+def test_an_error_names_a_few_of_many_steps():
+    with pytest.raises(UserError, match=r"steps 0, 1, 2, 3, 4, \.\.\., 95, 96, 97, 98, 99, which have a checkpoint"):
+        choose_stretch(list(range(100)), "3:2", 0)
 
 
 def edit_json(name: str, *path: str | int, value: object) -> Callable[[Path], None]:
@@ -315,6 +322,12 @@ def test_a_row_that_is_written_after_the_end_is_found(run_main, run):
     rows = read_log(run / "log.jsonl")
     write_rows(run, [*rows, {**rows[-1], "step": 9, "val/accuracy": 1.0}])
     assert any("log.jsonl" in line for line in findings_of(run_main(verify.main, run, "--replay", "none")))
+
+
+def test_a_path_that_is_neither_a_set_nor_a_run_is_an_error_of_one_line(run_main, run):
+    message = f"neither a packed set (manifest.json) nor a run (config.yaml) (did you mean {run}?); name one"
+    assert message in error_of(run_main(verify.main, f"{run}x"))
+    assert "neither a packed set" in error_of(run_main(verify.main, run.parent))
 
 
 def test_without_a_complete_checkpoint_there_is_nothing_to_train_from(run_main, run):

@@ -86,10 +86,10 @@ class TrainRequest:
     def of_seed(self, seed: int) -> "TrainRequest":
         """Return the request of one of the `seeds`: a run of its own in ``RUN/seed-N``."""
         run_dir = f"{self.config.run.run_dir}/seed-{seed}"
-        _, argv = _tyro(_only_seeds, self.argv, "train", return_unknown_args=True, add_help=False)
+        recipe, argv = _tyro(_only_recipe, self.argv, "train", return_unknown_args=True, add_help=False)
         return dataclasses.replace(
             self,
-            argv=[*argv, "--seed", str(seed), "--run-dir", run_dir],
+            argv=[*argv, *(["--recipe", recipe] if recipe else []), "--seed", str(seed), "--run-dir", run_dir],
             config=replace(self.config, seed=seed, run_dir=run_dir),
         )
 
@@ -202,14 +202,9 @@ def write_result(text: str) -> None:
             ) from error
 
 
-def _only_recipe(*, recipe: str = "") -> str:
-    """The target of the first pass over the flags of training."""
+def _only_recipe(*, recipe: str = "", seeds: str = "none") -> str:
+    """The target of the first pass over the flags of training, which takes these two out."""
     return recipe
-
-
-def _only_seeds(*, seeds: str = "none") -> str:
-    """The target of the pass that takes ``--seeds`` out of the flags of training."""
-    return seeds
 
 
 def _train_flags(argv: list[str], base: Config) -> TrainFlags:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from filelock import SoftFileLease, Timeout
@@ -25,7 +26,7 @@ LEASE_SECONDS = 20.0
 SAME_HOST_SECONDS = 0.3
 
 
-class RunLock:
+class RunLock(AbstractContextManager["RunLock"]):
     """Hold a run folder until `release` or the end of the block.
 
     Raise `FolderBusy` if a live run holds it, `UserError` if it cannot be written. ``patient``: wait for an owner on
@@ -48,9 +49,6 @@ class RunLock:
                     f"run folder {run_dir}: held by a live run ({holder}); wait for it to end, "
                     "or choose another --run-dir"
                 ) from error
-
-    def __enter__(self) -> RunLock:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.release()

@@ -91,14 +91,12 @@ def _finish(
     every, before = math.ceil(len(trained) / TIPS) or 1, 0
     for row in trained[(len(trained) - 1) % every :: every]:
         # With the evaluations since the tip before.
-        shown = dict(row)
-        for evaluation in evaluated:
-            if before < evaluation["step"] <= row["step"]:
-                shown |= evaluation
+        since = [evaluation for evaluation in evaluated if before < evaluation["step"] <= row["step"]]
+        shown = {name: value for logged in (row, *since) for name, value in logged.items()}
         texts = [form.format(shown[name]) for name, form in QUANTITIES.items() if shown.get(name) is not None]
         head = f"step {row['step']:,}, epoch {row['epoch']}" if "epoch" in row else f"step {row['step']:,}"
         over = blended_transform_factory(panels[0].transData, figure.transFigure)
-        figure.add_tip(over, (before, 0, row["step"], 1), "\n".join([head, *texts]))
+        figure.tips.append((over, (before, 0, row["step"], 1), "\n".join([head, *texts])))
         before = row["step"]
 
 
@@ -143,7 +141,7 @@ def _add_tips_of_lines(figure: PageFigure, axes: Axes) -> None:
     for place, left, right in zip(places, borders, borders[1:], strict=False):
         texts = [f"{name.strip()}: {ys[abs(xs - place).argmin()]:.4g}" for name, xs, ys in lines if place <= xs[-1]]
         head = f"{axes.get_ylabel()}, {axes.get_xlabel()} {place:.3g}"
-        figure.add_tip(axes.get_xaxis_transform(), (left, 0, right, 1), "\n".join([head, *texts]))
+        figure.tips.append((axes.get_xaxis_transform(), (left, 0, right, 1), "\n".join([head, *texts])))
 
 
 def _training_line(
@@ -158,16 +156,15 @@ def _training_line(
 
 
 def _accuracy(axes: Axes, rows: Sequence[Row]) -> None:
-    steps, values = series(rows, "evaluation", "val/accuracy")
-    axes.plot(steps, 100 * values, "--", color=SERIES[1])
-    if not len(steps):
-        return
     evaluations = [row for row in rows if row["kind"] == "evaluation" and row.get("val/accuracy") is not None]
-    full = max((row.get("image_size") or 0) for row in evaluations)
-    for row in evaluations:
-        # Hollow: evaluated at a smaller image size than the final model.
-        fill = "none" if (row.get("image_size") or full) < full else SERIES[1]
-        axes.plot(row["step"], 100 * row["val/accuracy"], "D", color=SERIES[1], markerfacecolor=fill, markersize=4.5)
+    if not evaluations:
+        return
+    steps, values = series(evaluations, "evaluation", "val/accuracy")
+    axes.plot(steps, 100 * values, "--", color=SERIES[1])
+    sizes = [row.get("image_size") or 0 for row in evaluations]
+    # Hollow: evaluated at a smaller image size than the final model.
+    fills = ["none" if 0 < size < max(sizes) else SERIES[1] for size in sizes]
+    axes.scatter(steps, 100 * values, 20, marker="D", facecolors=fills, edgecolors=SERIES[1], zorder=2)
     _limit_to_100(axes)
     best = int(values.argmax())
     axes.annotate(

@@ -81,8 +81,8 @@ class BackgroundTracker(Tracker):
         say: shows one line; called from the thread, too.
     """
 
-    failures: tuple[type[Exception], ...] = (ImportError,)
-    """What `open` and the work may raise; `open` adds the exceptions of a library that it imports."""
+    failures: tuple[type[Exception], ...] = (Exception,)
+    """What `open` and the work may raise: whatever the library of a tracker raises."""
     hint = "the run folder is complete"
     """What to do after a failure."""
 
@@ -154,10 +154,7 @@ class WandbTracker(BackgroundTracker):
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         os.environ.setdefault("WANDB_SILENT", "true")
         import wandb
-        from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
 
-        # The two of the mailbox: W&B's own process has died.
-        self.failures = (wandb.Error, HandleAbandonedError, MailboxClosedError, OSError, TypeError, ValueError)
         settings = wandb.Settings(
             silent=True,
             console="off",  # capturing our output would cost time, and log the control codes of the bars
@@ -222,9 +219,6 @@ class AccelerateTracker(BackgroundTracker):
         init: arguments of the class.
         config: the configuration, flat.
     """
-
-    # Whatever the library of a tracker raises.
-    failures = (Exception,)
 
     def __init__(
         self, name: str, say: Callable[[str], None], init: Mapping[str, Any], config: Mapping[str, Any]

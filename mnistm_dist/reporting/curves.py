@@ -106,9 +106,13 @@ def learning_curves(
 ) -> tuple[PageFigure, PageFigure]:
     """Draw training loss and val accuracy of several runs, by epoch if it is known for all of them, else by step.
 
-    ``epochs_per_step`` is known for finished runs. For others it follows from the last evaluation in the log.
+    ``epochs_per_step`` is known for finished runs. For others it follows from the evaluations in the log.
     """
-    scales = {name: (epochs_per_step or {}).get(name) or _epochs_per_step(rows) for name, rows in runs.items()}
+    scales = {
+        name: (epochs_per_step or {}).get(name)
+        or max((epoch / step for epoch, step in _evaluated_epochs(rows).items()), default=None)
+        for name, rows in runs.items()
+    }
     by_epoch = all(scales.values())
     drawn = []
     for kind, key, label, factor in (
@@ -183,11 +187,6 @@ def _limit_to_100(axes: Axes) -> None:
     reach = max(high - low, 0.5)
     # Space at the bottom for the image sizes, and for a whole marker at 100 %.
     axes.set_ylim(max(low - 0.15 * reach, 0), min(high, 100 + 0.03 * reach))
-
-
-def _epochs_per_step(rows: Sequence[Row]) -> float | None:
-    epochs = list(_evaluated_epochs(rows).items())
-    return epochs[-1][0] / epochs[-1][1] if epochs else None
 
 
 def _evaluated_epochs(rows: Sequence[Row]) -> dict[int, int]:

@@ -67,10 +67,11 @@ def describe(metrics: Metrics) -> str:
 
     The sentences hold for any matrix: classes without images, ties, no errors, a constant prediction.
     """
+    cells = [f"{cell.true} as {cell.predicted} ({cell.count:,})" for cell in metrics.confusions]
     paragraphs = (
         _support(metrics),
-        _confusions(metrics),
-        _classes(metrics) if metrics.confusions else "",
+        f"Most common confusions: {listed(cells)}." if cells else "No errors.",
+        _classes(metrics) if cells else "",
         _never_predicted(metrics),
     )
     return "\n".join(filter(None, paragraphs))
@@ -96,13 +97,6 @@ def _support(metrics: Metrics) -> str:
     text = f"{few.support:,} (class {few.name}) to {many.support:,} (class {many.name})"
     text = f"Images per class: {text if few.support < many.support else f'{few.support:,}'}."
     return f"{text} No images of class {listed(absent)}." if absent else text
-
-
-def _confusions(metrics: Metrics) -> str:
-    if not metrics.confusions:
-        return "No errors."
-    cells = [f"{cell.true} as {cell.predicted} ({cell.count:,})" for cell in metrics.confusions]
-    return f"Most common confusions: {listed(cells)}."
 
 
 def _classes(metrics: Metrics) -> str:

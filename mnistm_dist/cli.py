@@ -52,6 +52,8 @@ these by its own."""
 
 SHELLS = ("bash", "zsh", "fish")
 _REGISTRY = ConstructorRegistry()
+# Of all commands but train: flags without the name of a section, and switches without --no-.
+_MARKERS = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
 # Stands for the commas of a default value in --help, at which tyro would break a line.
 _COMMA = "\N{SINGLE LOW-9 QUOTATION MARK}"
 _METAVARS = {int: "INT", float: "FLOAT", str: "STR", Path: "PATH", type(None): "none"}
@@ -150,9 +152,8 @@ def command(function: Callable[..., int]) -> Callable[[list[str]], int]:
 
     def main(argv: list[str]) -> int:
         name, head = Path(inspect.getfile(function)).stem, inspect.getdoc(inspect.getmodule(function)) or ""
-        markers = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
         try:
-            args, kwargs = _tyro(validate_call(collect), argv, name, head, config=markers)
+            args, kwargs = _tyro(validate_call(collect), argv, name, head, config=_MARKERS)
         except ValidationError as error:
             raise flag_error(error) from error
         return function(*args, **kwargs)
@@ -168,9 +169,8 @@ def completion(commands: Mapping[str, Callable[..., Any]], shell: str) -> str:
     """
     if shell not in SHELLS:
         raise UserError(f"--completion: found {shell!r}; should be one of {', '.join(SHELLS)}")
-    markers = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
     functions = {
-        name: TrainFlags if name == "train" else tyro.conf.configure(*markers)(inspect.unwrap(main))
+        name: TrainFlags if name == "train" else tyro.conf.configure(*_MARKERS)(inspect.unwrap(main))
         for name, main in commands.items()
     }
     out = io.StringIO()

@@ -86,7 +86,10 @@ def _finish(
     panels[-1].xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     _mark_epochs(panels[0], rows)
     _mark_sizes(panels, rows, panels[sizes_in])
-    _mark_resumes(panels, rows)
+    for step in (row["step"] for row in rows if row["kind"] == "resume"):
+        for axes in panels:
+            axes.axvline(step, color=INK, linestyle=":", linewidth=1.0)
+        panels[0].text(step, 0.97, " resumed", fontsize=SMALL, va="top", transform=panels[0].get_xaxis_transform())
     trained, evaluated = ([row for row in rows if row["kind"] == kind] for kind in ("train", "evaluation"))
     every, before = math.ceil(len(trained) / TIPS) or 1, 0
     for row in trained[(len(trained) - 1) % every :: every]:
@@ -232,10 +235,3 @@ def _mark_sizes(panels: Sequence[Axes], rows: Sequence[Row], named_in: Axes) -> 
             color=INK,
             transform=named_in.get_xaxis_transform(),
         )
-
-
-def _mark_resumes(panels: Sequence[Axes], rows: Sequence[Row]) -> None:
-    for step in (row["step"] for row in rows if row["kind"] == "resume"):
-        for axes in panels:
-            axes.axvline(step, color=INK, linestyle=":", linewidth=1.0)
-        panels[0].text(step, 0.97, " resumed", fontsize=SMALL, va="top", transform=panels[0].get_xaxis_transform())

@@ -32,9 +32,7 @@ def most_confused(metrics: Metrics) -> list[int]:
     cells = np.array(metrics.confusion_matrix) * ~np.eye(width, dtype=bool)
     order = np.argsort(-cells, axis=None, kind="stable")[: MOST_CLASSES**2]
     pairs = np.stack(np.unravel_index(order, cells.shape), axis=1).ravel().tolist()
-    return (
-        sorted(list(dict.fromkeys([*pairs, *range(width)]))[:MOST_CLASSES]) if width > MOST_CLASSES else [*range(width)]
-    )
+    return sorted(list(dict.fromkeys([*pairs, *range(width)]))[:MOST_CLASSES])
 
 
 def of_all(metrics: Metrics, shown: int) -> str:

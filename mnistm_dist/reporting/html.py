@@ -62,7 +62,9 @@ def write_report(
     )
     environment.filters |= {
         "count": "{:,}".format,
+        "deviation": lambda values: statistics.stdev(values) if len(values) > 1 else None,
         "duration": duration,
+        "mean": statistics.fmean,
         "moment": lambda seconds: time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(seconds)),
         "number": number,
         "percent": percent,
@@ -231,7 +233,11 @@ def comparison_values(runs: Sequence[RunRecord]) -> dict[str, Any]:
         "fields": differing_fields(runs),
         "accuracy": [_accuracy(runs, split) for split in SPLITS if any(split in run.metrics for run in runs)],
         "seeds": [
-            _seeds(group, split)
+            {
+                "names": ", ".join(run.name for run in group),
+                "split": split,
+                "accuracies": [run.metrics[split].accuracy for run in group if split in run.metrics],
+            }
             for group in seed_groups(runs)
             for split in SPLITS
             if len(group) > 1 and any(split in run.metrics for run in group)
@@ -263,14 +269,3 @@ def _accuracy(runs: Sequence[RunRecord], split: str) -> dict[str, Any]:
     (seeds,) = (group for group in seed_groups(runs) if reference in group)
     names = {run.name for run in seeds}
     return {"name": SPLIT_NAMES[split], "reference": reference, "rows": rows, "seeds": names}
-
-
-def _seeds(group: Sequence[RunRecord], split: str) -> dict[str, Any]:
-    accuracies = [run.metrics[split].accuracy for run in group if split in run.metrics]
-    return {
-        "names": ", ".join(run.name for run in group),
-        "split": split,
-        "accuracies": accuracies,
-        "mean": statistics.fmean(accuracies),
-        "deviation": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
-    }

@@ -228,8 +228,9 @@ class AccelerateTracker(BackgroundTracker):
 
         tracker = LOGGER_TYPE_TO_CLASS[self.name](**self.init)
         tracker.start()
-        values = {name: v if isinstance(v, bool | int | float) else str(v) for name, v in self._config.items()}
-        tracker.store_init_configuration(values)
+        tracker.store_init_configuration(
+            {name: v if isinstance(v, bool | int | float) else str(v) for name, v in self._config.items()}
+        )
         return tracker
 
     def close(self, opened: Any, exit_code: int, state: str) -> None:

@@ -266,6 +266,5 @@ def _accuracy(runs: Sequence[RunRecord], split: str) -> dict[str, Any]:
         both = split in run.predictions and split in reference.predictions and run is not reference
         difference = paired_difference(run.predictions[split], reference.predictions[split]) if both else None
         rows.append((run, run.metrics[split], difference))
-    (seeds,) = (group for group in seed_groups(runs) if reference in group)
-    names = {run.name for run in seeds}
-    return {"name": SPLIT_NAMES[split], "reference": reference, "rows": rows, "seeds": names}
+    seeds = {run.name for group in seed_groups(runs) if reference in group for run in group}
+    return {"name": SPLIT_NAMES[split], "reference": reference, "rows": rows, "seeds": seeds}

@@ -52,6 +52,8 @@ these by its own."""
 
 SHELLS = ("bash", "zsh", "fish")
 _REGISTRY = ConstructorRegistry()
+# Of all commands but train: flags without the name of a section, and switches without --no-.
+_MARKERS = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
 # Stands for the commas of a default value in --help, at which tyro would break a line.
 _COMMA = "\N{SINGLE LOW-9 QUOTATION MARK}"
 _METAVARS = {int: "INT", float: "FLOAT", str: "STR", Path: "PATH", type(None): "none"}
@@ -86,10 +88,10 @@ class TrainRequest:
     def of_seed(self, seed: int) -> "TrainRequest":
         """Return the request of one of the `seeds`: a run of its own in ``RUN/seed-N``."""
         run_dir = f"{self.config.run.run_dir}/seed-{seed}"
-        _, argv = _tyro(_only_seeds, self.argv, "train", return_unknown_args=True, add_help=False)
+        recipe, argv = _tyro(_only_recipe, self.argv, "train", return_unknown_args=True, add_help=False)
         return dataclasses.replace(
             self,
-            argv=[*argv, "--seed", str(seed), "--run-dir", run_dir],
+            argv=[*argv, *(["--recipe", recipe] if recipe else []), "--seed", str(seed), "--run-dir", run_dir],
             config=replace(self.config, seed=seed, run_dir=run_dir),
         )
 
@@ -150,9 +152,8 @@ def command(function: Callable[..., int]) -> Callable[[list[str]], int]:
 
     def main(argv: list[str]) -> int:
         name, head = Path(inspect.getfile(function)).stem, inspect.getdoc(inspect.getmodule(function)) or ""
-        markers = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
         try:
-            args, kwargs = _tyro(validate_call(collect), argv, name, head, config=markers)
+            args, kwargs = _tyro(validate_call(collect), argv, name, head, config=_MARKERS)
         except ValidationError as error:
             raise flag_error(error) from error
         return function(*args, **kwargs)
@@ -168,9 +169,8 @@ def completion(commands: Mapping[str, Callable[..., Any]], shell: str) -> str:
     """
     if shell not in SHELLS:
         raise UserError(f"--completion: found {shell!r}; should be one of {', '.join(SHELLS)}")
-    markers = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
     functions = {
-        name: TrainFlags if name == "train" else tyro.conf.configure(*markers)(inspect.unwrap(main))
+        name: TrainFlags if name == "train" else tyro.conf.configure(*_MARKERS)(inspect.unwrap(main))
         for name, main in commands.items()
     }
     out = io.StringIO()
@@ -202,14 +202,9 @@ def write_result(text: str) -> None:
             ) from error
 
 
-def _only_recipe(*, recipe: str = "") -> str:
-    """The target of the first pass over the flags of training."""
+def _only_recipe(*, recipe: str = "", seeds: str = "none") -> str:
+    """The target of the first pass over the flags of training, which takes these two out."""
     return recipe
-
-
-def _only_seeds(*, seeds: str = "none") -> str:
-    """The target of the pass that takes ``--seeds`` out of the flags of training."""
-    return seeds
 
 
 def _train_flags(argv: list[str], base: Config) -> TrainFlags:

@@ -96,12 +96,7 @@ def run_torch(path: Path) -> Runner:
     """Load a ``.pt2`` file."""
     with path.open("rb") as file:
         module = torch.export.load(file).module()
-
-    @torch.inference_mode()
-    def run(images: np.ndarray) -> np.ndarray:
-        return module(torch.from_numpy(images)).numpy()
-
-    return run
+    return torch.inference_mode()(lambda images: module(torch.from_numpy(images)).numpy())
 
 
 def run_onnx(path: Path) -> Runner:

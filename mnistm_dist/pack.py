@@ -103,6 +103,7 @@ def main(
     from mnistm_dist.data.sources.download import download as fetch
     from mnistm_dist.files import refuse_existing
     from mnistm_dist.reporting.console import Console
+    from mnistm_dist.reporting.describe import listed
 
     refuse_existing(target.out)  # before anything long begins
     started = time.monotonic()
@@ -132,19 +133,14 @@ def main(
         raise UserError(
             f"{error}; if the download is damaged, remove it with rm -r {shlex.quote(str(source))}"
         ) from error
-    for note in [*manifest.notes[len(opened.notes) :], *_empty_classes(manifest)]:
+    for note in manifest.notes[len(opened.notes) :]:
         console.warn(note)
+    counts = manifest.splits["train"].class_counts
+    if empty := [name for name, count in zip(manifest.classes, counts, strict=True) if not count]:
+        console.warn(f"{len(empty):,} classes have no image in train: {listed(empty)}")
     rows = _summary(manifest, time.monotonic() - started)
     console.header(f"packed: {target.out}", rows | _advice(manifest, f"--shards {shlex.quote(str(target.out))}"))
     return 0
-
-
-def _empty_classes(manifest: Manifest) -> list[str]:
-    """Return a warning if classes have no image in train."""
-    counts = manifest.splits["train"].class_counts
-    names = [name for name, count in zip(manifest.classes, counts, strict=True) if not count]
-    listed = ", ".join(names[:5]) + ", ..." * (len(names) > 5)
-    return [f"{len(names):,} classes have no image in train: {listed}"] if names else []
 
 
 def _summary(manifest: Manifest, seconds: float) -> dict[str, str]:

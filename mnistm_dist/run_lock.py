@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from filelock import SoftFileLease, Timeout
@@ -25,7 +26,7 @@ LEASE_SECONDS = 20.0
 SAME_HOST_SECONDS = 0.3
 
 
-class RunLock:
+class RunLock(AbstractContextManager["RunLock"]):
     """Hold a run folder until `release` or the end of the block.
 
     Raise `FolderBusy` if a live run holds it, `UserError` if it cannot be written. ``patient``: wait for an owner on
@@ -38,7 +39,11 @@ class RunLock:
             path, lease_duration=LEASE_SECONDS, heartbeat_interval=HEARTBEAT_SECONDS, thread_local=False
         )
         with explain_os_errors(f"run folder {run_dir}", advice="choose another --run-dir"):
-            wait = LEASE_SECONDS + 2 if patient else _patience(self._lease, path)
+            owner = self._lease.owner
+            # Clocks of two hosts are not compared.
+            lives_here = owner is not None and _has_open(owner.pid, path) and _recently_touched(path)
+            # Else until a dead owner would be detected.
+            wait = SAME_HOST_SECONDS if lives_here and not patient else LEASE_SECONDS + 2
             try:
                 self._lease.acquire(timeout=wait, poll_interval=0.05)
             except Timeout as error:
@@ -48,9 +53,6 @@ class RunLock:
                     f"run folder {run_dir}: held by a live run ({holder}); wait for it to end, "
                     "or choose another --run-dir"
                 ) from error
-
-    def __enter__(self) -> RunLock:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.release()
@@ -71,14 +73,6 @@ def is_held_elsewhere(run_dir: Path) -> bool:
     if owner is None or not _recently_touched(path):
         return False
     return owner.hostname != host or (owner.pid != os.getpid() and Path(f"/proc/{owner.pid}").exists())
-
-
-def _patience(lease: SoftFileLease, path: Path) -> float:
-    """How long to wait, seconds: until a dead owner would be detected."""
-    owner = lease.owner
-    # Clocks of two hosts are not compared.
-    lives_here = owner is not None and _has_open(owner.pid, path)
-    return SAME_HOST_SECONDS if lives_here and _recently_touched(path) else LEASE_SECONDS + 2
 
 
 def _recently_touched(path: Path) -> bool:

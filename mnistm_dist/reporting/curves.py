@@ -86,19 +86,20 @@ def _finish(
     panels[-1].xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     _mark_epochs(panels[0], rows)
     _mark_sizes(panels, rows, panels[sizes_in])
-    _mark_resumes(panels, rows)
+    for step in (row["step"] for row in rows if row["kind"] == "resume"):
+        for axes in panels:
+            axes.axvline(step, color=INK, linestyle=":", linewidth=1.0)
+        panels[0].text(step, 0.97, " resumed", fontsize=SMALL, va="top", transform=panels[0].get_xaxis_transform())
     trained, evaluated = ([row for row in rows if row["kind"] == kind] for kind in ("train", "evaluation"))
     every, before = math.ceil(len(trained) / TIPS) or 1, 0
     for row in trained[(len(trained) - 1) % every :: every]:
         # With the evaluations since the tip before.
-        shown = dict(row)
-        for evaluation in evaluated:
-            if before < evaluation["step"] <= row["step"]:
-                shown |= evaluation
+        since = [evaluation for evaluation in evaluated if before < evaluation["step"] <= row["step"]]
+        shown = {name: value for logged in (row, *since) for name, value in logged.items()}
         texts = [form.format(shown[name]) for name, form in QUANTITIES.items() if shown.get(name) is not None]
         head = f"step {row['step']:,}, epoch {row['epoch']}" if "epoch" in row else f"step {row['step']:,}"
         over = blended_transform_factory(panels[0].transData, figure.transFigure)
-        figure.add_tip(over, (before, 0, row["step"], 1), "\n".join([head, *texts]))
+        figure.tips.append((over, (before, 0, row["step"], 1), "\n".join([head, *texts])))
         before = row["step"]
 
 
@@ -108,9 +109,13 @@ def learning_curves(
 ) -> tuple[PageFigure, PageFigure]:
     """Draw training loss and val accuracy of several runs, by epoch if it is known for all of them, else by step.
 
-    ``epochs_per_step`` is known for finished runs. For others it follows from the last evaluation in the log.
+    ``epochs_per_step`` is known for finished runs. For others it follows from the evaluations in the log.
     """
-    scales = {name: (epochs_per_step or {}).get(name) or _epochs_per_step(rows) for name, rows in runs.items()}
+    scales = {
+        name: (epochs_per_step or {}).get(name)
+        or max((epoch / step for epoch, step in _evaluated_epochs(rows).items()), default=None)
+        for name, rows in runs.items()
+    }
     by_epoch = all(scales.values())
     drawn = []
     for kind, key, label, factor in (
@@ -143,7 +148,7 @@ def _add_tips_of_lines(figure: PageFigure, axes: Axes) -> None:
     for place, left, right in zip(places, borders, borders[1:], strict=False):
         texts = [f"{name.strip()}: {ys[abs(xs - place).argmin()]:.4g}" for name, xs, ys in lines if place <= xs[-1]]
         head = f"{axes.get_ylabel()}, {axes.get_xlabel()} {place:.3g}"
-        figure.add_tip(axes.get_xaxis_transform(), (left, 0, right, 1), "\n".join([head, *texts]))
+        figure.tips.append((axes.get_xaxis_transform(), (left, 0, right, 1), "\n".join([head, *texts])))
 
 
 def _training_line(
@@ -158,16 +163,15 @@ def _training_line(
 
 
 def _accuracy(axes: Axes, rows: Sequence[Row]) -> None:
-    steps, values = series(rows, "evaluation", "val/accuracy")
-    axes.plot(steps, 100 * values, "--", color=SERIES[1])
-    if not len(steps):
-        return
     evaluations = [row for row in rows if row["kind"] == "evaluation" and row.get("val/accuracy") is not None]
-    full = max((row.get("image_size") or 0) for row in evaluations)
-    for row in evaluations:
-        # Hollow: evaluated at a smaller image size than the final model.
-        fill = "none" if (row.get("image_size") or full) < full else SERIES[1]
-        axes.plot(row["step"], 100 * row["val/accuracy"], "D", color=SERIES[1], markerfacecolor=fill, markersize=4.5)
+    if not evaluations:
+        return
+    steps, values = series(evaluations, "evaluation", "val/accuracy")
+    axes.plot(steps, 100 * values, "--", color=SERIES[1])
+    sizes = [row.get("image_size") or 0 for row in evaluations]
+    # Hollow: evaluated at a smaller image size than the final model.
+    fills = ["none" if 0 < size < max(sizes) else SERIES[1] for size in sizes]
+    axes.scatter(steps, 100 * values, 20, marker="D", facecolors=fills, edgecolors=SERIES[1], zorder=2)
     _limit_to_100(axes)
     best = int(values.argmax())
     axes.annotate(
@@ -186,11 +190,6 @@ def _limit_to_100(axes: Axes) -> None:
     reach = max(high - low, 0.5)
     # Space at the bottom for the image sizes, and for a whole marker at 100 %.
     axes.set_ylim(max(low - 0.15 * reach, 0), min(high, 100 + 0.03 * reach))
-
-
-def _epochs_per_step(rows: Sequence[Row]) -> float | None:
-    epochs = list(_evaluated_epochs(rows).items())
-    return epochs[-1][0] / epochs[-1][1] if epochs else None
 
 
 def _evaluated_epochs(rows: Sequence[Row]) -> dict[int, int]:
@@ -236,10 +235,3 @@ def _mark_sizes(panels: Sequence[Axes], rows: Sequence[Row], named_in: Axes) -> 
             color=INK,
             transform=named_in.get_xaxis_transform(),
         )
-
-
-def _mark_resumes(panels: Sequence[Axes], rows: Sequence[Row]) -> None:
-    for step in (row["step"] for row in rows if row["kind"] == "resume"):
-        for axes in panels:
-            axes.axvline(step, color=INK, linestyle=":", linewidth=1.0)
-        panels[0].text(step, 0.97, " resumed", fontsize=SMALL, va="top", transform=panels[0].get_xaxis_transform())

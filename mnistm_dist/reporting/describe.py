@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
-from mnistm_dist.reporting.metrics import ClassScores, Metrics
+from mnistm_dist.reporting.metrics import Metrics
 
 MOST_NAMED = 3  # items of a list that are named before the rest is counted
 
@@ -67,10 +67,11 @@ def describe(metrics: Metrics) -> str:
 
     The sentences hold for any matrix: classes without images, ties, no errors, a constant prediction.
     """
+    cells = [f"{cell.true} as {cell.predicted} ({cell.count:,})" for cell in metrics.confusions]
     paragraphs = (
         _support(metrics),
-        _confusions(metrics),
-        _classes(metrics) if metrics.confusions else "",
+        f"Most common confusions: {listed(cells)}." if cells else "No errors.",
+        _classes(metrics) if cells else "",
         _never_predicted(metrics),
     )
     return "\n".join(filter(None, paragraphs))
@@ -98,13 +99,6 @@ def _support(metrics: Metrics) -> str:
     return f"{text} No images of class {listed(absent)}." if absent else text
 
 
-def _confusions(metrics: Metrics) -> str:
-    if not metrics.confusions:
-        return "No errors."
-    cells = [f"{cell.true} as {cell.predicted} ({cell.count:,})" for cell in metrics.confusions]
-    return f"Most common confusions: {listed(cells)}."
-
-
 def _classes(metrics: Metrics) -> str:
     """Name the classes with the most errors and, if they are others, those with the highest error rate."""
     errors = {row: row.support - row.correct for row in metrics.per_class if row.support}
@@ -113,20 +107,13 @@ def _classes(metrics: Metrics) -> str:
     text = f"Classes with the most errors, {most:,} each: {listed([row.name for row in worst])}."
     if len(worst) == 1:
         count = f"{most:,} of {worst[0].support:,}"
-        text = f"Class {worst[0].name} has the most errors: {count} ({_predicted_as(metrics, worst[0])})."
+        named = [f"{cell.predicted} ({cell.count:,})" for cell in metrics.confusions if cell.true == worst[0].name]
+        text = f"Class {worst[0].name} has the most errors: {count}, predicted as {listed(named)}."
     highest = max(count / row.support for row, count in errors.items())
     weakest = [row for row, count in errors.items() if count / row.support == highest]
     if not set(weakest) & set(worst):
         text += f" Highest error rate: {percent(highest)}, class {listed([row.name for row in weakest])}."
     return text
-
-
-def _predicted_as(metrics: Metrics, row: ClassScores) -> str:
-    """Return what the images of a class were predicted as: ``15 predicted as 4, 12 as 7, 6 as others``."""
-    cells = [cell for cell in metrics.confusions if cell.true == row.name]
-    named = [f"{cell.count:,} {'as' if i else 'predicted as'} {cell.predicted}" for i, cell in enumerate(cells)]
-    others = sum(cell.count for cell in cells[MOST_NAMED:])
-    return ", ".join(named[:MOST_NAMED] + ([f"{others:,} as others"] if others else []))
 
 
 def _never_predicted(metrics: Metrics) -> str:

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from matplotlib.transforms import blended_transform_factory
 
 from mnistm_dist.reporting.describe import percent, plural
-from mnistm_dist.reporting.metrics import CalibrationBin, Metrics
-from mnistm_dist.reporting.predictions import Mistake
+from mnistm_dist.reporting.metrics import Metrics, calibration_bins
+from mnistm_dist.reporting.predictions import Mistake, Predictions
 from mnistm_dist.reporting.style import COLUMN_INCHES, GRID, INK, MUTED, SERIES, SMALL, PageFigure, new_figure, styled
 
 TILES_ACROSS = 6
@@ -32,14 +32,22 @@ def most_confused(metrics: Metrics) -> list[int]:
     cells = np.array(metrics.confusion_matrix) * ~np.eye(width, dtype=bool)
     order = np.argsort(-cells, axis=None, kind="stable")[: MOST_CLASSES**2]
     pairs = np.stack(np.unravel_index(order, cells.shape), axis=1).ravel().tolist()
-    return (
-        sorted(list(dict.fromkeys([*pairs, *range(width)]))[:MOST_CLASSES]) if width > MOST_CLASSES else [*range(width)]
-    )
+    return sorted(list(dict.fromkeys([*pairs, *range(width)]))[:MOST_CLASSES])
 
 
 def of_all(metrics: Metrics, shown: int) -> str:
     """Return `` (the 30 most confused of 1,000 classes)`` for a title, or an empty text if all are shown."""
     return f" (the {shown} most confused of {len(metrics.classes):,} classes)" if shown < len(metrics.classes) else ""
+
+
+def shares_and_shades(counts: np.ndarray, totals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return counts / totals of the cells of a confusion matrix, and their shades, -1 to 1.
+
+    The shade of a cell on the diagonal is its share of the largest there; that of an error its share of the largest
+    error, negative.
+    """
+    shares, right = counts / np.maximum(totals, 1), np.eye(len(counts), dtype=bool)
+    return shares, np.where(right, shares / (shares[right].max() or 1), -shares / (shares[~right].max(initial=0) or 1))
 
 
 @styled
@@ -49,13 +57,15 @@ def confusion_matrix(metrics: Metrics, title: str = "Confusion matrix") -> Figur
     The diagonal (blue) is shaded by recall. Errors (orange) have a scale of their own, up to the largest error, so that
     they stay visible beside a strong diagonal.
     """
-    matrix = np.array(metrics.confusion_matrix)
-    shares = matrix / np.maximum(matrix.sum(axis=1), 1)[:, None]
     chosen = most_confused(metrics)
-    matrix, shares = matrix[np.ix_(chosen, chosen)], shares[np.ix_(chosen, chosen)]
-    width, shown = len(chosen), (metrics.classes[i] for i in chosen)
-    names = [name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…" for name in shown]
-    largest = (shares * ~np.eye(width, dtype=bool)).max() or 1.0
+    shown, width = np.ix_(chosen, chosen), len(chosen)
+    matrix = np.array(metrics.confusion_matrix)
+    shares, shades = (values[shown] for values in shares_and_shades(matrix, matrix.sum(axis=1, keepdims=True)))
+    matrix = matrix[shown]
+    names = [
+        name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
+        for name in (metrics.classes[i] for i in chosen)
+    ]
     size = (0.44 if width <= 12 else 0.38) * (width + 3.2)
     figure = new_figure(height=size * 0.92, width=max(size, COLUMN_INCHES))
     errors = plural(metrics.total - metrics.correct, "error")
@@ -71,21 +81,17 @@ def confusion_matrix(metrics: Metrics, title: str = "Confusion matrix") -> Figur
     )
     axes.grid(False)
     count_size = {1: 8.5, 2: 8.5, 3: 8.5, 4: 8.0}.get(len(str(matrix.max())), 6.5)
+    opacities = np.where(shades, WEAKEST_SHADE + (STRONGEST_SHADE - WEAKEST_SHADE) * abs(shades), 0)
+    colours = [to_rgba(SERIES[0 if i == j else 1], opacity) for (i, j), opacity in np.ndenumerate(opacities)]
+    borders = np.arange(width + 1) - 0.5
+    axes.pcolormesh(borders, borders, np.reshape(colours, (width, width, 4)), edgecolors=GRID, linewidth=0.3)
     for (i, j), count in np.ndenumerate(matrix):
-        if i != j and not count:
-            axes.text(j, i, "·", color=MUTED, fontsize=count_size, **CENTRED)
-            continue
-        if count:
-            colour, strength = (SERIES[0], shares[i, i]) if i == j else (SERIES[1], shares[i, j] / largest)
-            shade = WEAKEST_SHADE + (STRONGEST_SHADE - WEAKEST_SHADE) * float(strength)
-            axes.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, facecolor=colour, alpha=shade, linewidth=0))
-        axes.text(j, i if i == j else i - 0.14, str(count), fontsize=count_size, **CENTRED)
-        if i != j:
+        is_error = bool(count) and i != j
+        text, colour = (str(count), INK) if count or i == j else ("·", MUTED)
+        axes.text(j, i - 0.14 * is_error, text, color=colour, fontsize=count_size, **CENTRED)
+        if is_error:
             share = f"{100 * shares[i, j]:.{1 if shares[i, j] < 0.0995 else 0}f}%"
             axes.text(j, i + 0.27, share, fontsize=5.5, **CENTRED)
-    for line in range(width + 1):
-        axes.plot([-0.5, width - 0.5], [line - 0.5] * 2, color=GRID, linewidth=0.6)
-        axes.plot([line - 0.5] * 2, [-0.5, width - 0.5], color=GRID, linewidth=0.6)
     axes.text(width - 0.3, -0.62, "recall", ha="left", va="bottom", fontsize=SMALL, color=MUTED)
     for i, scores in enumerate(metrics.per_class[row] for row in chosen):
         recall, colour = ("no images", MUTED) if scores.recall is None else (percent(scores.recall, 1), INK)
@@ -140,17 +146,12 @@ def batch_grid(images: Sequence[np.ndarray], captions: Sequence[str], title: str
 
 
 @styled
-def calibration(bins: Sequence[CalibrationBin], error: float, title: str = "Calibration") -> PageFigure:
-    """Draw accuracy against confidence, and below it the number of images at each confidence.
-
-    Args:
-        bins: from `mnistm_dist.reporting.metrics.calibration_bins`.
-        error: the expected calibration error, 0 to 1.
-        title: what is calibrated.
-    """
+def calibration(predictions: Predictions, title: str = "Calibration") -> PageFigure:
+    """Draw accuracy against confidence, and below it the number of images at each confidence."""
+    bins = calibration_bins(predictions.labels, predictions.probabilities, predictions.predicted)
     figure = new_figure(height=3.9)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    filled = [row for row in bins if row.count]
+    filled, error = [row for row in bins if row.count], 100 * predictions.metrics.calibration_error
     left, accuracy = [100 * row.lower for row in filled], [100 * row.accuracy for row in filled]
     bars: Any = {"width": 100 / len(bins), "align": "edge"}
     upper.plot([0, 100], [0, 100], color=MUTED, linestyle="--", linewidth=1.0, label="perfect calibration")
@@ -158,12 +159,12 @@ def calibration(bins: Sequence[CalibrationBin], error: float, title: str = "Cali
     upper.plot(
         [100 * row.confidence for row in filled], accuracy, "o", color=SERIES[0], markersize=5, clip_on=False, zorder=3
     )
-    upper.set(xlim=(0, 100), ylim=(0, 100), ylabel="accuracy, %", title=f"{title}: ECE {100 * error:.2f} %")
+    upper.set(xlim=(0, 100), ylim=(0, 100), ylabel="accuracy, %", title=f"{title}: ECE {error:.2f} %")
     upper.legend(loc="upper left")
     over = blended_transform_factory(upper.transData, figure.transFigure)
     for row in filled:
         text = f"{plural(row.count, 'image')}: confidence {percent(row.confidence)}, accuracy {percent(row.accuracy)}"
-        figure.add_tip(over, (100 * row.lower, 0, 100 * row.lower + 100 / len(bins), 1), text)
+        figure.tips.append((over, (100 * row.lower, 0, 100 * row.lower + 100 / len(bins), 1), text))
     counts = [row.count for row in filled]
     lower.bar(left, counts, color=MUTED, alpha=0.6, **bars)
     # Most images are in the last bin: only a logarithmic axis shows the others, and a bin of one image.

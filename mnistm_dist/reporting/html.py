@@ -25,7 +25,7 @@ from mnistm_dist.files import explain_os_errors, write_atomic
 from mnistm_dist.reporting import figures
 from mnistm_dist.reporting.curves import learning_curve, learning_curves, machine_curve
 from mnistm_dist.reporting.describe import describe, describe_checkpoint, duration, number, percent, plural
-from mnistm_dist.reporting.metrics import Metrics, calibration_bins
+from mnistm_dist.reporting.metrics import Metrics
 from mnistm_dist.reporting.predictions import Predictions, mistakes, paired_difference
 from mnistm_dist.reporting.runs import SPLITS, RunRecord, differing_fields, flatten, read_runs, seed_groups
 from mnistm_dist.reporting.style import to_svg
@@ -62,7 +62,9 @@ def write_report(
     )
     environment.filters |= {
         "count": "{:,}".format,
+        "deviation": lambda values: statistics.stdev(values) if len(values) > 1 else None,
         "duration": duration,
+        "mean": statistics.fmean,
         "moment": lambda seconds: time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(seconds)),
         "number": number,
         "percent": percent,
@@ -108,7 +110,7 @@ def _links(run_dir: Path, out: Path) -> dict[str, str]:
 def run_values(run: RunRecord) -> dict[str, Any]:
     """Return the values of ``run.html.j2``."""
     evaluations = [row for row in run.rows if row["kind"] == "evaluation" and row.get("val/accuracy") is not None]
-    wrong = [_mistakes(run, split) for split in SPLITS]
+    wrong = [_mistakes(run, split) for split in run.predictions]
     times = [row["time"] for row in run.rows if "time" in row]
     resumes, processes = sum(row["kind"] == "resume" for row in run.rows), run.environment.get("world_size")
     sections = {
@@ -145,10 +147,7 @@ def run_values(run: RunRecord) -> dict[str, Any]:
 def _split(run: RunRecord, split: str) -> dict[str, Any]:
     metrics, name, results = run.metrics[split], SPLIT_NAMES[split], run.predictions.get(split)
     scores = [share for row in metrics.per_class for share in (row.precision, row.recall) if share is not None]
-    calibration = None
-    if results is not None:
-        bins = calibration_bins(results.labels, results.probabilities, results.predicted)
-        calibration = figures.calibration(bins, metrics.calibration_error, f"Calibration, {name}")
+    calibration = figures.calibration(results, f"Calibration, {name}") if results else None
     return {
         "name": name,
         "metrics": metrics,
@@ -163,10 +162,9 @@ def _split(run: RunRecord, split: str) -> dict[str, Any]:
 
 
 def _mistakes(run: RunRecord, split: str) -> dict[str, Any]:
-    predictions, rows = run.predictions.get(split), []
-    wrong = mistakes(predictions) if predictions else []
+    predictions, rows = run.predictions[split], []
+    wrong = mistakes(predictions)
     for row in wrong[: figures.MOST_MISTAKES]:
-        assert predictions is not None
         probabilities = predictions.probabilities[row.id]
         likeliest = [int(i) for i in np.argsort(-probabilities, kind="stable")[:LIKELIEST]]
         shown = dict.fromkeys([*likeliest, int(predictions.labels[row.id])])
@@ -181,16 +179,14 @@ def _matrix(metrics: Metrics) -> dict[str, Any]:
     """Return the classes, the counts, and the text and the shade, -1 to 1, of every cell of the classes that figures
     show: as counts, and in percent of its row and its column.
 
-    Correct ones have the shade of their share, errors that of their share of the largest error, negative.
+    The shades are those of `figures.shares_and_shades`.
     """
     counts = np.array(metrics.confusion_matrix)
-    right = np.eye(len(counts), dtype=bool)
     chosen = figures.most_confused(metrics)
     shown = np.ix_(chosen, chosen)
     modes: dict[str, list[list[tuple[str, float]]]] = {}
     for name, total in (("counts", 1), ("rows", counts.sum(axis=1, keepdims=True)), ("columns", counts.sum(axis=0))):
-        shares = counts / np.maximum(total, 1)
-        shades = np.where(right, shares / (shares[right].max() or 1), -shares / (shares[~right].max(initial=0) or 1))
+        shares, shades = figures.shares_and_shades(counts, np.array(total))
         texts = np.vectorize("{:,.0f}".format if name == "counts" else lambda share: f"{100 * share:.1f}")(
             shares[shown]
         )
@@ -237,7 +233,11 @@ def comparison_values(runs: Sequence[RunRecord]) -> dict[str, Any]:
         "fields": differing_fields(runs),
         "accuracy": [_accuracy(runs, split) for split in SPLITS if any(split in run.metrics for run in runs)],
         "seeds": [
-            _seeds(group, split)
+            {
+                "names": ", ".join(run.name for run in group),
+                "split": split,
+                "accuracies": [run.metrics[split].accuracy for run in group if split in run.metrics],
+            }
             for group in seed_groups(runs)
             for split in SPLITS
             if len(group) > 1 and any(split in run.metrics for run in group)
@@ -266,17 +266,5 @@ def _accuracy(runs: Sequence[RunRecord], split: str) -> dict[str, Any]:
         both = split in run.predictions and split in reference.predictions and run is not reference
         difference = paired_difference(run.predictions[split], reference.predictions[split]) if both else None
         rows.append((run, run.metrics[split], difference))
-    (seeds,) = (group for group in seed_groups(runs) if reference in group)
-    names = {run.name for run in seeds}
-    return {"name": SPLIT_NAMES[split], "reference": reference, "rows": rows, "seeds": names}
-
-
-def _seeds(group: Sequence[RunRecord], split: str) -> dict[str, Any]:
-    accuracies = [run.metrics[split].accuracy for run in group if split in run.metrics]
-    return {
-        "names": ", ".join(run.name for run in group),
-        "split": split,
-        "accuracies": accuracies,
-        "mean": statistics.fmean(accuracies),
-        "deviation": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
-    }
+    seeds = {run.name for group in seed_groups(runs) if reference in group for run in group}
+    return {"name": SPLIT_NAMES[split], "reference": reference, "rows": rows, "seeds": seeds}

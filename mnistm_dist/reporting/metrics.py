@@ -115,20 +115,12 @@ class Metrics:
     def confusions(self) -> tuple[ConfusionCell, ...]:
         """The nonzero cells off the diagonal, the largest first, equal ones in the order of the classes."""
         cells = [
-            (-count, i, j)
-            for i, row in enumerate(self.confusion_matrix)
-            for j, count in enumerate(row)
-            if count and i != j
+            ConfusionCell(true=true, predicted=predicted, count=count, share_of_true=count / sum(row))
+            for true, row in zip(self.classes, self.confusion_matrix, strict=True)
+            for predicted, count in zip(self.classes, row, strict=True)
+            if count and predicted != true
         ]
-        return tuple(
-            ConfusionCell(
-                true=self.classes[i],
-                predicted=self.classes[j],
-                count=-negative,
-                share_of_true=-negative / sum(self.confusion_matrix[i]),
-            )
-            for negative, i, j in sorted(cells)
-        )
+        return tuple(sorted(cells, key=lambda cell: -cell.count))
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields of a split in ``summary.json``. ``worst_cell`` is None if there are no errors."""

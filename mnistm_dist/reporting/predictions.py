@@ -112,11 +112,6 @@ class PairedDifference:
     p_value: float
     """Of McNemar's exact test; the null hypothesis is equal accuracy."""
 
-    @property
-    def significant(self) -> bool:
-        """Whether the interval excludes 0."""
-        return not self.interval95[0] <= 0 <= self.interval95[1]
-
 
 def paired_difference(run: Predictions, reference: Predictions) -> PairedDifference | None:
     """Return the difference in accuracy of two models on the same images, or None if the images differ.
@@ -129,17 +124,13 @@ def paired_difference(run: Predictions, reference: Predictions) -> PairedDiffere
         return None
     correct, reference_correct = run.predicted == run.labels, reference.predicted == reference.labels
     gained, lost = int((correct & ~reference_correct).sum()), int((~correct & reference_correct).sum())
-    net, total = gained - lost, len(run.labels) + 2
-    half = NORMAL_QUANTILE_975 * math.sqrt(gained + lost + 1 - net**2 / total) / total
+    net, pairs, total = gained - lost, gained + lost, len(run.labels) + 2
+    half = NORMAL_QUANTILE_975 * math.sqrt(pairs + 1 - net**2 / total) / total
     return PairedDifference(
         difference=net / len(run.labels),
         interval95=(max(net / total - half, -1.0), min(net / total + half, 1.0)),
         only_correct=gained,
         only_reference_correct=lost,
-        p_value=binom_p_two_sided(min(gained, lost), gained + lost),
+        # Twice the smaller tail of the binomial distribution with p = 0.5.
+        p_value=min(1.0, 2 * sum(math.comb(pairs, k) for k in range(min(gained, lost) + 1)) / 2**pairs),
     )
-
-
-def binom_p_two_sided(fewer: int, total: int) -> float:
-    """Return the two-sided exact binomial p-value (p = 0.5) of ``fewer`` successes, at most half of ``total``."""
-    return min(1.0, 2 * sum(math.comb(total, k) for k in range(fewer + 1)) / 2**total)

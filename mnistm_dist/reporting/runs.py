@@ -156,8 +156,13 @@ def read_runs(
     return [replace(run, name=str(run.path)) if names.count(run.name) > 1 else run for run in runs]
 
 
-def read_run(path: Path, version: str, predictions: Mapping[str, Predictions] | None = None) -> RunRecord:
-    """Read one run folder; the arguments are those of `read_runs`.
+def read_run(
+    path: Path,
+    version: str,
+    predictions: Mapping[str, Predictions] | None = None,
+    splits: Sequence[str] = SPLITS,
+) -> RunRecord:
+    """Read one run folder; the arguments are those of `read_runs`, and ``splits``: those whose results are read.
 
     Raises:
         UserError: the folder does not exist, or is no run folder.
@@ -166,17 +171,20 @@ def read_run(path: Path, version: str, predictions: Mapping[str, Predictions] | 
         raise UserError(f"{path}: not a run folder{near_path(path)}; name one, which holds {', '.join(FILES)}")
     missing: list[str] = []
     rows = _rows(path / "log.jsonl", missing)
-    state = _read_state(path, rows, missing)
+    state = _read(path / "state.json", State, missing) or State()
     summary = _read(path / "summary.json", Summary, missing) or Summary()
-    if state.state == "killed" and summary.steps:
-        # A run writes its summary, then its report, and then the state `finished`.
-        state.state, state.step = "finished", summary.steps
+    if state.state == "running":
+        # The file is written at the start and at the end of a launch.
+        state.step = max(state.step or 0, *(row["step"] for row in rows), 0)
+        if not is_held_elsewhere(path):
+            # A run writes its summary, then its report, and then the state `finished`.
+            state.state, state.step = ("finished", summary.steps) if summary.steps else ("killed", state.step)
     # The predictions of a split that a complete summary does not have are those of another checkpoint.
     scored = SPLITS if missing or not summary.checkpoint else tuple(name for name in SPLITS if getattr(summary, name))
     environment = _read(path / "environment.json", dict[str, Any], missing) or {}
     read: dict[str, Predictions] = {}
     metrics: dict[str, Metrics] = {}
-    for split in SPLITS:
+    for split in splits:
         file, stored = path / f"predictions_{split}.csv", getattr(summary, split)
         results = (predictions or {}).get(split)
         if results is None and file.exists() and split not in scored:
@@ -214,15 +222,14 @@ def read_run(path: Path, version: str, predictions: Mapping[str, Predictions] | 
 
 def overview(path: Path) -> dict[str, Any]:
     """Return recipe, state, step, accuracy on val and seconds of a run, for a list of many; None: not known."""
-    missing: list[str] = []
-    rows = _rows(path / "log.jsonl", missing)
-    state, summary = _read_state(path, rows, missing), _read(path / "summary.json", Summary, missing) or Summary()
+    run = read_run(path, "", splits=())
+    summary, rows = run.summary, run.rows
     accuracies = [summary.val.accuracy] if summary.val else [row.get("val/accuracy") for row in rows]
     times = [row["time"] for row in rows if "time" in row] or [0.0]
     return {
-        "recipe": (_read(path / "config.yaml", dict[str, Any], missing) or {}).get("recipe"),
-        "state": state.state,
-        "step": state.step,
+        "recipe": run.config.get("recipe"),
+        "state": run.state.state,
+        "step": run.state.step,
         "val_accuracy": next((value for value in reversed(accuracies) if value is not None), None),
         "seconds": summary.train_seconds or times[-1] - times[0] or None,
     }
@@ -262,15 +269,6 @@ def _read(path: Path, schema: type[T], missing: list[str]) -> T | None:
         pass
     missing.append(f"{path.name}: damaged, left out.")
     return None
-
-
-def _read_state(path: Path, rows: Sequence[Row], missing: list[str]) -> State:
-    state = _read(path / "state.json", State, missing) or State()
-    if state.state == "running":
-        # The file is written at the start and at the end of a launch.
-        state.step = max(state.step or 0, *(row["step"] for row in rows), 0)
-        state.state = "running" if is_held_elsewhere(path) else "killed"
-    return state
 
 
 def _rows(path: Path, missing: list[str]) -> list[Row]:

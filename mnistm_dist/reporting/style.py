@@ -75,11 +75,8 @@ class PageFigure(Figure):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        # Text and box of each tip: left, bottom, right and top in the coordinates of the transform.
         self.tips: list[tuple[Transform, tuple[float, float, float, float], str]] = []
-
-    def add_tip(self, transform: Transform, box: tuple[float, float, float, float], text: str) -> None:
-        """Add a tip over ``box``: left, bottom, right and top in the coordinates of ``transform``."""
-        self.tips.append((transform, box, text))
 
 
 def new_figure(height: float, width: float = COLUMN_INCHES, gap: float = 0.04, title: str = "") -> PageFigure:

@@ -79,15 +79,16 @@ class BackgroundTracker(Tracker):
 
     Args:
         say: shows one line; called from the thread, too.
+        init: arguments of the library, for `open`.
     """
 
-    failures: tuple[type[Exception], ...] = (ImportError,)
-    """What `open` and the work may raise; `open` adds the exceptions of a library that it imports."""
+    failures: tuple[type[Exception], ...] = (Exception,)
+    """What `open` and the work may raise: whatever the library of a tracker raises."""
     hint = "the run folder is complete"
     """What to do after a failure."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self.say = say
+    def __init__(self, say: Callable[[str], None], **init: Any) -> None:
+        self.say, self.init = say, init
         self._queue: queue.Queue[Callable[[Any], None] | None] = queue.Queue(QUEUE_SIZE)
         self._dropped, self._failed = 0, False
         # A daemon: a tracker that hangs cannot hold the process.
@@ -138,26 +139,19 @@ class WandbTracker(BackgroundTracker):
     """Logs to Weights & Biases.
 
     Args:
-        reason: why the run is offline, if that was not requested.
         say: shows one line; called from the thread, too.
-        init: arguments of ``wandb.init``. Without a mode the run is offline if the server cannot be reached.
+        init: arguments of ``wandb.init``. The mode ``offline`` stands for a missing API key; with None, the run is as
+            WANDB_MODE says, and offline if the server cannot be reached.
     """
 
     name = "W&B"
-
-    def __init__(self, reason: str, say: Callable[[str], None], **init: Any) -> None:
-        self._reason, self._init = reason, init
-        super().__init__(say)
 
     def open(self) -> Any:
         # Its crash reports go over the network, and would delay the exit of the process while a server stalls.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         os.environ.setdefault("WANDB_SILENT", "true")
         import wandb
-        from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
 
-        # The two of the mailbox: W&B's own process has died.
-        self.failures = (wandb.Error, HandleAbandonedError, MailboxClosedError, OSError, TypeError, ValueError)
         settings = wandb.Settings(
             silent=True,
             console="off",  # capturing our output would cost time, and log the control codes of the bars
@@ -166,16 +160,16 @@ class WandbTracker(BackgroundTracker):
             finish_timeout=FINISH_SECONDS,
             finish_timeout_raises=True,
         )
+        reason = "no API key: set WANDB_API_KEY or run wandb login" if self.init["mode"] else ""
         try:
-            run = wandb.init(**self._init, settings=settings)
+            run = wandb.init(**self.init, settings=settings)
         except self.failures as error:
-            self._reason = one_line(error)
-            run = wandb.init(**{**self._init, "mode": "offline"}, settings=settings)
+            reason = one_line(error)
+            run = wandb.init(**{**self.init, "mode": "offline"}, settings=settings)
         run.define_metric(STEP, hidden=True)
         run.define_metric("*", step_metric=STEP)
         self.hint = f"to upload this run later: wandb sync {run.settings.sync_dir}"
-        reason = f" ({self._reason})" if self._reason else ""
-        self.say(f"W&B is offline{reason}; {self.hint}" if run.offline else f"W&B: {run.url}")
+        self.say(f"W&B is offline{reason and f' ({reason})'}; {self.hint}" if run.offline else f"W&B: {run.url}")
         return wandb
 
     def close(self, opened: Any, exit_code: int, state: str) -> None:
@@ -223,22 +217,20 @@ class AccelerateTracker(BackgroundTracker):
         config: the configuration, flat.
     """
 
-    # Whatever the library of a tracker raises.
-    failures = (Exception,)
-
     def __init__(
         self, name: str, say: Callable[[str], None], init: Mapping[str, Any], config: Mapping[str, Any]
     ) -> None:
-        self.name, self._init, self._config = name, init, config
-        super().__init__(say)
+        self.name, self._config = name, config
+        super().__init__(say, **init)
 
     def open(self) -> Any:
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-        tracker = LOGGER_TYPE_TO_CLASS[self.name](**self._init)
+        tracker = LOGGER_TYPE_TO_CLASS[self.name](**self.init)
         tracker.start()
-        values = {name: v if isinstance(v, bool | int | float) else str(v) for name, v in self._config.items()}
-        tracker.store_init_configuration(values)
+        tracker.store_init_configuration(
+            {name: v if isinstance(v, bool | int | float) else str(v) for name, v in self._config.items()}
+        )
         return tracker
 
     def close(self, opened: Any, exit_code: int, state: str) -> None:
@@ -298,11 +290,10 @@ def open_tracker(
         mlflow: dict[str, Any] = {"experiment_name": PROJECT, "run_name": name, "tags": {"group": group or name}}
         init = {"tensorboard": local, "aim": local, "mlflow": mlflow}.get(tracker, {"run_name": PROJECT})
         return AccelerateTracker(tracker, say, init, flatten(config))
-    mode, reason = choose_mode(tracker, os.environ)
+    mode = choose_mode(tracker, os.environ)
     if mode == "none":
         return Tracker()
     return WandbTracker(
-        reason,
         say,
         project=os.environ.get("WANDB_PROJECT", PROJECT),
         name=os.environ.get("WANDB_NAME", name),
@@ -310,19 +301,17 @@ def open_tracker(
         dir=str(run_dir),
         job_type="train",
         config=dict(config),
-        # None: W&B uses WANDB_MODE and its own settings, which an argument would override.
-        mode="offline" if mode == "offline" else None,
+        mode=mode,
     )
 
 
-def choose_mode(tracker: TrackerName, environ: Mapping[str, str]) -> tuple[str, str]:
-    """Return how to use W&B (``none``, ``online`` or ``offline``), and why not online if there is no API key."""
+def choose_mode(tracker: TrackerName, environ: Mapping[str, str]) -> str | None:
+    """Return the mode of W&B: ``none``, not at all; ``offline`` if there is no API key; or None: it uses WANDB_MODE and
+    its own settings, which a mode would override."""
     wandb_mode, key = environ.get("WANDB_MODE", "").lower(), has_api_key(environ)
     if tracker == "none" or wandb_mode == "disabled" or (tracker == "auto" and not wandb_mode and not key):
-        return "none", ""
-    if key or wandb_mode in ("offline", "dryrun"):
-        return "offline" if wandb_mode in ("offline", "dryrun") else "online", ""
-    return "offline", "no API key: set WANDB_API_KEY or run wandb login"
+        return "none"
+    return None if key or wandb_mode in ("offline", "dryrun") else "offline"
 
 
 def has_api_key(environ: Mapping[str, str]) -> bool:

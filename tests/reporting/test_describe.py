@@ -44,7 +44,7 @@ def test_the_text_names_the_confusions_of_the_source_report() -> None:
     matrix[7, 9] = 10
     text = describe(metrics_of_matrix(matrix.tolist()))
     assert "Most common confusions: 9 as 4 (15), 9 as 7 (12), 7 as 9 (10), and 3 more." in text
-    assert "Class 9 has the most errors: 33 of 1,500 (15 predicted as 4, 12 as 7, 3 as 8, 3 as others)." in text
+    assert "Class 9 has the most errors: 33 of 1,500, predicted as 4 (15), 7 (12), 8 (3), 5 (2), 3 (1)." in text
 
 
 def test_ties_are_named_together() -> None:
@@ -56,7 +56,7 @@ def test_ties_are_named_together() -> None:
 
 def test_a_rare_class_with_the_highest_error_rate_is_named() -> None:
     text = describe(metrics_of_matrix([[90, 10, 0], [0, 100, 0], [1, 1, 0]]))
-    assert "Class 0 has the most errors: 10 of 100 (10 predicted as 1)." in text
+    assert "Class 0 has the most errors: 10 of 100, predicted as 1 (10)." in text
     assert "Highest error rate: 100.00 %, class 2." in text
     assert "Never predicted: 2." in text
 
@@ -82,7 +82,7 @@ def test_one_image_of_one_class_makes_sentences_too() -> None:
     assert describe(metrics_of_matrix([[0, 1], [0, 0]])).splitlines() == [
         "Images per class: 1. No images of class 1.",
         "Most common confusions: 0 as 1 (1).",
-        "Class 0 has the most errors: 1 of 1 (1 predicted as 1).",
+        "Class 0 has the most errors: 1 of 1, predicted as 1 (1).",
         "Every image is predicted as 1.",
     ]
 

@@ -14,7 +14,6 @@ import matplotlib
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 from PIL import Image
 from run_folders import (
@@ -28,7 +27,6 @@ from run_folders import (
 
 from mnistm_dist.reporting import figures
 from mnistm_dist.reporting.curves import learning_curve, learning_curves, machine_curve
-from mnistm_dist.reporting.metrics import calibration_bins
 from mnistm_dist.reporting.predictions import Mistake, Predictions, mistakes
 from mnistm_dist.reporting.style import SERIES, THEME, save, to_svg
 
@@ -70,13 +68,12 @@ def texts(figure: Figure) -> list[str]:
 def test_every_figure_is_drawn_for_any_set(tmp_path: Path, case: str) -> None:
     predictions = predictions_of(case)
     metrics = predictions.metrics
-    bins = calibration_bins(predictions.labels, predictions.probabilities, predictions.predicted)
     wrong = mistakes(predictions)
     shown = wrong[: figures.MOST_MISTAKES]
     images = synthetic_images(predictions.labels[[row.id for row in shown]], 0)
     drawn = {
         "matrix": figures.confusion_matrix(metrics),
-        "calibration": figures.calibration(bins, metrics.calibration_error),
+        "calibration": figures.calibration(predictions),
         "mistakes": figures.mistakes(images, shown, len(wrong)),
     }
     for name, figure in drawn.items():
@@ -85,6 +82,13 @@ def test_every_figure_is_drawn_for_any_set(tmp_path: Path, case: str) -> None:
         with Image.open(tmp_path / f"{name}.png") as image:
             assert image.width >= 800
             assert image.getpixel((0, 0))[:3] == (255, 255, 255)
+
+
+def error_shades(figure: Figure) -> list[float]:
+    """Return the opacities of the cells of a confusion matrix that have the colour of errors."""
+    figure.draw_without_rendering()
+    colours = figure.axes[0].collections[0].get_facecolors()
+    return [float(colour[3]) for colour in colours if matplotlib.colors.to_hex(colour) == SERIES[1] and colour[3]]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -96,10 +100,9 @@ def test_the_matrix_shows_every_count_and_every_error_is_shaded(case: str) -> No
     for count in matrix[matrix > 0]:
         assert str(count) in shown
     off = int((matrix > 0).sum() - (matrix.diagonal() > 0).sum())
-    cells = [patch for patch in figure.axes[0].patches if isinstance(patch, Rectangle)]
-    errors = [cell for cell in cells if matplotlib.colors.to_hex(cell.get_facecolor()) == SERIES[1]]
+    errors = error_shades(figure)
     assert len(errors) == off
-    assert all(cell.get_alpha() >= figures.WEAKEST_SHADE for cell in errors)
+    assert all(shade >= figures.WEAKEST_SHADE for shade in errors)
     errors = metrics.total - metrics.correct
     assert f"Confusion matrix: {errors} error{'' if errors == 1 else 's'} in 150 images" in shown
 
@@ -108,12 +111,7 @@ def test_an_error_of_one_in_a_thousand_is_as_visible_as_the_largest() -> None:
     matrix = np.diag([1000] * 10)
     matrix[4, 9] = 1
     figure = figures.confusion_matrix(metrics_of_matrix(matrix.tolist()))
-    shades = [
-        cell.get_alpha()
-        for cell in figure.axes[0].patches
-        if matplotlib.colors.to_hex(cell.get_facecolor()) == SERIES[1]
-    ]
-    assert shades == [figures.STRONGEST_SHADE]
+    assert error_shades(figure) == [figures.STRONGEST_SHADE]
 
 
 @pytest.mark.parametrize(
@@ -150,8 +148,9 @@ def test_the_learning_curve_marks_epochs_resumes_and_sizes(tmp_path: Path) -> No
     save(figure, tmp_path / "curve.png")
     top = figure.axes[0].child_axes[0]
     assert [label.get_text() for label in top.get_xticklabels()] == ["1", "2", "3", "4", "5", "6"]
-    hollow = [line for line in figure.axes[1].lines if line.get_markerfacecolor() == "none"]
-    assert len(hollow) == 2, "the two epochs evaluated at 32 px"
+    (marks,) = figure.axes[1].collections
+    opacities = marks.get_facecolors()[:, 3]
+    assert opacities.tolist() == [0, 0, 1, 1, 1, 1], "the two epochs evaluated at 32 px are hollow"
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-5])
@@ -255,9 +254,7 @@ def test_the_tips_of_a_curve_show_every_quantity_where_it_is_drawn() -> None:
 
 
 def test_the_tips_of_calibration_count_every_image() -> None:
-    predictions = predictions_of("usual")
-    bins = calibration_bins(predictions.labels, predictions.probabilities, predictions.predicted)
-    shown = tips(figures.calibration(bins, 0.1))
+    shown = tips(figures.calibration(predictions_of("usual")))
     assert sum(int(text.split()[0]) for text, _ in shown) == 150
 
 

@@ -260,20 +260,20 @@ def test_a_tracker_that_fails_again_and_again_is_reported_once() -> None:
     [
         ("none", {"WANDB_API_KEY": KEY}, "none"),
         ("auto", {}, "none"),
-        ("auto", {"WANDB_API_KEY": KEY}, "online"),
-        ("auto", {"WANDB_MODE": "offline"}, "offline"),
+        ("auto", {"WANDB_API_KEY": KEY}, None),
+        ("auto", {"WANDB_MODE": "offline"}, None),
         ("auto", {"WANDB_MODE": "online"}, "offline"),
         ("auto", {"WANDB_MODE": "disabled", "WANDB_API_KEY": KEY}, "none"),
         ("wandb", {}, "offline"),
-        ("wandb", {"WANDB_API_KEY": KEY}, "online"),
-        ("wandb", {"WANDB_API_KEY": KEY, "WANDB_MODE": "offline"}, "offline"),
+        ("wandb", {"WANDB_API_KEY": KEY}, None),
+        ("wandb", {"WANDB_API_KEY": KEY, "WANDB_MODE": "offline"}, None),
         ("wandb", {"WANDB_MODE": "disabled"}, "none"),
     ],
 )
 def test_the_mode_follows_the_flag_and_the_environment(
-    tmp_path: Path, tracker: str, environ: dict[str, str], mode: str
+    tmp_path: Path, tracker: str, environ: dict[str, str], mode: str | None
 ) -> None:
-    assert choose_mode(tracker, {"HOME": str(tmp_path), **environ})[0] == mode  # type: ignore[arg-type]
+    assert choose_mode(tracker, {"HOME": str(tmp_path), **environ}) == mode  # type: ignore[arg-type]
 
 
 def test_a_key_that_wandb_login_stored_is_found_for_its_host(tmp_path: Path) -> None:

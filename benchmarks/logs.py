@@ -27,7 +27,6 @@ from mnistm_dist.training import distributed
 from mnistm_dist.training.initial_state import create_train_state
 from mnistm_dist.training.preemption import StopRequest
 from mnistm_dist.training.run_dir import RunDir
-from mnistm_dist.training.schedule import Schedule
 from mnistm_dist.training.setup import open_run
 from mnistm_dist.training.trainer import Trainer, TrainLogger
 
@@ -80,11 +79,10 @@ def train_logged(options: Logs, steps: int, logged: bool) -> Measurement:
     with tempfile.TemporaryDirectory(prefix="mnistm_dist-bench-") as folder, terminal() as stream:
         config = replace(config, shards=options.shards, run_dir=f"{folder}/run", threads=options.threads)
         config = replace(config, max_steps=steps, log_every=options.log_every, epochs=10**6, evaluate_every=10**6)
-        with distributed.joined(config.machine, expect_world_size=1, collective_timeout=60.0) as world:
+        with distributed.joined(config, expect_world_size=1) as world:
             setup = open_run(config, world, Console(enabled=False))
             # Evaluations are no steps.
             del setup.readers["val"]
-            schedule = Schedule.of(setup.config, setup.shards.split("train").count)
             state = create_train_state(
                 setup.config, world, len(setup.shards.manifest.classes), setup.shares, resumed=False
             )
@@ -94,7 +92,7 @@ def train_logged(options: Logs, steps: int, logged: bool) -> Measurement:
                 tracker.submit(lambda _: opened.set())
                 opened.wait(60)
                 logger: TrainLogger = RunLogger(console, tracker, run_dir.log, ()) if logged else Silent()
-                trainer = Trainer(setup, run_dir, state, schedule, logger, StopRequest(()))
+                trainer = Trainer(setup, run_dir, state, logger, StopRequest(()))
                 start = clock()
                 trainer.fit()
                 tracker.finish(0, "finished")

@@ -12,7 +12,6 @@ from mnistm_dist.results import header_rows
 from mnistm_dist.training.cuda_graph import create_step
 from mnistm_dist.training.hardware import CoreWatch, peak_memory_gb
 from mnistm_dist.training.initial_state import create_train_state
-from mnistm_dist.training.schedule import Schedule
 from mnistm_dist.training.setup import RunSetup
 
 STEPS, WARM_UP = 10, 2  # discarded steps at each image size, and those of them that are not timed
@@ -25,7 +24,7 @@ def print_estimate(run: RunSetup, console: Console, steps_done: int) -> None:
     """
     config, world = run.config, run.world
     split = run.shards.split("train")
-    schedule = Schedule.of(config, split.count)
+    schedule = run.schedule
     augment = Augment(config.augment, Preprocess(split.mean, split.std, world.device), config.steps.seed)
     # Not resumed: the values of the weights do not change the time of a step.
     classes, left = run.shards.manifest.classes, TimeLeft()
@@ -43,8 +42,8 @@ def print_estimate(run: RunSetup, console: Console, steps_done: int) -> None:
             seconds.append(time.perf_counter() - started)
         # The first ones allocate memory.
         left.add("train", size, median(seconds[WARM_UP:]) / config.steps.batch_size)
-    total = left.seconds(*images_left(run, schedule, steps_done))
-    rows = header_rows(run, state, schedule, config.run.tracker)
+    total = left.seconds(*images_left(run, steps_done))
+    rows = header_rows(run, state, config.run.tracker)
     rows["peak memory"] = f"{peak_memory_gb(world.device):.2f} GB, of the first process in these steps"
     rows["time"] = f"about {duration(total or 0)} of training and evaluation"
     if watch.warning():
@@ -53,14 +52,15 @@ def print_estimate(run: RunSetup, console: Console, steps_done: int) -> None:
     console.header(f"dry run: {run.path} is not written", rows)
 
 
-def images_left(run: RunSetup, schedule: Schedule, steps_done: int) -> tuple[dict[int, int], dict[int, int]]:
+def images_left(run: RunSetup, steps_done: int) -> tuple[dict[int, int], dict[int, int]]:
     """Return the images that are left to train and to evaluate after ``steps_done``, by image size in pixels.
 
     The evaluation of the result, on val and test, is one of them.
     """
     counts = {name: split.count for name, split in run.shards.manifest.splits.items()}
+    schedule, batch_size = run.schedule, run.config.steps.batch_size
     steps, evaluations = schedule.work_left(steps_done, run.config.run.evaluate_every)
     images = {size: count * counts.get("val", 0) for size, count in evaluations.items()}
     last_size = schedule.image_size(schedule.last_step - 1)
     images[last_size] = images.get(last_size, 0) + counts.get("val", 0) + counts.get("test", 0)
-    return {size: count * run.config.steps.batch_size for size, count in steps.items()}, images
+    return {size: count * batch_size for size, count in steps.items()}, images

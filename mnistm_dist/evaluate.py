@@ -13,7 +13,6 @@ size.
 
 import sys
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Literal
@@ -21,8 +20,8 @@ from typing import Annotated, Literal
 from tyro.conf import arg
 
 from mnistm_dist.cli import command
-from mnistm_dist.config import LocalFile, LocalPath, OrNone, ShardsPath
-from mnistm_dist.errors import errors_once_per_node, run_cli
+from mnistm_dist.config import LocalFile, LocalPath, OrNone, ShardsPath, load, replace
+from mnistm_dist.errors import errors_once_per_node, is_first, run_cli
 from mnistm_dist.files import FolderBusy, explain_os_errors
 from mnistm_dist.reporting.console import Console
 
@@ -46,13 +45,8 @@ def main(
         checkpoint: best, last, or the path of a checkpoint. chosen: the one that the run has chosen.
         out: Folder to write to. none: RUN.
     """
-    from mnistm_dist import config as configuration
     from mnistm_dist.reporting.html import write_report
-    from mnistm_dist.results import (
-        evaluate_checkpoint,
-        next_commands,
-        write_summary,
-    )
+    from mnistm_dist.results import evaluate_checkpoint, next_commands, write_summary
     from mnistm_dist.training import distributed
     from mnistm_dist.training.checkpoint import choose_checkpoint
     from mnistm_dist.training.hardware import native_or_fp32
@@ -63,34 +57,30 @@ def main(
     run_dir = Path(run)
     with errors_once_per_node():
         require_run(run_dir)
-        config = configuration.load(run_dir / CONFIG_NAME)
-        if shards:
-            config = configuration.replace(config, shards=shards)
-    machine = native_or_fp32(replace(config.machine, threads="auto"))
+        config = load(run_dir / CONFIG_NAME)
+        config = replace(config, threads="auto", shards=shards or config.data.shards)
+    here, console = native_or_fp32(config), Console(enabled=is_first())
     exit_promptly()
-    timeout = config.run.collective_timeout
-    with distributed.joined(machine, expect_world_size=None, collective_timeout=timeout) as world:
-        console = Console(enabled=world.is_main)
-        if machine.precision != config.machine.precision:
+    with distributed.joined(here) as world, ExitStack() as stack, console.library_warnings():
+        if here != config:
             console.warn(f"precision: {config.machine.precision} is not native here; evaluating in fp32")
-        with ExitStack() as stack, console.library_warnings(), distributed.peer_failures(timeout):
-            folder = world.run_on_main(lambda: choose_folder(run_dir, out, console, stack))
-            opened = open_evaluation(config, world, console, folder, split)
-            has_test = "test" in opened.shards.manifest.splits
-            chosen, entry = opened.world.run_on_main(lambda: choose_checkpoint(run_dir, checkpoint, has_test=has_test))
-            predictions = evaluate_checkpoint(opened, chosen, console)
-            if world.is_main:
-                summary = read_summary(run_dir)
-                if summary.get("checkpoint") != entry or shards:
-                    # The numbers of the other split are of another checkpoint, or of another set.
-                    summary = {name: value for name, value in summary.items() if name not in EVALUATED_SPLITS}
-                summary = write_summary(folder, summary | {"checkpoint": entry}, predictions, {})
-                report = config.run.report and folder == run_dir
-                if report:
-                    write_report([run_dir], run_dir / "report.html", predictions)
-                shown = folder if folder in (run_dir, out) else None
-                commands = next_commands(opened) if folder == run_dir else {}
-                console.result(shown, summary, predictions, commands, report=report)
+        folder = world.run_on_main(lambda: choose_folder(run_dir, out, console, stack))
+        opened = open_evaluation(config, world, console, folder, split)
+        has_test = "test" in opened.shards.manifest.splits
+        chosen, entry = world.run_on_main(lambda: choose_checkpoint(run_dir, checkpoint, has_test=has_test))
+        predictions = evaluate_checkpoint(opened, chosen, console)
+        if world.is_main:
+            summary = read_summary(run_dir)
+            if summary.get("checkpoint") != entry or shards:
+                # The numbers of the other split are of another checkpoint, or of another set.
+                summary = {name: value for name, value in summary.items() if name not in EVALUATED_SPLITS}
+            summary = write_summary(folder, summary | {"checkpoint": entry}, predictions, {})
+            report = config.run.report and folder == run_dir
+            if report:
+                write_report([run_dir], run_dir / "report.html", predictions)
+            shown = folder if folder in (run_dir, out) else None
+            commands = next_commands(opened) if folder == run_dir else {}
+            console.result(shown, summary, predictions, commands, report=report)
     return 0
 
 

@@ -107,7 +107,7 @@ def main(
     batch_size = config.steps.batch_size
     order, reader, streams = choose_reading(config.data, shards.manifest, batch_size=batch_size, world_size=world_size)
     config = replace(config, order=order, reader=reader, shuffle_streams=streams)
-    schedule = Schedule.of(config, shards.split("train").count)
+    schedule = Schedule(config=config, train_size=shards.split("train").count)
     if run is not None and step >= schedule.total_steps:
         raise UserError(f"--step {step}: {run} has {schedule.total_steps:,} steps; use 0 to {schedule.total_steps - 1}")
     reproducible = config.machine.reproducible

@@ -29,7 +29,6 @@ from mnistm_dist.training import distributed
 from mnistm_dist.training.checkpoint import Checkpoint, complete
 from mnistm_dist.training.hardware import native_or_fp32
 from mnistm_dist.training.initial_state import create_train_state
-from mnistm_dist.training.log_window import NonFiniteLoss
 from mnistm_dist.training.preemption import StopRequest, exit_promptly
 from mnistm_dist.training.resume import restore_state
 from mnistm_dist.training.run_dir import LOG_NAME, RunDir, read_log, step_losses
@@ -44,11 +43,9 @@ def opened(config: Config, console: Console) -> Iterator[RunSetup]:
     All ranks take part.
     """
     exit_promptly()
-    machine, timeout = native_or_fp32(config.machine), config.run.collective_timeout
     with (
-        distributed.joined(machine, expect_world_size=None, collective_timeout=timeout) as world,
+        distributed.joined(native_or_fp32(config)) as world,
         console.library_warnings(),
-        distributed.peer_failures(timeout),
         TemporaryDirectory() as folder,
     ):
         here = {"run_dir": folder, "resume": None, "precision": world.precision}
@@ -72,7 +69,7 @@ def train_again(run: RunSetup, start: Checkpoint | None, stop: int, console: Con
         world.run_on_all_ranks(lambda: restore_state(state, start, run))
     with world.run_on_all_ranks(lambda: RunDir(run.path, active=world.is_main)) as run_dir:
         logger = RunLogger(console, Tracker(), run_dir.log, classes)
-        trainer = Trainer(run, run_dir, state, run.schedule, logger, StopRequest(()))
+        trainer = Trainer(run, run_dir, state, logger, StopRequest(()))
         if state.steps_done < stop:
             trainer.fit()
     return trainer
@@ -114,8 +111,5 @@ def image_losses(trainer: Trainer) -> tuple[np.ndarray, float]:
     labels = torch.cat([batch.labels for batch in micro_batches])
     own = functional.cross_entropy(torch.cat(logits).float(), labels, reduction="none", label_smoothing=smoothing)
     trainer.window.add(step, losses)
-    try:
-        trainer.window.fetch()
-    except NonFiniteLoss:
-        trainer.window.losses.append(float("nan"))
+    trainer.window.fetch()
     return np.concatenate(world.gather_objects(world.fetch(own).numpy())), trainer.window.losses[-1]

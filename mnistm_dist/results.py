@@ -31,7 +31,6 @@ from mnistm_dist.training.evaluation import SplitOutputs, predict_split, write_p
 from mnistm_dist.training.hardware import peak_memory_gb
 from mnistm_dist.training.models import count_parameters, create_model, to_device
 from mnistm_dist.training.run_dir import SUMMARY_NAME, RunDir, writing
-from mnistm_dist.training.schedule import Schedule
 from mnistm_dist.training.setup import RunSetup
 from mnistm_dist.training.train_state import TrainState
 
@@ -133,9 +132,9 @@ def finish(
         console.warn(failure)
 
 
-def header_rows(run: RunSetup, state: TrainState, schedule: Schedule, tracker: str) -> dict[str, str]:
+def header_rows(run: RunSetup, state: TrainState, tracker: str) -> dict[str, str]:
     """Return the rows of the header that the console shows before training."""
-    config, world, manifest = run.config, run.world, run.shards.manifest
+    config, world, manifest, schedule = run.config, run.world, run.shards.manifest, run.schedule
     batch_size, micro_batch, optim = config.steps.batch_size, int(config.steps.micro_batch), config.optim
     counts = ", ".join(f"{split.count:,} {name}" for name, split in manifest.splits.items())
     steps = f"{schedule.total_steps:,} steps, {config.steps.epochs} epochs"

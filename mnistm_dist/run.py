@@ -42,12 +42,13 @@ def launch(request: TrainRequest, metrics: CustomMetrics, *, process_ends: bool)
 
     ``process_ends``: whether this process ends with the run, as that of a command does. ``metrics``: of the user's own.
     """
+    console = Console(enabled=is_first())
     with errors_once_per_node():
         requests = [request.of_seed(seed) for seed in request.seeds] or [request]
         starts = [(one, start) for one in requests if (start := choose_start(one)) is not None]
     run_dirs = [Path(str(one.config.run.run_dir)) for one in requests if request.seeds]
     if not starts:
-        compare_seeds(run_dirs, Console(enabled=is_first()))
+        compare_seeds(run_dirs, console)
         run = requests[-1].config.run
         return 0, summary_of(Path(str(run.run_dir or run.resume)))
     _, (config, checkpoint) = starts[0]
@@ -55,23 +56,22 @@ def launch(request: TrainRequest, metrics: CustomMetrics, *, process_ends: bool)
         if is_first():
             write_result(dump(config))
         return 0, {}
-    timeout, stop = config.run.collective_timeout, StopRequest(parse_signals(config.run.stop_signals))
+    stop = StopRequest(parse_signals(config.run.stop_signals))
     try:
         exit_promptly()
-        with distributed.joined(
-            config.machine, expect_world_size=config.run.expect_world_size, collective_timeout=timeout
-        ) as world:
-            console = Console(enabled=world.is_main)
-            with console.library_warnings(), distributed.peer_failures(timeout):
-                if request.flags.dry_run:
-                    print_estimate(open_run(config, world, console), console, checkpoint.step if checkpoint else 0)
-                    return 0, {}
-                for one, (config, checkpoint) in starts:
-                    summary = train(config, checkpoint, world, console, stop, one.argv, metrics)
-                    if not summary:
-                        return EXIT_PREEMPTED, {}
-                world.run_on_main(lambda: compare_seeds(run_dirs, console))
-                return 0, summary
+        with (
+            distributed.joined(config, expect_world_size=config.run.expect_world_size) as world,
+            console.library_warnings(),
+        ):
+            if request.flags.dry_run:
+                print_estimate(open_run(config, world, console), console, checkpoint.step if checkpoint else 0)
+                return 0, {}
+            for one, (config, checkpoint) in starts:
+                summary = train(config, checkpoint, world, console, stop, one.argv, metrics)
+                if not summary:
+                    return EXIT_PREEMPTED, {}
+            world.run_on_main(lambda: compare_seeds(run_dirs, console))
+            return 0, summary
     finally:
         stop.close(process_ends=process_ends)
 
@@ -109,11 +109,9 @@ def train(
     """Steps 2 to 5 of a run. Return its summary, empty if a signal has stopped it. All ranks take part."""
     checkpoint = agree_on_start(config, checkpoint, world)
     run = open_run(config, world, console)
-    world = run.world
     if checkpoint is not None:
         world.run_on_all_ranks(lambda: check_resume(checkpoint, run, console.warn))
-    classes, schedule = run.shards.manifest.classes, run.schedule
-    resumed = checkpoint is not None
+    classes, resumed = run.shards.manifest.classes, checkpoint is not None
     # Before the run folder is made: it refuses what cannot be trained.
     state = create_train_state(run.config, world, len(classes), run.shares, resumed=resumed)
     measure_custom(metrics, np.eye(len(classes)), np.arange(len(classes)))
@@ -125,10 +123,10 @@ def train(
         world.run_on_all_ranks(lambda: write_start(run, run_dir, state, console.line, resumed=resumed, argv=argv))
         try:
             with tracking(run, console) as tracker:
-                console.header(f"run {run.path}", header_rows(run, state, schedule, tracker.name))
-                left = functools.partial(images_left, run, schedule)
+                console.header(f"run {run.path}", header_rows(run, state, tracker.name))
+                left = functools.partial(images_left, run)
                 logger = RunLogger(console, tracker, run_dir.log, classes, left, metrics)
-                trainer = Trainer(run, run_dir, state, schedule, logger, stop)
+                trainer = Trainer(run, run_dir, state, logger, stop)
                 if run.config.run.sanity_checks and not resumed:
                     trainer.check_model()
                 trainer.fit()

@@ -40,8 +40,16 @@ from mnistm_dist.training.checkpoint import (
     learning_values,
 )
 from mnistm_dist.training.environment import DECIDES_BITS, describe_environment
-from mnistm_dist.training.resume import check_resume
-from mnistm_dist.training.run_dir import LOG_NAME, launches, read_log, read_state, read_summary, step_losses
+from mnistm_dist.training.resume import CONSEQUENCES
+from mnistm_dist.training.run_dir import (
+    CONFIG_NAME,
+    LOG_NAME,
+    launches,
+    read_log,
+    read_state,
+    read_summary,
+    step_losses,
+)
 from mnistm_dist.training.setup import EVALUATED_SPLITS, RunSetup
 from mnistm_dist.training.train_state import TrainState
 from mnistm_dist.training.trainer import Trainer
@@ -74,12 +82,12 @@ def verify_run(run_dir: Path, config: Config, which: str, seed: int | None) -> i
         raise UserError("; ".join([*findings, f"{run_dir}: no complete checkpoint, so there is nothing to verify"]))
     last = max(kept)
     # Trained as the last checkpoint was, whatever config.yaml says now.
-    learned = {name: value for name, value in kept[last].scalars.learning.items() if name in LEARNING}
+    learned = _learned(kept[last])
     with opened(replace(config, **learned), console) as run:
         on_main, of_run = run.world.run_on_main, dataclasses.replace(run, path=run_dir, config=config)
         state = train_again(run, kept[last], last, console).state
         findings += on_main(lambda: list(examine(of_run, state, list(kept.values()))))
-        finished = (read_state(run_dir) or {}).get("state") == "finished"
+        finished = read_state(run_dir).get("state") == "finished"
         results = "results" if finished else "packed set (no results: the run is not finished)"
         agreement = f"files: {len(kept)} checkpoints, log, configuration and {results} agree"
         console.line("\n".join(f"finding: {finding}" for finding in findings) or agreement)
@@ -107,31 +115,23 @@ def examine(run: RunSetup, state: TrainState, kept: Sequence[Checkpoint]) -> Ite
         state: that of its last complete checkpoint.
         kept: its complete checkpoints, in the order of their steps.
     """
-    rows, ended, last = read_log(run.path / LOG_NAME), read_state(run.path) or {}, kept[-1]
+    rows, ended, last = read_log(run.path / LOG_NAME), read_state(run.path), kept[-1]
+    # A later launch has written the files other than the log anew.
+    newest = all(row["step"] < last.step for row in launches(rows))
     for checkpoint in kept:
-        recorded, logged = _recorded(checkpoint), _facts(rows)
-        logged["step"] = int(checkpoint.path.name.removeprefix("step-"))
+        recorded, logged = _recorded(checkpoint), _facts(rows) | {"step": int(checkpoint.path.name[-8:])}
         expected = {name: logged[name] for name in recorded if name in logged}
         yield from _differences(checkpoint.path.name, recorded, expected, f"its name and {LOG_NAME}")
-        # Each launch writes the other files anew; the log grows.
-        newest = checkpoint is last and all(row["step"] < last.step for row in launches(rows))
         for name, digest in checkpoint.run_files.items():
             content = (run.path / name).read_bytes() if (run.path / name).is_file() else b""
-            if name == LOG_NAME or newest:
+            if name == LOG_NAME or (newest and checkpoint is last):
                 found = {"sha256": hashlib.sha256(content[: digest.size]).hexdigest()}
                 yield from _differences(name, found, {"sha256": digest.sha256}, checkpoint.path.name)
-    changes = list[str]()
-    # This may be another kind of machine.
-    learned = last.scalars.learning | {"device": learning_values(run.config, run.world.device)["device"]}
-    try:
-        check_resume(
-            dataclasses.replace(last, scalars=last.scalars.model_copy(update={"learning": learned})),
-            run,
-            changes.append,
-        )
-    except UserError as error:
-        yield str(error)
-    yield from changes if newest else ()
+    may_change = CONSEQUENCES.keys() if not (newest or run.config.machine.reproducible) else ()
+    learned = {name: value for name, value in _learned(last).items() if name not in may_change}
+    yield from _differences(CONFIG_NAME, learning_values(run.config, run.world.device), learned, last.path.name)
+    of_set = {"identity": run.shards.manifest.identity}
+    yield from _differences(f"shards {run.shards.root}", of_set, {"identity": last.scalars.shards}, last.path.name)
     # A run that was continued may still have the results of its earlier end.
     if ended.get("state") == "finished":
         summary = read_summary(run.path)
@@ -162,10 +162,9 @@ def examine_results(run: RunSetup, summary: Mapping[str, Any], rows: Sequence[Ma
             yield from _differences(name, stored, of_set, "the packed set")
     except UserError as error:
         yield str(error)
-    for row in rows:
-        if row["kind"] == "evaluation" and row["step"] == entry.get("step"):
-            logged = {"accuracy": row.get("val/accuracy"), "log_loss": row.get("val/loss")}
-            yield from _differences("summary.json: val", summary.get("val", {}), logged, LOG_NAME)
+    for row in [row for row in rows if row["kind"] == "evaluation" and row["step"] == entry.get("step")]:
+        logged = {"accuracy": row.get("val/accuracy"), "log_loss": row.get("val/loss")}
+        yield from _differences("summary.json: val", summary.get("val", {}), logged, LOG_NAME)
 
 
 def choose_stretch(steps: list[int], which: str, seed: int) -> tuple[int, int]:
@@ -223,10 +222,10 @@ def compare(
     # The losses since the last row are in the checkpoint.
     logged = _recorded(kept[trainer.state.steps_done]) | _facts(read_log(run_dir / LOG_NAME))
     losses = [name for name in again if name.startswith("loss")]
+    was, now = (float(np.mean([facts.get(name, np.inf) for name in losses])) for facts in (logged, again))
+    if not (exact or abs(now - was) <= LOSS_BOUND * was):
+        yield f"{LOG_NAME}: the mean loss is {was:.5f}, trained again it is {now:.5f}"
     if not exact:
-        was, now = (float(np.mean([facts.get(name, np.inf) for name in losses])) for facts in (logged, again))
-        if not abs(now - was) <= LOSS_BOUND * was:
-            yield f"{LOG_NAME}: the mean loss is {was:.5f}, trained again it is {now:.5f}"
         return
     expected = {name: value for name, value in again.items() if name in logged or name in losses}
     found = list(_differences(LOG_NAME, logged, expected, "training again"))
@@ -259,6 +258,11 @@ def compare_results(
         elif abs(now - was) > LOSS_BOUND * now:
             findings.append(f"{path.name}: the log loss is {was:.5f}, evaluated again it is {now:.5f}")
     return run.world.broadcast_object(findings)
+
+
+def _learned(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the fields of the configuration that a checkpoint was trained with."""
+    return {name: value for name, value in checkpoint.scalars.learning.items() if name in LEARNING}
 
 
 def _facts(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

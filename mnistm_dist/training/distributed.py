@@ -13,7 +13,7 @@ import socket
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -25,7 +25,7 @@ from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulation
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mnistm_dist.config import MachineConfig
+from mnistm_dist.config import Config, MachineConfig
 from mnistm_dist.errors import NodeError, PeerFailure, RankError, UserError, errors_once_per_node
 from mnistm_dist.training.hardware import (
     Environment,
@@ -166,10 +166,10 @@ class World:
                 time.sleep(POLL_SECONDS)
         return values.cpu()
 
-    def with_run_timeout(self) -> World:
-        """Make ``collective_timeout`` the limit of every wait, and return this world. All ranks take part."""
-        _set_timeout(self.control, self.collective_timeout)
-        return self
+    def limit_waits(self, timeout: timedelta) -> None:
+        """Make ``timeout`` the limit of every wait for a peer."""
+        if self.control is not None:
+            self.control._get_backend(torch.device("cpu"))._set_default_timeout(timeout)
 
     def shutdown(self, timeout: timedelta | None = None) -> bool:
         """Destroy the process groups once all ranks are here, or after ``timeout`` (default: ``collective_timeout``).
@@ -178,11 +178,10 @@ class World:
         """
         if not dist.is_initialized():
             return True
-        try:
+        complete = False
+        with suppress(RuntimeError):
             self._barrier(timeout or self.collective_timeout)
             complete = True
-        except RuntimeError:
-            complete = False
         if complete or self.device.type == "cpu":
             # Otherwise NCCL would wait for the missing peer before the error is printed. The process's end aborts it.
             dist.destroy_process_group()
@@ -194,21 +193,13 @@ class World:
         torch's monitored_barrier applies its limit on rank 0 only, not where rank 0 is missing.
         """
         token = torch.zeros(1)
-        if self.is_main:
-            for rank in range(1, self.size):
-                _wait(dist.irecv(token, rank, group=self.control), timeout)
-            for rank in range(1, self.size):
-                _wait(dist.isend(token, rank, group=self.control), timeout)
-        else:
-            _wait(dist.isend(token, 0, group=self.control), timeout)
-            _wait(dist.irecv(token, 0, group=self.control), timeout)
-
-    def shutdown_with_error(self, error: UserError) -> UserError:
-        """Shut down and return the error to raise: a `RankError` if the other ranks do not have it.
-
-        All ranks take part.
-        """
-        return error if self.shutdown(SHUTDOWN_TIMEOUT) else RankError(str(error))
+        # Rank 0 hears from every rank, then answers each.
+        peers = range(1, self.size) if self.is_main else [0]
+        for exchange in (dist.irecv, dist.isend) if self.is_main else (dist.isend, dist.irecv):
+            for rank in peers:
+                work = exchange(token, rank, group=self.control)
+                assert work is not None, "every rank is a member of the control group"
+                work.wait(timeout)
 
 
 class StopConsensus:
@@ -326,22 +317,25 @@ def join(machine: MachineConfig, *, expect_world_size: int | None, collective_ti
             f"{os.environ.get('RANK')} on {socket.gethostname()} failed: {first_line(error)}; "
             f"check that the port is free and that all {world_size} processes started and live"
         ) from error
-    _set_timeout(world.control, SETUP_TIMEOUT)
+    world.limit_waits(SETUP_TIMEOUT)
     return world
 
 
 @contextmanager
-def joined(machine: MachineConfig, *, expect_world_size: int | None, collective_timeout: float) -> Iterator[World]:
+def joined(config: Config, *, expect_world_size: int | None = None) -> Iterator[World]:
     """`join` the other processes for the block and shut down with them afterwards, also after a `UserError`.
 
-    All ranks take part.
+    In the block, a dead or silent peer is a `PeerFailure`. All ranks take part.
     """
-    with errors_once_per_node(), peer_failures(collective_timeout):
-        world = join(machine, expect_world_size=expect_world_size, collective_timeout=collective_timeout)
+    timeout = config.run.collective_timeout
+    with errors_once_per_node(), peer_failures(timeout):
+        world = join(config.machine, expect_world_size=expect_world_size, collective_timeout=timeout)
     try:
-        yield world
+        with peer_failures(timeout):
+            yield world
     except UserError as error:
-        raise world.shutdown_with_error(error) from error
+        # The other ranks may not have this error, and not come.
+        raise (error if world.shutdown(SHUTDOWN_TIMEOUT) else RankError(str(error))) from error
     world.shutdown()
 
 
@@ -423,14 +417,3 @@ def prepare(
 
 def _control_group(timeout: timedelta) -> dist.ProcessGroup:
     return cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout))
-
-
-def _set_timeout(group: dist.ProcessGroup | None, timeout: timedelta) -> None:
-    """Limit each wait in a group of gloo from here on."""
-    if group is not None:
-        group._get_backend(torch.device("cpu"))._set_default_timeout(timeout)
-
-
-def _wait(work: dist.Work | None, timeout: timedelta) -> None:
-    assert work is not None, "every rank is a member of the control group"
-    work.wait(timeout)

@@ -9,13 +9,12 @@ import time
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from mnistm_dist.config import MachineConfig
+from mnistm_dist.config import Config, MachineConfig, replace
 from mnistm_dist.data.parallel import available_cores
 from mnistm_dist.errors import NodeError, RankError, UserError, errors_once_per_node
 
@@ -213,11 +212,11 @@ def native_precisions(device: str) -> tuple[Precision, ...]:
     return ("bf16", "fp32") if has_bf16 else ("fp32",)
 
 
-def native_or_fp32(machine: MachineConfig) -> MachineConfig:
+def native_or_fp32(config: Config) -> Config:
     """Return how to compute here: in fp32 if the precision would be emulated. Raise `UserError` of `find_device`."""
     with errors_once_per_node():
-        native = machine.precision in ("auto", *native_precisions(find_device(os.environ)))
-    return machine if native else replace(machine, precision="fp32")
+        native = config.machine.precision in ("auto", *native_precisions(find_device(os.environ)))
+    return config if native else replace(config, precision="fp32")
 
 
 def choose_precision(requested: str, launcher: str | None, native: tuple[Precision, ...]) -> Precision:

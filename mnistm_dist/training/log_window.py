@@ -10,14 +10,6 @@ from torch import Tensor
 from mnistm_dist.training.distributed import World
 
 
-class NonFiniteLoss(RuntimeError):
-    """A training loss that is NaN or infinite."""
-
-    def __init__(self, step: int) -> None:
-        super().__init__(f"the training loss of step {step} is not finite")
-        self.step = step
-
-
 class LogWindow:
     """The losses of the steps since the last row, on the device until `fetch`, and the seconds spent in training steps.
 
@@ -47,22 +39,21 @@ class LogWindow:
         self._on_device.append((step, losses))
         self._steps += 1
 
-    def fetch(self) -> None:
-        """Gather the losses from all ranks. Raise `NonFiniteLoss` on all of them. All ranks take part.
+    def fetch(self) -> int | None:
+        """Gather the losses from all ranks; return the first step whose loss is NaN or infinite, if there is one.
 
-        The loss of a step is the mean over its micro-batches in canonical order, in float64: the same at every world
-        size.
+        All ranks take part. The loss of a step is the mean over its micro-batches in canonical order, in float64: the
+        same at every world size.
         """
         if not self._on_device:
-            return
+            return None
         table = torch.stack([losses for _, losses in self._on_device], dim=1)
         rows = self.world.gather_rows(table, [len(share) for share in self.shares])
         means = self.world.fetch(rows.T.contiguous().double()).numpy().mean(axis=1)
-        for (step, _), mean in zip(self._on_device, means, strict=True):
-            if not np.isfinite(mean):
-                raise NonFiniteLoss(step)
+        steps = [step for step, _ in self._on_device]
         self.losses.extend(means.tolist())
         self._on_device.clear()
+        return next((step for step, mean in zip(steps, means, strict=True) if not np.isfinite(mean)), None)
 
     def close(self) -> tuple[float, float]:
         """Return the mean of the fetched losses and the steps per second of this launch, and begin a new window."""

@@ -13,6 +13,8 @@ from mnistm_dist.training.distributed import StopConsensus, World
 
 # What a rank asks for at a step boundary; the largest value of any rank wins. EXIT saves first.
 CONTINUE, SAVE, EXIT = 0, 1, 2
+# Of prctl(2).
+PR_SET_PDEATHSIG = 1
 # Seconds after which another Ctrl-C counts as the second one: a launcher forwards the first, so it arrives twice.
 SECOND_INTERRUPT_AFTER = 1.0
 
@@ -80,10 +82,13 @@ class StepBoundary:
 
     def next_action(self) -> int:
         """Return what all ranks do now. All ranks take part."""
-        requested = self._requested()
-        if requested == SAVE:
+        requested = CONTINUE if self.stop.reason is None else EXIT
+        # Rank 0's clock decides for all.
+        timed = requested == CONTINUE and self.world.is_main and self._checkpoint_seconds
+        if timed and time.monotonic() - self._saved_at > self._checkpoint_seconds:
+            requested = SAVE
             # The answer comes with the next step, which must not ask again.
-            self._saved_at = time.monotonic()
+            self.checkpoint_saved()
         return self._consensus.exchange(requested)
 
     def checkpoint_saved(self) -> None:
@@ -94,24 +99,16 @@ class StepBoundary:
         """Return the signal that stops the run, of whichever rank received it. All ranks take part."""
         return next(filter(None, self.world.gather_objects(self.stop.reason)), "a signal")
 
-    def _requested(self) -> int:
-        if self.stop.reason is not None:
-            return EXIT
-        # Rank 0's clock decides for all.
-        timed = self.world.is_main and self._checkpoint_seconds
-        return SAVE if timed and time.monotonic() - self._saved_at > self._checkpoint_seconds else CONTINUE
-
 
 def parse_signals(text: str) -> tuple[signal.Signals, ...]:
     """Return the signals of a comma-separated list of names. Raise `UserError` for one that cannot be handled."""
-    signals = []
-    for name in filter(None, (part.strip() for part in text.split(","))):
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    for name in names:
         if name not in signal.Signals.__members__ or name in ("SIGKILL", "SIGSTOP", "SIGINT"):
             raise UserError(
                 f"stop_signals: {name!r} is not accepted; use names such as SIGTERM,SIGUSR1 (SIGINT is always handled)"
             )
-        signals.append(signal.Signals[name])
-    return tuple(signals)
+    return tuple(signal.Signals[name] for name in names)
 
 
 def exit_promptly() -> None:
@@ -123,10 +120,8 @@ def exit_promptly() -> None:
     if os.environ.get("WORLD_SIZE", "1") != "1" and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     under_launcher = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
-    if not under_launcher:
-        return
-    parent = os.getppid()
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGTERM)
-    if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGTERM)
+    if under_launcher:
+        parent = os.getppid()
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGTERM)

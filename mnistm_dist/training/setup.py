@@ -93,7 +93,7 @@ class RunSetup:
     @functools.cached_property
     def schedule(self) -> Schedule:
         """What each step trains."""
-        return Schedule.of(self.config, self.shards.split("train").count)
+        return Schedule(config=self.config, train_size=self.shards.split("train").count)
 
 
 def open_run(config: Config, world: World, bars: ProgressBars) -> RunSetup:
@@ -104,7 +104,7 @@ def open_run(config: Config, world: World, bars: ProgressBars) -> RunSetup:
     shards = open_set(config.data, world, bars)
     config = world.run_on_all_ranks(lambda: resolve(config, world, shards.manifest))
     readers = open_readers(shards, config.data, shards.manifest.splits, world, bars)
-    world = world.with_run_timeout()
+    world.limit_waits(world.collective_timeout)
     path = world.run_on_main(lambda: choose_run_dir(config))
     return RunSetup(config=config, world=world, shards=shards, readers=readers, path=path)
 
@@ -120,7 +120,8 @@ def open_evaluation(config: Config, world: World, bars: ProgressBars, path: Path
     # Only a configuration that no training has resolved has auto; val and test are small.
     data = replace(config, reader="resident").data if config.data.reader == "auto" else config.data
     readers = open_readers(shards, data, splits, world, bars)
-    return RunSetup(config=config, world=world.with_run_timeout(), shards=shards, readers=readers, path=path)
+    world.limit_waits(world.collective_timeout)
+    return RunSetup(config=config, world=world, shards=shards, readers=readers, path=path)
 
 
 def open_set(data: DataConfig, world: World, bars: ProgressBars) -> ShardSet:

@@ -24,10 +24,9 @@ from mnistm_dist.training.cuda_graph import create_step
 from mnistm_dist.training.diagnostics import check_model_learns, profile_steps
 from mnistm_dist.training.evaluation import predict_split
 from mnistm_dist.training.hardware import CoreWatch, peak_memory_gb
-from mnistm_dist.training.log_window import LogWindow, NonFiniteLoss
+from mnistm_dist.training.log_window import LogWindow
 from mnistm_dist.training.preemption import CONTINUE, EXIT, Preempted, StepBoundary, StopRequest
 from mnistm_dist.training.run_dir import RunDir
-from mnistm_dist.training.schedule import Schedule
 from mnistm_dist.training.setup import RunSetup
 from mnistm_dist.training.step import gradient_norm
 from mnistm_dist.training.train_state import BestEvaluation, TrainState
@@ -56,16 +55,10 @@ class Trainer:
     """Trains a run from its first or its resumed step to its last."""
 
     def __init__(
-        self,
-        run: RunSetup,
-        run_dir: RunDir,
-        state: TrainState,
-        schedule: Schedule,
-        logger: TrainLogger,
-        stop: StopRequest,
+        self, run: RunSetup, run_dir: RunDir, state: TrainState, logger: TrainLogger, stop: StopRequest
     ) -> None:
-        self.run, self.run_dir, self.state, self.schedule, self.logger = run, run_dir, state, schedule, logger
-        self.config, self.world = run.config, run.world
+        self.run, self.run_dir, self.state, self.logger = run, run_dir, state, logger
+        self.config, self.world, self.schedule = run.config, run.world, run.schedule
         split = run.shards.split("train")
         self.preprocess = Preprocess(split.mean, split.std, run.world.device)
         augment = Augment(run.config.augment, self.preprocess, run.config.steps.seed)
@@ -104,7 +97,7 @@ class Trainer:
                 step_profiled()
                 state.history.train_seconds += self.window.stop_clock()
 
-                evaluation_due = ends_epoch and schedule.epochs_done(state.steps_done) % run.evaluate_every == 0
+                evaluation_due = ends_epoch and schedule.epoch(state.steps_done) % run.evaluate_every == 0
                 if evaluation_due or ends_run:
                     self.evaluate(step)
                 action = self.boundary.next_action()
@@ -158,7 +151,7 @@ class Trainer:
                 "epoch": self.schedule.epoch(step) + 1,
                 "split": "val",
                 "image_size": image_size,
-                "full_image_size": self.schedule.full_image_size,
+                "full_image_size": max(self.config.steps.image_size),
                 "train/loss": self.train_loss,
                 "best": is_best,
             }
@@ -212,22 +205,19 @@ class Trainer:
     def fetch_losses(self) -> None:
         """Fetch the losses on the device. All ranks take part.
 
-        Raise `UserError` on all of them for a non-finite loss.
+        Raise `UserError` on all of them for a loss that is not finite, with the images of its step and the last good
+        checkpoint.
         """
-        try:
-            self.window.fetch()
-        except NonFiniteLoss as error:
-            raise self._explain(error) from error
-
-    def _explain(self, error: NonFiniteLoss) -> UserError:
-        """Name the images of a step with a non-finite loss, and the last good checkpoint. All ranks take part."""
-        positions = step_positions(error.step, batch_size=self.config.steps.batch_size)
+        step = self.window.fetch()
+        if step is None:
+            return
+        positions = step_positions(step, batch_size=self.config.steps.batch_size)
         keys = self.run.shards.keys("train", self.run.order.ids(positions))
         good = checkpoints.latest(self.run_dir.path, self.logger.message) if self.world.is_main else None
         last_good = self.world.broadcast_object(str(good.path) if good else "none")
-        return UserError(
-            f"{error}; keys of its batch: {' '.join(keys[:16])}{' ...' if len(keys) > 16 else ''} "
-            f"(all: python -m mnistm_dist.plan {shlex.quote(str(self.run_dir.path))} --step {error.step}); "
+        raise UserError(
+            f"the training loss of step {step} is not finite; keys of its batch: {' '.join(keys[:16])}"
+            f"{' ...' if len(keys) > 16 else ''} (all: python -m mnistm_dist.plan {shlex.quote(str(self.run_dir.path))} --step {step}); "
             f"last good checkpoint: {last_good}; a resume would repeat it: start a new run with a smaller "
             "--learning-rate or --precision fp32"
         )

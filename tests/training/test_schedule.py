@@ -1,13 +1,14 @@
 """Learning rates, epochs and image sizes as closed forms of the step."""
 
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mnistm_dist.config import OptimConfig, StepsConfig
+from mnistm_dist.config import Config, OptimConfig, RunConfig, StepsConfig
 from mnistm_dist.training.schedule import Schedule
 
 
@@ -15,7 +16,7 @@ def schedule(
     optim: OptimConfig, *, batch_size: int = 256, epochs: int = 10, train_size: int = 2560, **steps
 ) -> Schedule:
     steps_config = StepsConfig(batch_size=batch_size, epochs=epochs, **steps)
-    return Schedule(steps=steps_config, optim=optim, train_size=train_size, max_steps=None)
+    return Schedule(config=Config(steps=steps_config, optim=optim), train_size=train_size)
 
 
 def rates(optim: OptimConfig, **kwargs) -> list[float]:
@@ -54,10 +55,10 @@ def test_the_rate_scales_with_the_batch(scaling, factor):
 @pytest.mark.parametrize("evaluate_every", [1, 2])
 def test_the_work_that_is_left_is_that_of_the_remaining_steps(max_steps, evaluate_every):
     steps = StepsConfig(batch_size=7, epochs=6, image_size=(32, 48, 64))
-    made = Schedule(steps=steps, optim=OptimConfig(), train_size=50, max_steps=max_steps)
+    made = Schedule(config=Config(steps=steps, run=RunConfig(max_steps=max_steps)), train_size=50)
 
     def evaluates(step: int) -> bool:
-        due = made.ends_epoch(step) and made.epochs_done(step + 1) % evaluate_every == 0
+        due = made.ends_epoch(step) and made.epoch(step + 1) % evaluate_every == 0
         return due or step + 1 == made.last_step
 
     for steps_done in range(made.last_step + 1):
@@ -71,8 +72,8 @@ def test_the_work_that_is_left_is_that_of_the_remaining_steps(max_steps, evaluat
 def test_image_sizes_take_equal_parts_of_the_epochs_and_max_steps_only_cuts():
     made = schedule(OptimConfig(), batch_size=10, epochs=6, train_size=20, image_size=(32, 48, 64))
     assert [made.image_size(step) for step in range(12)] == [32] * 4 + [48] * 4 + [64] * 4
-    assert (made.total_steps, made.last_step, made.full_image_size) == (12, 12, 64)
-    cut = Schedule(steps=made.steps, optim=made.optim, train_size=20, max_steps=5)
+    assert (made.total_steps, made.last_step) == (12, 12)
+    cut = Schedule(config=replace(made.config, run=RunConfig(max_steps=5)), train_size=20)
     assert (cut.total_steps, cut.last_step) == (12, 5)
     assert [cut.learning_rate(step) for step in range(5)] == [made.learning_rate(step) for step in range(5)]
 
@@ -81,7 +82,7 @@ def test_an_epoch_ends_with_the_step_that_takes_its_last_image():
     made = schedule(OptimConfig(), batch_size=8, epochs=2, train_size=20)
     assert [step for step in range(made.total_steps) if made.ends_epoch(step)] == [2, 4]
     assert [made.epoch(step) for step in range(5)] == [0, 0, 0, 1, 1]
-    assert [made.epochs_done(steps) for steps in range(6)] == [0, 0, 0, 1, 1, 2]
+    assert [made.epoch(steps) for steps in range(6)] == [0, 0, 0, 1, 1, 2]
 
 
 @settings(max_examples=60, deadline=None)
@@ -90,7 +91,7 @@ def test_an_epoch_ends_with_the_first_step_that_reaches_its_last_position(size, 
     made = schedule(OptimConfig(), batch_size=batch, train_size=size)
     ends = any(step * batch < (e + 1) * size <= (step + 1) * batch for e in range((step + 1) * batch // size + 1))
     assert made.ends_epoch(step) == ends
-    assert made.epochs_done(step + 1) == (step + 1) * batch // size
+    assert made.epoch(step + 1) == (step + 1) * batch // size
 
 
 @settings(max_examples=60, deadline=None)

@@ -92,9 +92,9 @@ def test_a_gpu_that_waits_for_a_silent_peer_is_a_peer_failure_after_the_timeout(
 def test_the_limit_of_the_setup_is_long_and_that_of_the_run_its_own(group):
     backend = group._get_backend(torch.device("cpu"))
     world = world_of(control=group, size=1)
-    distributed._set_timeout(group, distributed.SETUP_TIMEOUT)
+    world.limit_waits(distributed.SETUP_TIMEOUT)
     assert backend.options._timeout == timedelta(hours=12)
-    assert world.with_run_timeout().control is group
+    world.limit_waits(world.collective_timeout)
     assert backend.options._timeout == timedelta(seconds=0.2)
 
 

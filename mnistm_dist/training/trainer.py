@@ -217,7 +217,8 @@ class Trainer:
         last_good = self.world.broadcast_object(str(good.path) if good else "none")
         raise UserError(
             f"the training loss of step {step} is not finite; keys of its batch: {' '.join(keys[:16])}"
-            f"{' ...' if len(keys) > 16 else ''} (all: python -m mnistm_dist.plan {shlex.quote(str(self.run_dir.path))} --step {step}); "
+            f"{' ...' if len(keys) > 16 else ''} "
+            f"(all: python -m mnistm_dist.plan {shlex.quote(str(self.run_dir.path))} --step {step}); "
             f"last good checkpoint: {last_good}; a resume would repeat it: start a new run with a smaller "
             "--learning-rate or --precision fp32"
         )

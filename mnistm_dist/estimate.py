@@ -9,10 +9,10 @@ from mnistm_dist.reporting.console import Console
 from mnistm_dist.reporting.describe import duration
 from mnistm_dist.reporting.time_left import TimeLeft
 from mnistm_dist.results import header_rows
-from mnistm_dist.training.cuda_graph import create_step
 from mnistm_dist.training.hardware import CoreWatch, peak_memory_gb
 from mnistm_dist.training.initial_state import create_train_state
 from mnistm_dist.training.setup import RunSetup
+from mnistm_dist.training.step import create_step
 
 STEPS, WARM_UP = 10, 2  # discarded steps at each image size, and those of them that are not timed
 

@@ -50,7 +50,6 @@ def main(
     from mnistm_dist.training import distributed
     from mnistm_dist.training.checkpoint import choose_checkpoint
     from mnistm_dist.training.hardware import native_or_fp32
-    from mnistm_dist.training.preemption import exit_promptly
     from mnistm_dist.training.run_dir import CONFIG_NAME, read_summary, require_run
     from mnistm_dist.training.setup import EVALUATED_SPLITS, open_evaluation
 
@@ -60,7 +59,6 @@ def main(
         config = load(run_dir / CONFIG_NAME)
         config = replace(config, threads="auto", shards=shards or config.data.shards)
     here, console = native_or_fp32(config), Console(enabled=is_first())
-    exit_promptly()
     with distributed.joined(here) as world, ExitStack() as stack, console.library_warnings():
         if here != config:
             console.warn(f"precision: {config.machine.precision} is not native here; evaluating in fp32")

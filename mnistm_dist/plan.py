@@ -124,7 +124,8 @@ def main(
     title = f"{place}: {batch_size} images"
     result = {"step": step, "epoch": epoch, "ranks": ranks}
     texts = [f"rank {rank}: {' '.join(of_rank)}" for rank, of_rank in enumerate(ranks)]
-    captions = [""] * batch_size
+    names = [shards.manifest.classes[label] for label in shards.labels("train")[ids]]
+    captions = [f"{key}\n{name}" for key, name in zip(keys, names, strict=True)]
     if losses:
         if run is None:
             raise UserError("--losses: trains a run again; name a run folder instead of --shards")
@@ -135,42 +136,38 @@ def main(
             return 0
         # The largest first, and NaN before all.
         largest = np.argsort(-np.nan_to_num(of_images, nan=np.inf), kind="stable")
-        positions, ids, of_images = positions[largest], ids[largest], of_images[largest].tolist()
-        names = [shards.manifest.classes[label] for label in shards.labels("train")[ids]]
-        rows = list(zip(shards.keys("train", ids), names, of_images, strict=True))
-        images = [{"key": key, "label": name, "loss": loss} for key, name, loss in rows]
+        positions, ids = positions[largest], ids[largest]
+        images = [{"key": keys[i], "label": names[i], "loss": of_images[i].item()} for i in largest]
         result |= {"images": images, "mean": mean, "logged": logged}
-        captions = [f"\nloss {loss:.4f}" for loss in of_images]
+        captions = ["{key}\n{label}\nloss {loss:.4f}".format_map(image) for image in images]
         texts = [f"loss {mean!r}, in the log {'not found' if logged is None else repr(logged)}"]
-        texts += [f"{loss:10.4f}  label {name}  {key}" for key, name, loss in rows]
+        texts += ["{loss:10.4f}  label {label}  {key}".format_map(image) for image in images]
     if save:
         save_images(Path(save), config, shards, positions, ids, schedule.image_size(step), title, captions)
     if json_output:
         write_result(json.dumps(result) + "\n")
         return 0
-    head = f"{title}, {order} order, seed {config.steps.seed}"
-    lines = [textwrap.fill(text, width=80, subsequent_indent="    ") for text in (head, *texts)]
-    if save:
-        lines.append(f"images: {save}")
-    write_result("\n".join(lines) + "\n")
+    lines = [
+        textwrap.fill(text, width=80, subsequent_indent="    ")
+        for text in (f"{title}, {order} order, seed {config.steps.seed}", *texts)
+    ]
+    write_result("\n".join([*lines, *([f"images: {save}"] if save else [])]) + "\n")
     return 0
 
 
 def choose_config(run: str | None, new_run: NewRun) -> Config:
     """Return the configuration of a run, or of a new one. Raises `UserError` if not exactly one of them is named."""
     given = {name: value for name, value in vars(new_run).items() if value is not None}
-    own = [name for name in given if name != "shards"]
-    if run is not None and own:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in own)
-        raise UserError(f"{flags}: {run} has its own; leave this out, or name --shards instead of a run")
-    if run is not None:
-        config = replace(load(Path(run) / "config.yaml"), **given)
-        if config.data.shards is None:
-            raise UserError(f"{run}: its config.yaml names no packed set; name it with --shards")
-        return config
-    if "shards" not in given:
+    if run is None and "shards" not in given:
         raise UserError("plan: name a run folder, or a packed set with --shards")
-    return build(DEFAULT_RECIPE, read_recipe(DEFAULT_RECIPE) | given)
+    if run is None:
+        return build(DEFAULT_RECIPE, read_recipe(DEFAULT_RECIPE) | given)
+    if own := [f"--{name.replace('_', '-')}" for name in given if name != "shards"]:
+        raise UserError(f"{', '.join(own)}: {run} has its own; leave this out, or name --shards instead of a run")
+    config = replace(load(Path(run) / "config.yaml"), **given)
+    if config.data.shards is None:
+        raise UserError(f"{run}: its config.yaml names no packed set; name it with --shards")
+    return config
 
 
 def save_images(
@@ -183,7 +180,7 @@ def save_images(
     title: str,
     captions: list[str],
 ) -> None:
-    """Draw the samples ``ids`` at training ``positions``, augmented to ``image_size`` pixels, with key, label, caption.
+    """Draw the samples ``ids`` at training ``positions``, augmented to ``image_size`` pixels, with their captions.
 
     Raises `UserError` if a shard is damaged or the file cannot be written.
     """
@@ -194,14 +191,12 @@ def save_images(
     from mnistm_dist.reporting.figures import batch_grid
     from mnistm_dist.reporting.style import save
 
-    split, classes = shards.split("train"), shards.manifest.classes
-    keys, labels = shards.keys("train", ids), shards.labels("train")[ids]
+    split = shards.split("train")
     preprocess = Preprocess(split.mean, split.std)
     augment = Augment(config.augment, preprocess, config.steps.seed)
     images = torch.from_numpy(shards.images("train", ids))
     floats = augment(images, positions, image_size) * preprocess.std + preprocess.mean
     pixels = (255 * floats).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
-    captions = [f"{key}\n{classes[label]}{more}" for key, label, more in zip(keys, labels, captions, strict=True)]
     with explain_os_errors(path):
         save(batch_grid(list(pixels), captions, title), path)
 

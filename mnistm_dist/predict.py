@@ -99,7 +99,7 @@ def predict_files(
 
     from mnistm_dist.training.evaluation import DECIMALS
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for start in range(0, len(files), batch_size):
         batch = []
         for file in files[start : start + batch_size]:
@@ -110,10 +110,10 @@ def predict_files(
         if batch:
             names, inputs = zip(*batch, strict=True)
             outputs = model.classify(torch.cat(inputs), batch_size=batch_size).astype("float64").round(DECIMALS)
-            for name, row in zip(names, outputs.tolist(), strict=True):
-                largest = max(row)
-                predicted = row.index(largest)
-                rows.append({"file": name, "predicted": predicted, "probability": largest, "probabilities": row})
+            rows += [
+                {"file": name, "predicted": row.index(max(row)), "probability": max(row), "probabilities": row}
+                for name, row in zip(names, outputs.tolist(), strict=True)
+            ]
         bar(min(start + batch_size, len(files)))
     return rows
 

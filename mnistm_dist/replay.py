@@ -16,8 +16,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn import functional
+from torch import Tensor, nn
 
 from mnistm_dist.config import Config, replace
 from mnistm_dist.errors import is_first
@@ -26,11 +25,10 @@ from mnistm_dist.reporting.describe import duration
 from mnistm_dist.reporting.run_logger import RunLogger
 from mnistm_dist.reporting.tracking import Tracker
 from mnistm_dist.training import distributed
-from mnistm_dist.training.checkpoint import Checkpoint, complete
+from mnistm_dist.training.checkpoint import Checkpoint, complete, restore
 from mnistm_dist.training.hardware import native_or_fp32
 from mnistm_dist.training.initial_state import create_train_state
-from mnistm_dist.training.preemption import StopRequest, exit_promptly
-from mnistm_dist.training.resume import restore_state
+from mnistm_dist.training.preemption import StopRequest
 from mnistm_dist.training.run_dir import LOG_NAME, RunDir, read_log, step_losses
 from mnistm_dist.training.setup import RunSetup, open_run
 from mnistm_dist.training.trainer import Trainer
@@ -42,22 +40,24 @@ def opened(config: Config, console: Console) -> Iterator[RunSetup]:
 
     All ranks take part.
     """
-    exit_promptly()
     with (
         distributed.joined(native_or_fp32(config)) as world,
         console.library_warnings(),
         TemporaryDirectory() as folder,
     ):
-        here = {"run_dir": folder, "resume": None, "precision": world.precision}
-        quiet = {
-            "log_every": 1,
-            "keep_checkpoints": "all",
-            "checkpoint_minutes": 0,
-            "profile_steps": 0,
-            "report": False,
-            "cuda_graph": False,
-        }
-        yield open_run(replace(config, **here, **quiet), world, console)
+        config = replace(
+            config,
+            run_dir=folder,
+            resume=None,
+            precision=world.precision,
+            log_every=1,
+            keep_checkpoints="all",
+            checkpoint_minutes=0,
+            profile_steps=0,
+            report=False,
+            cuda_graph=False,
+        )
+        yield open_run(config, world, console)
 
 
 def train_again(run: RunSetup, start: Checkpoint | None, stop: int, console: Console) -> Trainer:
@@ -66,7 +66,7 @@ def train_again(run: RunSetup, start: Checkpoint | None, stop: int, console: Con
     world, classes = run.world, run.shards.manifest.classes
     state = create_train_state(run.config, world, len(classes), run.shares, resumed=start is not None)
     if start is not None:
-        world.run_on_all_ranks(lambda: restore_state(state, start, run))
+        world.run_on_all_ranks(lambda: restore(start, state, world.accelerator.scaler))
     with world.run_on_all_ranks(lambda: RunDir(run.path, active=world.is_main)) as run_dir:
         logger = RunLogger(console, Tracker(), run_dir.log, classes)
         trainer = Trainer(run, run_dir, state, logger, StopRequest(()))
@@ -79,9 +79,10 @@ def losses_of_step(run_dir: Path, config: Config, step: int) -> tuple[np.ndarray
     """Train a run from its last checkpoint before ``step`` up to it; print what is trained to stderr.
 
     Return the loss of each image of the step, float32 (B,), in the order of positions, the loss of the step, as
-    training computes it, and that of the log, None if it has none. All ranks take part.
+    training computes it (the mean in float32 within a micro-batch, then in float64), and that of the log, None if it
+    has none. All ranks take part.
     """
-    console = Console(enabled=is_first(), stream=sys.stderr)
+    console, logits = Console(enabled=is_first(), stream=sys.stderr), list[Tensor]()
     with opened(config, console) as run:
         # Without evaluations of val.
         run = dataclasses.replace(run, readers={"train": run.readers["train"]})
@@ -91,25 +92,15 @@ def losses_of_step(run_dir: Path, config: Config, step: int) -> tuple[np.ndarray
         seconds = kept[0].scalars.history.train_seconds / kept[0].step * (step - first) if kept else 0.0
         took = f"; the run took {duration(seconds)}" if seconds else ""
         console.line(f"training from step {first} to step {step} again ({place}){took}")
-        of_images, mean = image_losses(train_again(run, start, step, console))
-    return of_images, mean, step_losses(read_log(run_dir / LOG_NAME)).get(step)
-
-
-def image_losses(trainer: Trainer) -> tuple[np.ndarray, float]:
-    """Train the next step; return the loss of each image, float32 (B,), in the order of positions, and of the step.
-
-    The latter is the mean as training computes it: in float32 within a micro-batch, then in float64. All ranks take
-    part.
-    """
-    world, state, logits = trainer.world, trainer.state, list[Tensor]()
-    step, smoothing = state.steps_done, trainer.config.optim.label_smoothing
-    state.train_model.train()
-    state.train_model.register_forward_hook(lambda _model, _images, output: logits.append(output.detach()))
-    (micro_batches,) = trainer.run.batches(step, step + 1)
-    schedule = trainer.schedule
-    losses, _ = trainer.train_step(micro_batches, schedule.image_size(step), schedule.learning_rate(step))
-    labels = torch.cat([batch.labels for batch in micro_batches])
-    own = functional.cross_entropy(torch.cat(logits).float(), labels, reduction="none", label_smoothing=smoothing)
-    trainer.window.add(step, losses)
-    trainer.window.fetch()
-    return np.concatenate(world.gather_objects(world.fetch(own).numpy())), trainer.window.losses[-1]
+        trainer = train_again(run, start, step, console)
+        model, schedule, smoothing = trainer.state.train_model.train(), run.schedule, config.optim.label_smoothing
+        model.register_forward_hook(lambda _model, _images, output: logits.append(output.detach()))
+        (micro_batches,) = run.batches(step, step + 1)
+        losses, _ = trainer.train_step(micro_batches, schedule.image_size(step), schedule.learning_rate(step))
+        labels = torch.cat([batch.labels for batch in micro_batches])
+        outputs = torch.cat(logits).float()
+        own = nn.functional.cross_entropy(outputs, labels, reduction="none", label_smoothing=smoothing)
+        trainer.window.add(step, losses)
+        trainer.window.fetch()
+        of_images = np.concatenate(run.world.gather_objects(run.world.fetch(own).numpy()))
+    return of_images, trainer.window.losses[-1], step_losses(read_log(run_dir / LOG_NAME)).get(step)

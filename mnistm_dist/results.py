@@ -29,7 +29,7 @@ from mnistm_dist.training import checkpoint as checkpoints
 from mnistm_dist.training.environment import device_name
 from mnistm_dist.training.evaluation import SplitOutputs, predict_split, write_predictions
 from mnistm_dist.training.hardware import peak_memory_gb
-from mnistm_dist.training.models import count_parameters, create_model, to_device
+from mnistm_dist.training.models import create_model, to_device
 from mnistm_dist.training.run_dir import SUMMARY_NAME, RunDir, writing
 from mnistm_dist.training.setup import RunSetup
 from mnistm_dist.training.train_state import TrainState
@@ -85,8 +85,8 @@ def draw_split(run_dir: Path, split: str, predictions: Predictions, reader: Read
     wrong = mistakes(predictions)
     shown = wrong[: figures.MOST_MISTAKES]
     images = list(reader.gather(np.array([m.id for m in shown], dtype=np.int64))[0].cpu().numpy()) if shown else []
-    matrix = figures.confusion_matrix(predictions.metrics, f"Confusion matrix, {split}")
     with writing(run_dir):
+        matrix = figures.confusion_matrix(predictions.metrics, f"Confusion matrix, {split}")
         save(matrix, run_dir / f"confusion_matrix_{split}.png")
         save(figures.mistakes(images, shown, len(wrong), f"Mistakes, {split}"), run_dir / f"mistakes_{split}.png")
         folder = run_dir / "mistakes" / split
@@ -108,9 +108,8 @@ def finish(
     from mnistm_dist.reporting.html import write_report
     from mnistm_dist.reporting.style import save
 
-    has_test = "test" in run.readers
     checkpoint, entry = run.world.run_on_main(
-        lambda: checkpoints.choose_checkpoint(run.path, "chosen", has_test=has_test)
+        lambda: checkpoints.choose_checkpoint(run.path, "chosen", has_test="test" in run.readers)
     )
     predictions = evaluate_checkpoint(run, checkpoint, console)
     if not run.world.is_main:
@@ -145,7 +144,8 @@ def header_rows(run: RunSetup, state: TrainState, tracker: str) -> dict[str, str
     tf32 = " (convolutions in TF32)" if in_tf32 else ""
     if state.steps_done:
         steps = f"resuming at step {state.steps_done:,} of {steps}"
-    network, flops = config.network, sum(layer["flops"] for layer in state.layers)
+    network = config.network
+    parameters, flops = (sum(layer[column] for layer in state.layers) for column in ("parameters", "flops"))
     new = f" (new, since the classes differ: {', '.join(state.new_tensors)})" if state.new_tensors else ""
     inverts = config.augment.invert and manifest.lineage == "unknown"
     hint = "it inverts colours, which suits MNIST-M; photos: --recipe images, other images: --invert 0"
@@ -158,7 +158,7 @@ def header_rows(run: RunSetup, state: TrainState, tracker: str) -> dict[str, str
         "device": device_name(world.device),
         "precision": f"{config.machine.precision}{tf32}, {config.machine.memory_format}",
         "threads": f"{config.machine.threads} per process",
-        "model": f"{network.model}, {count_parameters(state.model):,} parameters",
+        "model": f"{network.model}, {parameters:,} parameters",
         "FLOPs": f"{number(flops / 1e6)} million per image, forward at {config.steps.image_size[-1]} px",
         **({"initial weights": f"{network.init_from}{new}"} if network.init_from else {}),
         "shards": f"{run.shards.root} ({manifest.lineage}: {counts})",
@@ -194,7 +194,7 @@ def summary_fields(run: RunSetup, state: TrainState) -> dict[str, Any]:
         "peak_memory_gb": peak_memory_gb(run.world.device),
         "images_per_second": round(images / seconds, 2) if seconds else None,
         "model": config.network.model,
-        "parameters": count_parameters(state.model),
+        "parameters": sum(layer["parameters"] for layer in state.layers),
         "flops_per_image": sum(layer["flops"] for layer in state.layers),
         "data": {
             "path": str(run.shards.root),

@@ -28,10 +28,10 @@ from mnistm_dist.reporting.run_logger import RunLogger
 from mnistm_dist.reporting.tracking import Tracker, open_tracker
 from mnistm_dist.results import finish, header_rows
 from mnistm_dist.training import distributed
-from mnistm_dist.training.checkpoint import Checkpoint
+from mnistm_dist.training.checkpoint import Checkpoint, restore
 from mnistm_dist.training.initial_state import create_train_state
-from mnistm_dist.training.preemption import Preempted, StopRequest, exit_promptly, parse_signals
-from mnistm_dist.training.resume import agree_on_start, check_resume, choose_start, restore_state
+from mnistm_dist.training.preemption import Preempted, StopRequest, parse_signals
+from mnistm_dist.training.resume import agree_on_start, check_resume, choose_start
 from mnistm_dist.training.run_dir import read_summary
 from mnistm_dist.training.setup import RunSetup, acquire_run_dir, open_run, write_start
 from mnistm_dist.training.trainer import Trainer
@@ -48,9 +48,8 @@ def launch(request: TrainRequest, metrics: CustomMetrics, *, process_ends: bool)
         starts = [(one, start) for one in requests if (start := choose_start(one)) is not None]
     run_dirs = [Path(str(one.config.run.run_dir)) for one in requests if request.seeds]
     if not starts:
-        compare_seeds(run_dirs, console)
         run = requests[-1].config.run
-        return 0, summary_of(Path(str(run.run_dir or run.resume)))
+        return 0, conclude(Path(str(run.run_dir or run.resume)), run_dirs, console)
     _, (config, checkpoint) = starts[0]
     if request.flags.print_config:
         if is_first():
@@ -58,7 +57,6 @@ def launch(request: TrainRequest, metrics: CustomMetrics, *, process_ends: bool)
         return 0, {}
     stop = StopRequest(parse_signals(config.run.stop_signals))
     try:
-        exit_promptly()
         with (
             distributed.joined(config, expect_world_size=config.run.expect_world_size) as world,
             console.library_warnings(),
@@ -67,22 +65,17 @@ def launch(request: TrainRequest, metrics: CustomMetrics, *, process_ends: bool)
                 print_estimate(open_run(config, world, console), console, checkpoint.step if checkpoint else 0)
                 return 0, {}
             for one, (config, checkpoint) in starts:
-                summary = train(config, checkpoint, world, console, stop, one.argv, metrics)
-                if not summary:
+                run_dir = train(config, checkpoint, world, console, stop, one.argv, metrics)
+                if run_dir is None:
                     return EXIT_PREEMPTED, {}
-            world.run_on_main(lambda: compare_seeds(run_dirs, console))
-            return 0, summary
+            return 0, world.run_on_main(functools.partial(conclude, run_dir, run_dirs, console))
     finally:
         stop.close(process_ends=process_ends)
 
 
-def summary_of(run_dir: Path) -> dict[str, Any]:
-    """Return the content of ``summary.json``, and the run folder it is in."""
-    return {**read_summary(run_dir), "run_dir": str(run_dir)}
-
-
-def compare_seeds(run_dirs: Sequence[Path], console: Console) -> None:
-    """Print mean and spread of the accuracy of runs that differ in their seed, if any, and write their comparison."""
+def conclude(last: Path, run_dirs: Sequence[Path], console: Console) -> dict[str, Any]:
+    """Return the content of ``summary.json`` of the last run, and its folder. Of runs that differ in their seed, if
+    any, print mean and spread of the accuracy, and write their comparison."""
     summaries = [read_summary(run_dir) for run_dir in run_dirs]
     for split in ("val", "test"):
         scores = [100 * summary[split]["accuracy"] for summary in summaries if split in summary]
@@ -95,6 +88,7 @@ def compare_seeds(run_dirs: Sequence[Path], console: Console) -> None:
         page = run_dirs[0].parent / "report.html"
         write_report(run_dirs, page)
         console.line(f"comparison: {page}")
+    return {**read_summary(last), "run_dir": str(last)}
 
 
 def train(
@@ -105,8 +99,8 @@ def train(
     stop: StopRequest,
     argv: list[str],
     metrics: CustomMetrics,
-) -> dict[str, Any]:
-    """Steps 2 to 5 of a run. Return its summary, empty if a signal has stopped it. All ranks take part."""
+) -> Path | None:
+    """Steps 2 to 5 of a run. Return its folder, None if a signal has stopped it. All ranks take part."""
     checkpoint = agree_on_start(config, checkpoint, world)
     run = open_run(config, world, console)
     if checkpoint is not None:
@@ -119,7 +113,7 @@ def train(
     stop.install()
     with run_dir, distributed.peer_failures(run.config.run.collective_timeout):
         if checkpoint is not None:
-            world.run_on_all_ranks(lambda: restore_state(state, checkpoint, run))
+            world.run_on_all_ranks(lambda: restore(checkpoint, state, world.accelerator.scaler))
         world.run_on_all_ranks(lambda: write_start(run, run_dir, state, console.line, resumed=resumed, argv=argv))
         try:
             with tracking(run, console) as tracker:
@@ -134,8 +128,8 @@ def train(
         except Preempted as preempted:
             resume = f"python -m mnistm_dist.train --resume {shlex.quote(str(run.path))}"
             console.line(f"{preempted}: saved at step {state.steps_done}. Resume with: {resume}")
-            return {}
-    return world.run_on_main(lambda: summary_of(run.path))
+            return None
+    return run.path
 
 
 @contextmanager

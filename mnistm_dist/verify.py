@@ -75,20 +75,17 @@ def verify_set(folder: Path) -> int:
     from mnistm_dist.data.shards import OK, ShardSet
     from mnistm_dist.reporting.console import Console
 
-    packed = ShardSet.open(folder)
+    packed, console = ShardSet.open(folder), Console()
     manifest = packed.manifest
-    console = Console()
-    count = sum(split.count for split in manifest.splits.values())
-    with console.progress("verify", count, "images") as bar:
+    with console.progress("verify", sum(split.count for split in manifest.splits.values())) as bar:
         findings = inspect(packed, bar)
     damaged = [finding for finding in findings if finding.status != OK]
     for finding in damaged:
         console.line(f"{finding.status:<9} {finding.name}: {finding.detail}")
     if damaged:
-        first = damaged[0]
         raise UserError(
-            f"{packed.root}: {len(damaged)} of {len(findings)} files are damaged, the first is {first.name} "
-            f"({first.status}: {first.detail}); {REPAIR}"
+            f"{packed.root}: {len(damaged)} of {len(findings)} files are damaged, the first is {damaged[0].name} "
+            f"({damaged[0].status}: {damaged[0].detail}); {REPAIR}"
         )
     splits = ", ".join(f"{split.count:,} {name}" for name, split in manifest.splits.items())
     console.line(f"{packed.root} is intact: {splits}; lineage {manifest.lineage}")

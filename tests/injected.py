@@ -22,7 +22,8 @@ from mnistm_dist.data import resident
 from mnistm_dist.data.loader import Batch, Reader
 from mnistm_dist.errors import UserError
 from mnistm_dist.reporting import figures, html
-from mnistm_dist.training import checkpoint, cuda_graph, distributed, evaluation, preemption, setup
+from mnistm_dist.training import checkpoint, distributed, evaluation, preemption, setup
+from mnistm_dist.training import step as training_step
 from mnistm_dist.training import trainer as loop
 
 CLONE_NEWNS, MS_RDONLY, MS_REC, MS_PRIVATE = 0x20000, 1, 0x4000, 0x40000
@@ -142,7 +143,7 @@ FAULT, RANK, PHASE = "FAULT", "FAULT_RANK", "FAULT_PHASE"
 PHASES: dict[str, tuple[Any, str, int]] = {
     "opening": (resident, "set_entry", 1),
     "decoding": (resident, "_save_stamp", 1),
-    "training": (cuda_graph, "train_step", 9),
+    "training": (training_step, "train_step", 9),
     "saving": (checkpoint, "_write_tensors", 4),
     "evaluating": (evaluation, "_predict", 1),
     "predicting": (scoring, "write_split", 1),

@@ -15,8 +15,7 @@ import json
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +32,6 @@ from mnistm_dist.training.environment import device_name
 from mnistm_dist.training.run_dir import RUN_FILES, read_summary, require_run
 from mnistm_dist.training.train_state import Record, TrainingHistory, TrainState
 
-FORMAT: Literal[1] = 1
 MODEL, TRAINING, STATE = "model.safetensors", "training_state.safetensors", "state.json"
 
 
@@ -70,24 +68,18 @@ class Digest(Record):
     sha256: str
 
 
-class _Document(Record):
-    format: Literal[1]
+class Checkpoint(Record):
+    """A complete checkpoint on disk; all but ``path`` is the content of ``state.json``."""
+
+    path: Path = Field(exclude=True)
+    format: Literal[1] = 1
     step: int = Field(ge=0)
-    files: dict[str, Digest]
-    run_files: dict[str, Digest] = Field(default_factory=dict)
-    scalars: Scalars
-
-
-@dataclass(frozen=True, kw_only=True)
-class Checkpoint:
-    """A complete checkpoint on disk."""
-
-    path: Path
-    step: int
     """Steps done."""
-    scalars: Scalars
-    run_files: Mapping[str, Digest]
+    files: dict[str, Digest]
+    """The two files of tensors."""
+    run_files: dict[str, Digest] = Field(default_factory=dict)
     """`RUN_FILES` as they were when it was saved; log.jsonl has grown since. Empty for an earlier version's."""
+    scalars: Scalars
 
 
 def learning_values(config: Config, device: torch.device) -> dict[str, Any]:
@@ -101,7 +93,12 @@ def save(run_dir: Path, state: TrainState, scalars: Scalars) -> Path:
 
     Saving changes nothing in the training state. Raise `UserError` if the disk is full or cannot be written.
     """
-    tensors = _optimizer_tensors(state)
+    tensors = {
+        f"optimizer.{name}.{key}": value
+        for name, parameter in state.model.named_parameters()
+        for key, value in state.optimizer.state.get(parameter, {}).items()
+        if isinstance(value, Tensor)
+    }
     if state.ema is not None:
         tensors |= {f"model.{name}": value for name, value in state.model.state_dict().items()}
     final = checkpoint_dir(run_dir, state.steps_done)
@@ -114,9 +111,9 @@ def save(run_dir: Path, state: TrainState, scalars: Scalars) -> Path:
             TRAINING: _write_tensors(temporary / TRAINING, tensors),
         }
         run_files = {name: _digest(run_dir / name) for name in RUN_FILES if (run_dir / name).is_file()}
-        document = _Document(format=FORMAT, step=state.steps_done, files=files, run_files=run_files, scalars=scalars)
+        saved = Checkpoint(path=final, step=state.steps_done, files=files, run_files=run_files, scalars=scalars)
         # Through json, since every float must be read back as it was.
-        write_atomic(temporary / STATE, json.dumps(document.model_dump(), indent=1))
+        write_atomic(temporary / STATE, json.dumps(saved.model_dump(), indent=1))
         fsync_path(temporary)
         temporary.rename(final)
         fsync_path(final.parent)
@@ -129,17 +126,17 @@ def save(run_dir: Path, state: TrainState, scalars: Scalars) -> Path:
     return final
 
 
-def restore(checkpoint: Checkpoint, state: TrainState) -> None:
-    """Load model, averaged weights, optimizer, history and steps done.
+def restore(checkpoint: Checkpoint, state: TrainState, scaler: torch.amp.GradScaler | None = None) -> None:
+    """Load model, averaged weights, optimizer, history, steps done, and the state of ``scaler``, if there is one.
 
     Raise `UserError` if the checkpoint is of another model.
     """
-    path = checkpoint.path
+    path, scalars = checkpoint.path, checkpoint.scalars
     tensors = load_tensors(path / TRAINING)
     load_model(path, state.eval_model)
     if state.ema is not None:
         weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
-        _load_weights(state.model, weights, path)
+        load_model(path, state.model, weights)
     names = {id(parameter): name for name, parameter in state.model.named_parameters()}
     parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
     optimizer_state: dict[int, dict[str, Tensor]] = {}
@@ -156,8 +153,14 @@ def restore(checkpoint: Checkpoint, state: TrainState) -> None:
                 optimizer_state.setdefault(index, {})[key.removeprefix(prefix)] = value
     groups = state.optimizer.state_dict()["param_groups"]
     state.optimizer.load_state_dict({"state": optimizer_state, "param_groups": groups})
+    if scaler is not None and scalars.scaler is not None:
+        scaler.load_state_dict(scalars.scaler)
     # A copy: training changes it.
-    state.history, state.steps_done = checkpoint.scalars.history.model_copy(deep=True), checkpoint.step
+    state.history, state.steps_done = scalars.history.model_copy(deep=True), checkpoint.step
+    best = state.history.best
+    if best and not checkpoint_dir(path.parents[1], best.step).is_dir():
+        # It was removed for a better one, which is torn or of a later step than this checkpoint.
+        state.history.best = None
 
 
 def prune(run_dir: Path, *, keep: int | Literal["all"], best_step: int | None) -> None:
@@ -204,15 +207,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Return the checkpoint in a folder. Raise `UserError` if it is torn, changed, or of another format."""
     try:
         content = json.loads((path / STATE).read_bytes())
-        found = content.get("format")
-        if found != FORMAT:
-            raise UserError(
-                f"checkpoint {path}: format {found!r}, this version reads {FORMAT}: use the version that wrote it"
-            )
-        document = _Document.model_validate(content)
+        if (found := content.get("format")) != 1:
+            raise UserError(f"checkpoint {path}: format {found!r}, this version reads 1: use the version that wrote it")
+        checkpoint = Checkpoint.model_validate({**content, "path": path})
         # An exported model has no training state.
-        for name in {MODEL, *document.files}:
-            if _digest(path / name) != document.files[name]:
+        for name in {MODEL, *checkpoint.files}:
+            if _digest(path / name) != checkpoint.files[name]:
                 raise UserError(f"checkpoint {path}: {name} is torn or was changed; use another checkpoint of the run")
     except UserError:
         raise
@@ -221,7 +221,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise UserError(
             f"checkpoint {path}: torn, changed or removed ({reason}); use another checkpoint of the run"
         ) from error
-    return Checkpoint(path=path, step=document.step, scalars=document.scalars, run_files=document.run_files)
+    return checkpoint
 
 
 def choose_checkpoint(run_dir: Path, which: str, *, has_test: bool) -> tuple[Checkpoint, dict[str, Any]]:
@@ -236,29 +236,23 @@ def choose_checkpoint(run_dir: Path, which: str, *, has_test: bool) -> tuple[Che
     if which not in ("best", "last", "chosen"):
         checkpoint, chosen = open_checkpoint(Path(which)), "named"
     else:
-        warnings: list[str] = []
-        last = latest(run_dir, warnings.append)
+        torn: list[str] = []
+        last = latest(run_dir, torn.append)
         if last is None:
-            reason = f" ({warnings[0]})" if warnings else ""
+            reason = "".join(f" ({line})" for line in torn[:1])
             raise UserError(
                 f"{run_dir}: no complete checkpoint{reason}; train with --resume {shlex.quote(str(run_dir))}"
             )
         checkpoint, chosen, best = last, "last", last.scalars.history.best
-        if which == "best" and best is None:
+        if best is not None and (which == "best" or (which == "chosen" and has_test)):
+            checkpoint, chosen = open_checkpoint(checkpoint_dir(run_dir, best.step)), "best on val"
+        elif which == "best":
             raise UserError(
                 f"{run_dir}: val was never evaluated, so there is no best checkpoint; use --checkpoint last"
             )
-        if best is not None and (which == "best" or (which == "chosen" and has_test)):
-            chosen = "best on val"
-            if best.step != last.step:
-                checkpoint = open_checkpoint(checkpoint_dir(run_dir, best.step))
-    entry = {
-        "step": checkpoint.step,
-        "chosen": chosen,
-        "averaged": checkpoint.scalars.averaged,
-        "image_size": checkpoint.scalars.image_size,
-    }
-    return checkpoint, entry
+    scalars = checkpoint.scalars
+    about = {"averaged": scalars.averaged, "image_size": scalars.image_size}
+    return checkpoint, {"step": checkpoint.step, "chosen": chosen, **about}
 
 
 def find_weights(source: str) -> tuple[Path, str]:
@@ -274,9 +268,16 @@ def find_weights(source: str) -> tuple[Path, str]:
         return path, _digest(path).sha256
 
 
-def load_model(path: Path, model: nn.Module) -> None:
-    """Load the weights of a checkpoint into ``model``. Raise `UserError` if they are another model's."""
-    _load_weights(model, load_tensors(path / MODEL), path)
+def load_model(path: Path, model: nn.Module, weights: dict[str, Tensor] | None = None) -> None:
+    """Load the weights of a checkpoint, by default those to evaluate, into ``model``.
+
+    Raise `UserError` if they are another model's.
+    """
+    try:
+        model.load_state_dict(load_tensors(path / MODEL) if weights is None else weights)
+    except RuntimeError as error:
+        detail = " ".join(str(error).split())[:200]
+        raise UserError(f"checkpoint {path}: holds the weights of another model ({detail})") from error
 
 
 def load_tensors(path: Path, advice: str = "use another checkpoint (a live run removes old ones)") -> dict[str, Tensor]:
@@ -286,23 +287,6 @@ def load_tensors(path: Path, advice: str = "use another checkpoint (a live run r
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read ({os_error_reason(error)}); {advice}") from error
-
-
-def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
-    return {
-        f"optimizer.{name}.{key}": value
-        for name, parameter in state.model.named_parameters()
-        for key, value in state.optimizer.state.get(parameter, {}).items()
-        if isinstance(value, Tensor)
-    }
-
-
-def _load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        detail = " ".join(str(error).split())[:200]
-        raise UserError(f"checkpoint {path}: holds the weights of another model ({detail})") from error
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> Digest:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from mnistm_dist.errors import UserError
@@ -33,7 +32,7 @@ def check_model_learns(model: nn.Module, images: Tensor, labels: Tensor, num_cla
     optimizer = torch.optim.Adam(probe_model.parameters(), lr=2e-3)
     losses = []
     for _ in range(OVERFIT_STEPS):
-        loss = functional.cross_entropy(probe_model(images).float(), labels)
+        loss = nn.functional.cross_entropy(probe_model(images).float(), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -5,11 +5,12 @@ sharded twice (accelerate#3547), and a prepared scheduler would step once per pr
 collective operations of the package are in this file; functions that call one say "All ranks take part".
 """
 
-from __future__ import annotations
-
+import ctypes
 import os
 import re
+import signal
 import socket
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,7 +24,6 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
 from torch import Tensor, nn
-from torch.nn import functional
 
 from mnistm_dist.config import Config, MachineConfig
 from mnistm_dist.errors import NodeError, PeerFailure, RankError, UserError, errors_once_per_node
@@ -53,6 +53,8 @@ RENDEZVOUS_SECONDS = 300.0
 # How long a rank that exits with an error waits for the others, which may not know of it. Rank 0 may need 20 seconds to
 # close its tracker first.
 SHUTDOWN_TIMEOUT = timedelta(seconds=25)
+# Of prctl(2).
+PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +129,7 @@ class World:
         if self.size == 1:
             return values
         longest = max(counts)
-        padded = functional.pad(values, (0, 0, 0, longest - len(values)))
+        padded = nn.functional.pad(values, (0, 0, 0, longest - len(values)))
         rows = self.all_gather(padded, out=values.new_empty(self.size * longest, *values.shape[1:]))
         return torch.cat([part[:count] for part, count in zip(rows.split(longest), counts, strict=True)])
 
@@ -321,12 +323,29 @@ def join(machine: MachineConfig, *, expect_world_size: int | None, collective_ti
     return world
 
 
+def exit_promptly() -> None:
+    """Let Ctrl-C end this process at once if it is one of several, and the death of its launcher end it, too.
+
+    Python's own handler of SIGINT waits until a collective operation ends. The kernel sends SIGTERM when the launcher
+    dies, so that no trainer is left behind (Linux, prctl(2)); a run started from a shell continues when the shell ends.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1" and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    under_launcher = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+    if under_launcher:
+        parent = os.getppid()
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 @contextmanager
 def joined(config: Config, *, expect_world_size: int | None = None) -> Iterator[World]:
     """`join` the other processes for the block and shut down with them afterwards, also after a `UserError`.
 
     In the block, a dead or silent peer is a `PeerFailure`. All ranks take part.
     """
+    exit_promptly()
     timeout = config.run.collective_timeout
     with errors_once_per_node(), peer_failures(timeout):
         world = join(config.machine, expect_world_size=expect_world_size, collective_timeout=timeout)

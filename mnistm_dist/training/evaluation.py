@@ -67,9 +67,7 @@ def predict_split(
     gathered = world.gather_on_main(_predict(world, model, preprocess, reader, image_size, progress))
     if gathered is None:
         return None
-    # A rank may have had no batch.
-    gathered = [arrays for arrays in gathered if len(arrays[0])]
-    ids, labels, probabilities = (np.concatenate(parts) for parts in zip(*gathered, strict=True))
+    ids, labels, probabilities = (np.concatenate(parts) for parts in zip(*filter(None, gathered), strict=True))
     order = np.argsort(ids, kind="stable")
     assert np.array_equal(ids[order], np.arange(reader.size)), "evaluation did not see each sample exactly once"
     rounded = np.round(probabilities[order].astype(np.float64), DECIMALS)
@@ -79,8 +77,9 @@ def predict_split(
 @torch.inference_mode()
 def _predict(
     world: World, model: nn.Module, preprocess: Preprocess, reader: Reader, image_size: int, progress: Progress | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """This rank's ids int64 (n,), labels int64 (n,) and probabilities float32 (n, C), without padding."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """This rank's ids int64 (n,), labels int64 (n,) and probabilities float32 (n, C), without padding, or None if
+    it has no batch."""
     was_training = model.training
     model.eval()
     ids, labels, outputs, done = [], [], [], 0
@@ -96,7 +95,7 @@ def _predict(
             progress(min(done * world.size, reader.size), reader.size)
     model.train(was_training)
     if not outputs:
-        return np.empty(0), np.empty(0), np.empty(0)
+        return None
     return np.concatenate(ids), world.fetch(torch.cat(labels)).numpy(), world.fetch(torch.cat(outputs)).numpy()
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from mnistm_dist.config import Config
@@ -110,7 +109,7 @@ def check_model(model: nn.Module, name: str, num_classes: int, image_sizes: tupl
                     "wrap it in a function of your own"
                 )
         with failures_of(failures):
-            functional.cross_entropy(outputs[-1].float(), torch.zeros(2, dtype=torch.int64, device=device)).backward()
+            nn.functional.cross_entropy(outputs[-1].float(), torch.zeros(2, dtype=torch.long, device=device)).backward()
         if unused := [one for one, p in probe.named_parameters() if p.requires_grad and p.grad is None]:
             raise UserError(
                 f"model {name}: no gradient for {', '.join(unused):.200} at {size} px; remove them, or freeze "

@@ -138,8 +138,3 @@ def to_device(model: nn.Module, device: torch.device, memory_format: str) -> nn.
     """Return the model on ``device`` in the memory format ``channels_last`` or ``contiguous``."""
     layout = torch.channels_last if memory_format == "channels_last" else torch.contiguous_format
     return model.to(device).to(memory_format=layout)
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Return the number of trainable parameters."""
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

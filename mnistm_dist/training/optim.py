@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Callable
 from itertools import groupby
-from typing import Any, assert_never
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,11 +46,9 @@ def create_optimizer(model: nn.Module, config: OptimConfig, precision: str = "fp
     groups = [{"params": weights, "weight_decay": config.weight_decay}, free]
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, **adam)
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(
-            groups, lr=config.learning_rate, momentum=config.momentum, nesterov=config.momentum > 0, fused=fused or None
-        )
-    assert_never(config.optimizer)
+    return torch.optim.SGD(
+        groups, lr=config.learning_rate, momentum=config.momentum, nesterov=config.momentum > 0, fused=fused or None
+    )
 
 
 class Muon(torch.optim.AdamW):

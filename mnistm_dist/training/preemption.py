@@ -1,7 +1,6 @@
 """Stopping a run cleanly: signal handlers that only set a flag, and the agreement of all ranks at a step boundary."""
 
-import ctypes
-import os
+import math
 import signal
 import threading
 import time
@@ -13,12 +12,8 @@ from mnistm_dist.training.distributed import StopConsensus, World
 
 # What a rank asks for at a step boundary; the largest value of any rank wins. EXIT saves first.
 CONTINUE, SAVE, EXIT = 0, 1, 2
-# Of prctl(2).
-PR_SET_PDEATHSIG = 1
 # Seconds after which another Ctrl-C counts as the second one: a launcher forwards the first, so it arrives twice.
 SECOND_INTERRUPT_AFTER = 1.0
-
-Handler = Callable[[int, FrameType | None], object] | int
 
 
 class Preempted(Exception):
@@ -31,8 +26,8 @@ class StopRequest:
     def __init__(self, signals: tuple[signal.Signals, ...]) -> None:
         self._signals = signals
         self.reason: str | None = None
-        self._previous: dict[signal.Signals, Handler] = {}
-        self._first_interrupt: float | None = None
+        self._previous: dict[signal.Signals, Callable[[int, FrameType | None], object] | int] = {}
+        self._first_interrupt = math.inf
 
     def install(self) -> None:
         """Handle the signals and SIGINT in this process: from now on there is something to save.
@@ -44,9 +39,8 @@ class StopRequest:
         for number in (*self._signals, signal.SIGINT):
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
                 continue  # nohup: the run outlives its terminal
-            handler = self._interrupt if number == signal.SIGINT else self._request_stop
             # signal.signal returns None for a handler that was not installed from Python; it cannot be put back.
-            self._previous[number] = signal.signal(number, handler) or signal.SIG_DFL
+            self._previous[number] = signal.signal(number, self._request_stop) or signal.SIG_DFL
 
     def close(self, *, process_ends: bool) -> None:
         """Restore the previous handlers. If the process ends, ignore the signals instead, except for SIGINT.
@@ -61,14 +55,11 @@ class StopRequest:
                 signal.signal(number, signal.SIG_IGN)
 
     def _request_stop(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            self._first_interrupt = min(self._first_interrupt, now := time.monotonic())
+            if now - self._first_interrupt > SECOND_INTERRUPT_AFTER:
+                raise KeyboardInterrupt
         self.reason = self.reason or signal.Signals(number).name
-
-    def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if self._first_interrupt is not None and now - self._first_interrupt > SECOND_INTERRUPT_AFTER:
-            raise KeyboardInterrupt
-        self._first_interrupt = self._first_interrupt or now
-        self._request_stop(number, frame)
 
 
 class StepBoundary:
@@ -109,19 +100,3 @@ def parse_signals(text: str) -> tuple[signal.Signals, ...]:
                 f"stop_signals: {name!r} is not accepted; use names such as SIGTERM,SIGUSR1 (SIGINT is always handled)"
             )
     return tuple(signal.Signals[name] for name in names)
-
-
-def exit_promptly() -> None:
-    """Let Ctrl-C end this process at once if it is one of several, and the death of its launcher end it, too.
-
-    Python's own handler of SIGINT waits until a collective operation ends. The kernel sends SIGTERM when the launcher
-    dies, so that no trainer is left behind (Linux, prctl(2)); a run started from a shell continues when the shell ends.
-    """
-    if os.environ.get("WORLD_SIZE", "1") != "1" and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-    under_launcher = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
-    if under_launcher:
-        parent = os.getppid()
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:
-            os.kill(os.getpid(), signal.SIGTERM)

@@ -1,12 +1,10 @@
 """Which run to start or to resume, and from which checkpoint.
 
-1. `choose_start`: the configuration, and the checkpoint to resume from.
+1. `choose_start`: the configuration, and the checkpoint to resume from; `start_of` for a launch that may be restarted.
 2. `agree_on_start`: the same on every rank.
 3. `check_resume`: whether the checkpoint fits the packed set and the configuration.
-4. `restore_state`: the state of that checkpoint.
+4. `checkpoint.restore`: the state of that checkpoint.
 """
-
-from __future__ import annotations
 
 import os
 import shlex
@@ -14,21 +12,15 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from mnistm_dist.config import Config, fields_of, load, replace
+from mnistm_dist.cli import TrainRequest
+from mnistm_dist.config import Config, RunConfig, fields_of, load, replace
 from mnistm_dist.errors import UserError, is_first
 from mnistm_dist.training import checkpoint as checkpoints
-from mnistm_dist.training.checkpoint import Checkpoint
 from mnistm_dist.training.distributed import World
-from mnistm_dist.training.elastic import start_of
+from mnistm_dist.training.hardware import Environment
 from mnistm_dist.training.run_dir import CONFIG_NAME, read_state
 from mnistm_dist.training.setup import RunSetup
-from mnistm_dist.training.train_state import TrainState
-
-if TYPE_CHECKING:
-    from mnistm_dist.cli import TrainRequest
-
 
 # What a resume may change although results depend on it; precision only together with the device.
 CONSEQUENCES = {
@@ -40,7 +32,31 @@ CONSEQUENCES = {
 }
 
 
-def choose_start(request: TrainRequest) -> tuple[Config, Checkpoint | None] | None:
+def start_of(run: RunConfig, environment: Environment) -> tuple[str | None, str | None]:
+    """Return ``resume`` and ``run_dir`` of this launch; with restarts they are auto and runs/RDZV_ID if not given.
+
+    torchrun restarts all processes when a node leaves or joins; they resume their run.
+
+    Raise `UserError` if a restart would fail, or would not continue the run.
+    """
+    if environment.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
+        return run.resume, run.run_dir
+    if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise UserError(
+            "--max-restarts: torchrun keeps the addresses of dead processes, so no restart would succeed; set the "
+            "variable TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on every node before torchrun"
+        )
+    if run.resume is not None and checkpoints.is_checkpoint_dir(Path(run.resume)):
+        raise UserError(f"--max-restarts: every restart would begin at {run.resume}; name the run folder with --resume")
+    run_id = environment.get("TORCHELASTIC_RUN_ID", "none")
+    if run.run_dir is not None or run.resume not in (None, "auto"):
+        return run.resume or "auto", run.run_dir
+    if run_id == "none":
+        raise UserError("--max-restarts: a restart would begin a new run; use --run-dir, or --rdzv-id of torchrun")
+    return "auto", str(Path("runs") / run_id)
+
+
+def choose_start(request: TrainRequest) -> tuple[Config, checkpoints.Checkpoint | None] | None:
     """Return the configuration to run with and the checkpoint to resume from, if any; None if the run is finished.
 
     Reads the run folder and changes nothing. Raise `UserError` if ``--resume`` and the folder do not fit.
@@ -89,7 +105,9 @@ def choose_start(request: TrainRequest) -> tuple[Config, Checkpoint | None] | No
     return replace(config, run_dir=str(run_dir)), checkpoint
 
 
-def agree_on_start(config: Config, checkpoint: Checkpoint | None, world: World) -> Checkpoint | None:
+def agree_on_start(
+    config: Config, checkpoint: checkpoints.Checkpoint | None, world: World
+) -> checkpoints.Checkpoint | None:
     """Return rank 0's ``checkpoint`` on every rank. All ranks take part.
 
     Raise `UserError` if a rank has another configuration or precision, or does not see that checkpoint, as when each
@@ -118,7 +136,7 @@ def agree_on_start(config: Config, checkpoint: Checkpoint | None, world: World) 
     return main_checkpoint
 
 
-def check_resume(checkpoint: Checkpoint, run: RunSetup, warn: Callable[[str], None]) -> None:
+def check_resume(checkpoint: checkpoints.Checkpoint, run: RunSetup, warn: Callable[[str], None]) -> None:
     """Call ``warn`` if results may differ from here on; the run folder is not changed.
 
     Raise `UserError` if the checkpoint is of another packed set, or was trained with another configuration.
@@ -141,18 +159,6 @@ def check_resume(checkpoint: Checkpoint, run: RunSetup, warn: Callable[[str], No
         )
     for name, (was, value) in changed.items():
         warn(f"{name}: {was} until now, {value} from here on; {CONSEQUENCES[name]}")
-
-
-def restore_state(state: TrainState, checkpoint: Checkpoint, run: RunSetup) -> None:
-    """Load the checkpoint into ``state``. Raise `UserError` if the checkpoint is of another model."""
-    checkpoints.restore(checkpoint, state)
-    scalars = checkpoint.scalars
-    if run.world.accelerator.scaler is not None and scalars.scaler is not None:
-        run.world.accelerator.scaler.load_state_dict(scalars.scaler)
-    best = state.history.best
-    if best and not checkpoints.checkpoint_dir(run.path, best.step).is_dir():
-        # It was removed for a better one, which is torn or of a later step than this checkpoint.
-        state.history.best = None
 
 
 def print_on_main(text: str) -> None:

@@ -1,13 +1,11 @@
 """A run folder: its state and its log, written by rank 0 while it holds the lock."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import time
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from mnistm_dist.errors import PeerFailure, UserError, near_path
 from mnistm_dist.files import explain_os_errors, write_atomic
@@ -56,7 +54,7 @@ class RunDir:
             (path / "checkpoints").mkdir(parents=True, exist_ok=True)
         self._lock = RunLock(path)
 
-    def __enter__(self) -> RunDir:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _traceback: object) -> None:

@@ -27,7 +27,6 @@ from mnistm_dist.data.sources.catalog import open_source
 from mnistm_dist.errors import UserError
 from mnistm_dist.files import FolderBusy
 from mnistm_dist.training import checkpoint as checkpoints
-from mnistm_dist.training.checkpoint import Checkpoint
 from mnistm_dist.training.distributed import World
 from mnistm_dist.training.environment import DECIDES_BITS, describe_environment
 from mnistm_dist.training.hardware import check_compile, check_cuda_graph
@@ -188,8 +187,7 @@ def resolve(config: Config, world: World, manifest: Manifest) -> Config:
     order, reader, streams = choose_reading(
         config.data, manifest, batch_size=batch_size, world_size=1 if reproducible else world.size
     )
-    memory_format, shards = config.machine.memory_format, config.data.shards or str(SAMPLE)
-    init_from, init_sha256 = config.network.init_from, config.network.init_sha256
+    memory_format, shards, network = config.machine.memory_format, config.data.shards or str(SAMPLE), config.network
     return replace(
         config,
         # Absolute: a resume, an evaluation and a plan find it from another folder, too.
@@ -198,7 +196,7 @@ def resolve(config: Config, world: World, manifest: Manifest) -> Config:
         reader=reader,
         shuffle_streams=streams,
         micro_batch=micro_batch,
-        init_sha256=init_sha256 or (init_from and checkpoints.find_weights(init_from)[1]),
+        init_sha256=network.init_sha256 or (network.init_from and checkpoints.find_weights(network.init_from)[1]),
         precision=world.precision,
         threads=world.threads,
         memory_format="channels_last" if memory_format == "auto" else memory_format,
@@ -214,7 +212,7 @@ def choose_run_dir(config: Config) -> Path:
     return next(path for path in candidates if not path.exists())
 
 
-def acquire_run_dir(run: RunSetup, checkpoint: Checkpoint | None) -> RunDir:
+def acquire_run_dir(run: RunSetup, checkpoint: checkpoints.Checkpoint | None) -> RunDir:
     """Lock the run folder on rank 0 and return it.
 
     Raise `UserError` if it cannot be written, is held, or another job has trained in it since `choose_start` read it

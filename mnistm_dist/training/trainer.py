@@ -19,8 +19,6 @@ from mnistm_dist.data.parallel import Progress
 from mnistm_dist.data.transforms import Augment, Preprocess
 from mnistm_dist.errors import UserError
 from mnistm_dist.training import checkpoint as checkpoints
-from mnistm_dist.training.checkpoint import Scalars
-from mnistm_dist.training.cuda_graph import create_step
 from mnistm_dist.training.diagnostics import check_model_learns, profile_steps
 from mnistm_dist.training.evaluation import predict_split
 from mnistm_dist.training.hardware import CoreWatch, peak_memory_gb
@@ -28,7 +26,7 @@ from mnistm_dist.training.log_window import LogWindow
 from mnistm_dist.training.preemption import CONTINUE, EXIT, Preempted, StepBoundary, StopRequest
 from mnistm_dist.training.run_dir import RunDir
 from mnistm_dist.training.setup import RunSetup
-from mnistm_dist.training.step import gradient_norm
+from mnistm_dist.training.step import create_step, gradient_norm
 from mnistm_dist.training.train_state import BestEvaluation, TrainState
 
 
@@ -105,7 +103,11 @@ class Trainer:
                 if checkpoint_due or ends_epoch or ends_run or action != CONTINUE:
                     self.save()
                 if action == EXIT and not ends_run:
-                    self.exit_preempted()
+                    reason = self.boundary.stop_reason()
+                    self.run_dir.log({"kind": "preempted", "step": state.steps_done, "world_size": self.world.size})
+                    # Before the tracker is closed, which may wait for a server.
+                    self.run_dir.set_state("preempted", reason)
+                    raise Preempted(reason)
                 self.window.start_clock()
 
     def log_training(self, step: int, norm: float) -> None:
@@ -170,7 +172,7 @@ class Trainer:
 
     def _write_checkpoint(self) -> None:
         state, manifest, scaler = self.state, self.run.shards.manifest, self.world.accelerator.scaler
-        scalars = Scalars(
+        scalars = checkpoints.Scalars(
             history=state.history,
             shards=manifest.identity,
             classes=list(manifest.classes),
@@ -185,14 +187,6 @@ class Trainer:
         checkpoints.save(self.run_dir.path, state, scalars)
         best_step = state.history.best.step if state.history.best else None
         checkpoints.prune(self.run_dir.path, keep=self.config.run.keep_checkpoints, best_step=best_step)
-
-    def exit_preempted(self) -> None:
-        """Record why the run stops and raise `Preempted`. All ranks take part."""
-        reason = self.boundary.stop_reason()
-        self.run_dir.log({"kind": "preempted", "step": self.state.steps_done, "world_size": self.world.size})
-        # Before the tracker is closed, which may wait for a server.
-        self.run_dir.set_state("preempted", reason)
-        raise Preempted(reason)
 
     def check_model(self) -> None:
         """Run the sanity checks of ``--sanity-checks`` on a few training images."""

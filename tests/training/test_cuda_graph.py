@@ -13,8 +13,7 @@ from mnistm_dist.config import MachineConfig
 from mnistm_dist.data.loader import Batch
 from mnistm_dist.data.transforms import Augment, Preprocess
 from mnistm_dist.errors import UserError
-from mnistm_dist.training import cuda_graph
-from mnistm_dist.training.cuda_graph import create_step
+from mnistm_dist.training import step as steps
 from mnistm_dist.training.hardware import check_cuda_graph
 from mnistm_dist.training.models import create_model
 from mnistm_dist.training.optim import create_optimizer
@@ -46,7 +45,7 @@ def train(recipe: str, *, graphed: bool, **given: object) -> tuple[list[torch.Te
         autocast=contextlib.nullcontext, backward=torch.Tensor.backward, clip_grad_norm_=nn.utils.clip_grad_norm_
     )
     world = SimpleNamespace(accelerator=accelerator, size=1, rank=0, device=CPU)
-    step = create_step(world, state, Augment(config.augment, Preprocess((0.5,) * 3, (0.2,) * 3), seed=0), config)
+    step = steps.create_step(world, state, Augment(config.augment, Preprocess((0.5,) * 3, (0.2,) * 3), seed=0), config)
     outputs = []
     for number, size in enumerate(SIZES):
         learning_rate = torch.tensor(0.01 / (1 + number))
@@ -58,7 +57,7 @@ def train(recipe: str, *, graphed: bool, **given: object) -> tuple[list[torch.Te
 @pytest.mark.parametrize("max_grad_norm", [0, 0.5])
 def test_a_graph_trains_the_same_as_its_steps(recipe, max_grad_norm, monkeypatch):
     captures = []
-    monkeypatch.setattr(cuda_graph, "capture", lambda step: captures.append(step) or step)
+    monkeypatch.setattr(steps, "capture", lambda step: captures.append(step) or step)
     (outputs, tensors), (graphed, others) = (
         train(recipe, graphed=graphed, max_grad_norm=max_grad_norm) for graphed in (False, True)
     )

@@ -18,7 +18,7 @@ from test_resume import wait_for_step
 
 from mnistm_dist.config import RunConfig
 from mnistm_dist.errors import UserError
-from mnistm_dist.training.elastic import start_of
+from mnistm_dist.training.resume import start_of
 from mnistm_dist.training.run_dir import read_log, read_state
 
 RESTARTS = {"TORCHELASTIC_MAX_RESTARTS": "10", "TORCHELASTIC_RUN_ID": "job-7"}

@@ -19,8 +19,7 @@ from mnistm_dist.config import AugmentConfig
 from mnistm_dist.data import transforms
 from mnistm_dist.data.loader import Batch
 from mnistm_dist.data.transforms import Augment, Preprocess
-from mnistm_dist.training import cuda_graph
-from mnistm_dist.training.cuda_graph import create_step
+from mnistm_dist.training import step as steps
 from mnistm_dist.training.gradient_tree import GradientTree
 from mnistm_dist.training.models import create_model
 from mnistm_dist.training.optim import WeightAverage, create_optimizer
@@ -141,7 +140,7 @@ def fake_step(monkeypatch):
             state = TrainState(model=model, train_model=model, optimizer=optimizer, ema=ema, tree=tree)
             augment = Augment(augmentation, Preprocess((0.5,) * 3, (0.2,) * 3, GPU), seed=0)
             monkeypatch.setattr(transforms, "upload", upload)
-            monkeypatch.setattr(cuda_graph, "capture", capture)
+            monkeypatch.setattr(steps, "capture", capture)
             for part, owner, name in (
                 ("augmentation", augment, "apply"),
                 ("model", model, "forward"),
@@ -157,7 +156,7 @@ def fake_step(monkeypatch):
                 count=micro_batch,
             )
             with calls:
-                train_step = create_step(world, state, augment, config)
+                train_step = steps.create_step(world, state, augment, config)
                 # The first step creates the optimizer's state; with a graph, the last one is a replay.
                 for _ in range(5 if config.machine.cuda_graph else 2):
                     calls.names.clear()

@@ -68,6 +68,7 @@ def launch(request: TrainRequest, metrics: CustomMetrics, *, process_ends: bool)
                 run_dir = train(config, checkpoint, world, console, stop, one.argv, metrics)
                 if run_dir is None:
                     return EXIT_PREEMPTED, {}
+            assert run_dir is not None, "starts is not empty"
             return 0, world.run_on_main(functools.partial(conclude, run_dir, run_dirs, console))
     finally:
         stop.close(process_ends=process_ends)

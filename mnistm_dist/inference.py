@@ -16,6 +16,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,10 +25,11 @@ from torch import Tensor, nn
 
 from mnistm_dist import config as configuration
 from mnistm_dist.data.image_io import read_picture, resize_and_crop, to_rgb
+from mnistm_dist.data.parallel import Progress
 from mnistm_dist.data.transforms import Preprocess
 from mnistm_dist.errors import UserError
 from mnistm_dist.training import checkpoint as checkpoints
-from mnistm_dist.training.evaluation import BATCH_SIZE
+from mnistm_dist.training.evaluation import BATCH_SIZE, DECIMALS
 from mnistm_dist.training.hardware import find_device, native_precisions
 from mnistm_dist.training.models import create_model, to_device
 from mnistm_dist.training.run_dir import CONFIG_NAME, read_summary, require_run
@@ -146,3 +148,30 @@ def load_model(
         checkpoint=found.path,
         step=found.step,
     )
+
+
+def predict_files(
+    model: TrainedModel, files: list[str], batch_size: int, skipped: list[str], progress: Progress
+) -> list[dict[str, Any]]:
+    """Read and classify the files, ``batch_size`` at a time. Files that cannot be read are added to ``skipped``.
+
+    Return a row per file: ``file``, ``predicted`` (the first class of the largest probability), ``probability`` and
+    ``probabilities``, rounded to `DECIMALS`.
+    """
+    rows: list[dict[str, Any]] = []
+    for start in range(0, len(files), batch_size):
+        batch = []
+        for file in files[start : start + batch_size]:
+            try:
+                batch.append((file, model.prepare(file)))
+            except UserError as error:
+                skipped.append(str(error))
+        if batch:
+            names, inputs = zip(*batch, strict=True)
+            outputs = model.classify(torch.cat(inputs), batch_size=batch_size).astype("float64").round(DECIMALS)
+            rows += [
+                {"file": file, "predicted": row.index(max(row)), "probability": max(row), "probabilities": row}
+                for file, row in zip(names, outputs.tolist(), strict=True)
+            ]
+        progress(min(start + batch_size, len(files)), len(files))
+    return rows

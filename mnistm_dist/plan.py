@@ -21,14 +21,12 @@ size, except in the windowed order of a run that has not started: its number of
 streams does.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 from tyro.conf import arg
@@ -47,11 +45,6 @@ from mnistm_dist.config import (
     replace,
 )
 from mnistm_dist.errors import UserError, is_first, run_cli
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from mnistm_dist.data.shards import ShardSet
 
 
 @checked
@@ -110,8 +103,7 @@ def main(
     schedule = Schedule(config=config, train_size=shards.split("train").count)
     if run is not None and step >= schedule.total_steps:
         raise UserError(f"--step {step}: {run} has {schedule.total_steps:,} steps; use 0 to {schedule.total_steps - 1}")
-    reproducible = config.machine.reproducible
-    micro_batch = choose_micro_batch(config.steps, world_size=world_size, reproducible=reproducible)
+    micro_batch = choose_micro_batch(config.steps, world_size=world_size, reproducible=config.machine.reproducible)
     sizes = {"batch_size": batch_size, "micro_batch": micro_batch, "world_size": world_size}
     shares = [step_positions(step, **sizes, rank=rank) for rank in range(world_size)]
     positions = np.concatenate(shares)
@@ -120,8 +112,7 @@ def main(
     ranks = [keys[share[0] - positions[0] : share[-1] - positions[0] + 1] for share in shares]
     epoch = schedule.epoch(step)
     # As the console, the log and the report count them: from 1.
-    place = f"step {step + 1:,} of {schedule.total_steps:,} (--step {step}), epoch {epoch + 1}"
-    title = f"{place}: {batch_size} images"
+    title = f"step {step + 1:,} of {schedule.total_steps:,} (--step {step}), epoch {epoch + 1}: {batch_size} images"
     result = {"step": step, "epoch": epoch, "ranks": ranks}
     texts = [f"rank {rank}: {' '.join(of_rank)}" for rank, of_rank in enumerate(ranks)]
     names = [shards.manifest.classes[label] for label in shards.labels("train")[ids]]
@@ -143,7 +134,9 @@ def main(
         texts = [f"loss {mean!r}, in the log {'not found' if logged is None else repr(logged)}"]
         texts += ["{loss:10.4f}  label {label}  {key}".format_map(image) for image in images]
     if save:
-        save_images(Path(save), config, shards, positions, ids, schedule.image_size(step), title, captions)
+        from mnistm_dist.results import draw_batch
+
+        draw_batch(Path(save), config, shards, positions, ids, schedule.image_size(step), title, captions)
     if json_output:
         write_result(json.dumps(result) + "\n")
         return 0
@@ -168,37 +161,6 @@ def choose_config(run: str | None, new_run: NewRun) -> Config:
     if config.data.shards is None:
         raise UserError(f"{run}: its config.yaml names no packed set; name it with --shards")
     return config
-
-
-def save_images(
-    path: Path,
-    config: Config,
-    shards: ShardSet,
-    positions: np.ndarray,
-    ids: np.ndarray,
-    image_size: int,
-    title: str,
-    captions: list[str],
-) -> None:
-    """Draw the samples ``ids`` at training ``positions``, augmented to ``image_size`` pixels, with their captions.
-
-    Raises `UserError` if a shard is damaged or the file cannot be written.
-    """
-    import torch
-
-    from mnistm_dist.data.transforms import Augment, Preprocess
-    from mnistm_dist.files import explain_os_errors
-    from mnistm_dist.reporting.figures import batch_grid
-    from mnistm_dist.reporting.style import save
-
-    split = shards.split("train")
-    preprocess = Preprocess(split.mean, split.std)
-    augment = Augment(config.augment, preprocess, config.steps.seed)
-    images = torch.from_numpy(shards.images("train", ids))
-    floats = augment(images, positions, image_size) * preprocess.std + preprocess.mean
-    pixels = (255 * floats).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
-    with explain_os_errors(path):
-        save(batch_grid(list(pixels), captions, title), path)
 
 
 if __name__ == "__main__":

@@ -12,13 +12,11 @@ skipped.
 Exit codes: 0; 1 some files were skipped; 2 user error, or none could be read.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import json
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from pydantic import PositiveInt
 from tyro.conf import arg
@@ -26,10 +24,6 @@ from tyro.conf import arg
 from mnistm_dist.cli import command, write_result
 from mnistm_dist.config import LocalPath
 from mnistm_dist.errors import UserError, escape_control, run_cli
-
-if TYPE_CHECKING:
-    from mnistm_dist.inference import TrainedModel
-    from mnistm_dist.reporting.console import Bar
 
 # Exit code if some files could not be read and others could.
 EXIT_SKIPPED = 1
@@ -62,7 +56,7 @@ def main(
         raise UserError("--json and --csv: choose one of them")
 
     from mnistm_dist.data.image_io import find_pictures
-    from mnistm_dist.inference import load_model
+    from mnistm_dist.inference import load_model, predict_files
     from mnistm_dist.reporting.console import Console
 
     skipped: list[str] = []
@@ -85,37 +79,6 @@ def main(
         lines = (f"{model.classes[row['predicted']]}  {row['probability']:.4f}  {row['file']}" for row in rows)
         write_result("".join(f"{escape_control(line)}\n" for line in lines))
     return EXIT_SKIPPED if skipped else 0
-
-
-def predict_files(
-    model: TrainedModel, files: list[str], batch_size: int, skipped: list[str], bar: Bar
-) -> list[dict[str, Any]]:
-    """Read and classify the files, ``batch_size`` at a time. Files that cannot be read are added to ``skipped``.
-
-    Return a row per file: ``file``, ``predicted`` (the first class of the largest probability), ``probability`` and
-    ``probabilities``, rounded to `DECIMALS`.
-    """
-    import torch
-
-    from mnistm_dist.training.evaluation import DECIMALS
-
-    rows: list[dict[str, Any]] = []
-    for start in range(0, len(files), batch_size):
-        batch = []
-        for file in files[start : start + batch_size]:
-            try:
-                batch.append((file, model.prepare(file)))
-            except UserError as error:
-                skipped.append(str(error))
-        if batch:
-            names, inputs = zip(*batch, strict=True)
-            outputs = model.classify(torch.cat(inputs), batch_size=batch_size).astype("float64").round(DECIMALS)
-            rows += [
-                {"file": name, "predicted": row.index(max(row)), "probability": max(row), "probabilities": row}
-                for name, row in zip(names, outputs.tolist(), strict=True)
-            ]
-        bar(min(start + batch_size, len(files)))
-    return rows
 
 
 def format_csv(rows: list[dict[str, Any]], classes: tuple[str, ...]) -> str:

@@ -15,10 +15,12 @@ import numpy as np
 import torch
 from PIL import Image
 
+from mnistm_dist.config import Config
 from mnistm_dist.data.loader import Reader
-from mnistm_dist.data.transforms import Preprocess
+from mnistm_dist.data.shards import ShardSet
+from mnistm_dist.data.transforms import Augment, Preprocess
 from mnistm_dist.errors import escape_control
-from mnistm_dist.files import write_atomic
+from mnistm_dist.files import explain_os_errors, write_atomic
 from mnistm_dist.reporting.console import Console
 from mnistm_dist.reporting.describe import describe_failure, number
 from mnistm_dist.reporting.metrics import CustomMetrics, measure_custom
@@ -50,9 +52,7 @@ def evaluate_checkpoint(run: RunSetup, checkpoint: checkpoints.Checkpoint, conso
     # Normalised as in training, also if another set is evaluated.
     preprocess = Preprocess(scalars.mean, scalars.std, world.device)
     results: dict[str, Predictions] = {}
-    for split, reader in run.readers.items():
-        if split == "train":
-            continue
+    for split, reader in [(split, reader) for split, reader in run.readers.items() if split != "train"]:
         with console.progress(f"evaluating {split}", reader.size) as bar:
             outputs = predict_split(world, model, preprocess, reader, image_size=scalars.image_size, progress=bar)
         predictions = world.run_on_all_ranks(functools.partial(write_split, run, split, outputs))
@@ -94,6 +94,33 @@ def draw_split(run_dir: Path, split: str, predictions: Predictions, reader: Read
         folder.mkdir(parents=True)
         for image, mistake in zip(images, shown, strict=True):
             Image.fromarray(image).save(folder / f"{mistake.key}.png")
+
+
+def draw_batch(
+    path: Path,
+    config: Config,
+    shards: ShardSet,
+    positions: np.ndarray,
+    ids: np.ndarray,
+    image_size: int,
+    title: str,
+    captions: list[str],
+) -> None:
+    """Draw the samples ``ids`` at training ``positions``, augmented to ``image_size`` pixels, with their captions.
+
+    Raise `UserError` if a shard is damaged or the file cannot be written.
+    """
+    from mnistm_dist.reporting.figures import batch_grid
+    from mnistm_dist.reporting.style import save
+
+    split = shards.split("train")
+    preprocess = Preprocess(split.mean, split.std)
+    augment = Augment(config.augment, preprocess, config.steps.seed)
+    images = torch.from_numpy(shards.images("train", ids))
+    floats = augment(images, positions, image_size) * preprocess.std + preprocess.mean
+    pixels = (255 * floats).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+    with explain_os_errors(path):
+        save(batch_grid(list(pixels), captions, title), path)
 
 
 def finish(

@@ -82,8 +82,7 @@ def verify_run(run_dir: Path, config: Config, which: str, seed: int | None) -> i
         raise UserError("; ".join([*findings, f"{run_dir}: no complete checkpoint, so there is nothing to verify"]))
     last = max(kept)
     # Trained as the last checkpoint was, whatever config.yaml says now.
-    learned = _learned(kept[last])
-    with opened(replace(config, **learned), console) as run:
+    with opened(replace(config, **_learned(kept[last])), console) as run:
         on_main, of_run = run.world.run_on_main, dataclasses.replace(run, path=run_dir, config=config)
         state = train_again(run, kept[last], last, console).state
         findings += on_main(lambda: list(examine(of_run, state, list(kept.values()))))

@@ -420,8 +420,6 @@ def prepare(
     Return the model to call in training; the one passed in stays unwrapped and shares its parameters. Its memory format
     must be set before.
     """
-    prepared: nn.Module
-    prepared_optimizer: torch.optim.Optimizer
     with warnings.catch_warnings():
         # torch 2.14 renamed the argument; Accelerate 1.15 still passes the old name.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
@@ -430,7 +428,7 @@ def prepare(
     if machine.compile:
         # A compiled copy: with one process, ``prepared`` is ``model`` itself, which evaluation uses uncompiled. Each
         # image size is compiled by itself: dynamic sizes are slower.
-        prepared = cast(nn.Module, torch.compile(prepared, dynamic=False))
+        prepared = torch.compile(prepared, dynamic=False)
     return prepared, prepared_optimizer
 
 

@@ -52,7 +52,7 @@ class RunDir:
             return
         with writing(path):
             (path / "checkpoints").mkdir(parents=True, exist_ok=True)
-        self._lock = RunLock(path)
+        self.lock = RunLock(path)
 
     def __enter__(self) -> Self:
         return self
@@ -66,12 +66,7 @@ class RunDir:
             # If the disk is full, the state cannot be written; the first error is the one to show.
             with suppress(UserError):
                 self.set_state("failed", f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
-        self._lock.release()
-
-    def release(self) -> None:
-        """Release the lock."""
-        if self.active:
-            self._lock.release()
+        self.lock.release()
 
     def set_aside(self, checkpoints: list[Path]) -> Path:
         """Move checkpoints and the results to a new folder in this one; copy `RUN_FILES` to it.

@@ -224,7 +224,7 @@ def acquire_run_dir(run: RunSetup, checkpoint: checkpoints.Checkpoint | None) ->
     latest = checkpoints.latest(run.path, lambda _: None)
     before, now = (found.step if found else 0 for found in (checkpoint, latest))
     if before != now:
-        run_dir.release()
+        run_dir.lock.release()
         raise UserError(
             f"run folder {run.path}: another job has trained in it since this one started (step {before} then, "
             f"{now} now); start this one again with --resume auto, or choose another --run-dir"

@@ -1,6 +1,5 @@
 """The steps since the last row of the log: their losses, and the time spent in them."""
 
-import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,31 +7,19 @@ import torch
 from torch import Tensor
 
 from mnistm_dist.training.distributed import World
+from mnistm_dist.training.train_state import TrainingHistory
 
 
 class LogWindow:
-    """The losses of the steps since the last row, on the device until `fetch`, and the seconds spent in training steps.
+    """The losses of the steps since the last row, on the device until `fetch`."""
 
-    The clock runs between `start_clock` and `stop_clock`: evaluation and saving do not count.
-    """
-
-    def __init__(self, world: World, shares: Sequence[range], losses: Sequence[float] = ()) -> None:
-        """``shares``: the micro-batches of each rank. ``losses``: of the steps before this launch."""
+    def __init__(self, world: World, shares: Sequence[range], history: TrainingHistory) -> None:
+        """``shares``: the micro-batches of each rank. ``history``: before this launch."""
         self.world, self.shares = world, shares
-        self.losses = list(losses)
+        self.losses = list(history.pending)
         """Mean loss of each fetched step, oldest first."""
         self._on_device: list[tuple[int, Tensor]] = []
-        self._steps, self._seconds, self._started = 0, 0.0, time.perf_counter()
-
-    def start_clock(self) -> None:
-        """Start the clock before a step."""
-        self._started = time.perf_counter()
-
-    def stop_clock(self) -> float:
-        """Stop the clock after a step; return the seconds since `start_clock`."""
-        seconds = time.perf_counter() - self._started
-        self._seconds += seconds
-        return seconds
+        self._steps, self._closed_at = 0, history.train_seconds
 
     def add(self, step: int, losses: Tensor) -> None:
         """Add the losses of this rank's micro-batches, float (k,), of ``step`` (from 0)."""
@@ -55,11 +42,13 @@ class LogWindow:
         self._on_device.clear()
         return next((step for step, mean in zip(steps, means, strict=True) if not np.isfinite(mean)), None)
 
-    def close(self) -> tuple[float, float]:
-        """Return the mean of the fetched losses and the steps per second of this launch, and begin a new window."""
-        seconds = self._seconds + time.perf_counter() - self._started
-        mean, steps_per_second = sum(self.losses) / len(self.losses), self._steps / seconds
+    def close(self, train_seconds: float) -> tuple[float, float]:
+        """Return the mean of the fetched losses and the steps per second of this launch, and begin a new window.
+
+        ``train_seconds``: in training steps, over all launches; evaluation and saving do not count.
+        """
+        mean, seconds = sum(self.losses) / len(self.losses), train_seconds - self._closed_at
+        steps_per_second = self._steps / seconds
         self.losses.clear()
-        # The rest of the running step, until `stop_clock`, belongs to the next window.
-        self._steps, self._seconds = 0, self._seconds - seconds
+        self._steps, self._closed_at = 0, train_seconds
         return mean, steps_per_second

@@ -62,7 +62,7 @@ class Trainer:
         augment = Augment(run.config.augment, self.preprocess, run.config.steps.seed)
         self.train_step = create_step(run.world, state, augment, run.config)
         self.boundary = StepBoundary(run.world, stop, run.config.run.checkpoint_minutes)
-        self.window = LogWindow(run.world, run.shares, state.history.pending)
+        self.window = LogWindow(run.world, run.shares, state.history)
         self.core_watch = CoreWatch()
         self.train_loss = float("nan")
         """Mean loss of the last row of the log."""
@@ -78,7 +78,7 @@ class Trainer:
             profiler as step_profiled,
             torch.random.fork_rng(),
         ):
-            self.window.start_clock()
+            started = time.perf_counter()
             batches = self.run.batches(state.steps_done, schedule.last_step)
             for step, micro_batches in enumerate(batches, start=state.steps_done):
                 losses, norm = self.train_step(micro_batches, schedule.image_size(step), schedule.learning_rate(step))
@@ -91,9 +91,10 @@ class Trainer:
                 if state.steps_done % run.log_every == 0 or ends_epoch or ends_run:
                     # Fetching the losses waits for the device, so the seconds are those of the steps.
                     self.fetch_losses()
-                    self.log_training(step, gradient_norm(state.model) if norm is None else float(norm))
+                    seconds = state.history.train_seconds + time.perf_counter() - started
+                    self.log_training(step, seconds, gradient_norm(state.model) if norm is None else float(norm))
                 step_profiled()
-                state.history.train_seconds += self.window.stop_clock()
+                state.history.train_seconds += time.perf_counter() - started
 
                 evaluation_due = ends_epoch and schedule.epoch(state.steps_done) % run.evaluate_every == 0
                 if evaluation_due or ends_run:
@@ -108,12 +109,12 @@ class Trainer:
                     # Before the tracker is closed, which may wait for a server.
                     self.run_dir.set_state("preempted", reason)
                     raise Preempted(reason)
-                self.window.start_clock()
+                started = time.perf_counter()
 
-    def log_training(self, step: int, norm: float) -> None:
+    def log_training(self, step: int, train_seconds: float, norm: float) -> None:
         """Log the steps since the last row; ``norm`` is the gradient's, of ``step``, before clipping."""
         losses = list(self.window.losses)
-        self.train_loss, steps_per_second = self.window.close()
+        self.train_loss, steps_per_second = self.window.close(train_seconds)
         self.logger.train_row(
             {
                 "step": self.state.steps_done,

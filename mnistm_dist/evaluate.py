@@ -21,7 +21,7 @@ from tyro.conf import arg
 
 from mnistm_dist.cli import command
 from mnistm_dist.config import LocalFile, LocalPath, OrNone, ShardsPath, load, replace
-from mnistm_dist.errors import errors_once_per_node, is_first, run_cli
+from mnistm_dist.errors import errors_once_per_node, run_cli
 from mnistm_dist.files import FolderBusy, explain_os_errors
 from mnistm_dist.reporting.console import Console
 
@@ -58,8 +58,10 @@ def main(
         require_run(run_dir)
         config = load(run_dir / CONFIG_NAME)
         config = replace(config, threads="auto", shards=shards or config.data.shards)
-    here, console = native_or_fp32(config), Console(enabled=is_first())
-    with distributed.joined(here) as world, ExitStack() as stack, console.library_warnings():
+    here = native_or_fp32(config)
+    with distributed.joined(here) as world, ExitStack() as stack:
+        console = Console(enabled=world.is_main)
+        stack.enter_context(console.library_warnings())
         if here != config:
             console.warn(f"precision: {config.machine.precision} is not native here; evaluating in fp32")
         folder = world.run_on_main(lambda: choose_folder(run_dir, out, console, stack))

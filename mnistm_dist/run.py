@@ -42,14 +42,13 @@ def launch(request: TrainRequest, metrics: CustomMetrics, *, process_ends: bool)
 
     ``process_ends``: whether this process ends with the run, as that of a command does. ``metrics``: of the user's own.
     """
-    console = Console(enabled=is_first())
     with errors_once_per_node():
         requests = [request.of_seed(seed) for seed in request.seeds] or [request]
         starts = [(one, start) for one in requests if (start := choose_start(one)) is not None]
     run_dirs = [Path(str(one.config.run.run_dir)) for one in requests if request.seeds]
     if not starts:
         run = requests[-1].config.run
-        return 0, conclude(Path(str(run.run_dir or run.resume)), run_dirs, console)
+        return 0, conclude(Path(str(run.run_dir or run.resume)), run_dirs, Console(enabled=is_first()))
     _, (config, checkpoint) = starts[0]
     if request.flags.print_config:
         if is_first():
@@ -57,19 +56,18 @@ def launch(request: TrainRequest, metrics: CustomMetrics, *, process_ends: bool)
         return 0, {}
     stop = StopRequest(parse_signals(config.run.stop_signals))
     try:
-        with (
-            distributed.joined(config, expect_world_size=config.run.expect_world_size) as world,
-            console.library_warnings(),
-        ):
-            if request.flags.dry_run:
-                print_estimate(open_run(config, world, console), console, checkpoint.step if checkpoint else 0)
-                return 0, {}
-            for one, (config, checkpoint) in starts:
-                run_dir = train(config, checkpoint, world, console, stop, one.argv, metrics)
-                if run_dir is None:
-                    return EXIT_PREEMPTED, {}
-            assert run_dir is not None, "starts is not empty"
-            return 0, world.run_on_main(functools.partial(conclude, run_dir, run_dirs, console))
+        with distributed.joined(config, expect_world_size=config.run.expect_world_size) as world:
+            console = Console(enabled=world.is_main)
+            with console.library_warnings():
+                if request.flags.dry_run:
+                    print_estimate(open_run(config, world, console), console, checkpoint.step if checkpoint else 0)
+                    return 0, {}
+                for one, (config, checkpoint) in starts:
+                    run_dir = train(config, checkpoint, world, console, stop, one.argv, metrics)
+                    if run_dir is None:
+                        return EXIT_PREEMPTED, {}
+                assert run_dir is not None, "starts is not empty"
+                return 0, world.run_on_main(functools.partial(conclude, run_dir, run_dirs, console))
     finally:
         stop.close(process_ends=process_ends)
 

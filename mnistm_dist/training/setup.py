@@ -98,28 +98,24 @@ class RunSetup:
 def open_run(config: Config, world: World, bars: ProgressBars) -> RunSetup:
     """Open the data of a training, resolve every ``auto`` and choose the run folder. All ranks take part.
 
-    From here on, no wait for a peer is longer than the collective timeout. Raise `UserError`.
+    Raise `UserError`.
     """
     shards = open_set(config.data, world, bars)
     config = world.run_on_all_ranks(lambda: resolve(config, world, shards.manifest))
     readers = open_readers(shards, config.data, shards.manifest.splits, world, bars)
-    world.limit_waits(world.collective_timeout)
     path = world.run_on_main(lambda: choose_run_dir(config))
     return RunSetup(config=config, world=world, shards=shards, readers=readers, path=path)
 
 
 def open_evaluation(config: Config, world: World, bars: ProgressBars, path: Path, split: str | None) -> RunSetup:
     """Open the data to evaluate the run at ``path`` on ``split``, or on val and test if it is None. All ranks take
-    part.
-
-    From here on, no wait for a peer is longer than the collective timeout. Raise `UserError`.
+    part. Raise `UserError`.
     """
     shards = open_set(config.data, world, bars)
     splits = [name for name in EVALUATED_SPLITS if name in shards.manifest.splits] if split is None else [split]
     # Only a configuration that no training has resolved has auto; val and test are small.
     data = replace(config, reader="resident").data if config.data.reader == "auto" else config.data
     readers = open_readers(shards, data, splits, world, bars)
-    world.limit_waits(world.collective_timeout)
     return RunSetup(config=config, world=world, shards=shards, readers=readers, path=path)
 
 
@@ -144,7 +140,10 @@ def open_set(data: DataConfig, world: World, bars: ProgressBars) -> ShardSet:
 def open_readers(
     shards: ShardSet, data: DataConfig, splits: Iterable[str], world: World, bars: ProgressBars
 ) -> dict[str, Reader]:
-    """Check the shards of each split and open a reader; the resident reader decodes them first. All ranks take part."""
+    """Check the shards of each split and open a reader; the resident reader decodes them first. All ranks take part.
+
+    From here on, no wait for a peer is longer than the collective timeout.
+    """
     cache_dir = choose_cache_dir(data.cache_dir)
 
     def open_here(split: str) -> Reader:
@@ -153,7 +152,9 @@ def open_readers(
                 shards, split, data, cache_dir=cache_dir, device=world.device, threads=world.threads, progress=bar
             )
 
-    return {split: world.run_on_all_ranks(functools.partial(open_here, split)) for split in splits}
+    readers = {split: world.run_on_all_ranks(functools.partial(open_here, split)) for split in splits}
+    world.limit_waits(world.collective_timeout)
+    return readers
 
 
 def pack_sample(bars: ProgressBars) -> None:

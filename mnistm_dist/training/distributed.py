@@ -105,20 +105,18 @@ class World:
         """
         return self.broadcast_object(self.run_on_all_ranks(lambda: function() if self.is_main else None))
 
-    def gather_objects(self, value: T) -> list[T]:
-        """Return every rank's ``value``, in rank order, on every rank. All ranks take part."""
-        if self.control is None:
-            return [value]
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.control)
-        return values
+    def gather_objects(self, value: T, *, on_main: bool = False) -> list[T]:
+        """Return every rank's ``value``, in rank order, on every rank; or ``on_main`` only, and no values elsewhere.
 
-    def gather_on_main(self, value: T) -> list[T] | None:
-        """Return every rank's ``value``, in rank order, on rank 0 and None elsewhere. All ranks take part."""
+        All ranks take part.
+        """
         if self.control is None:
             return [value]
-        values: list[Any] | None = [None] * self.size if self.is_main else None
-        dist.gather_object(value, values, dst=0, group=self.control)
+        values: list[Any] = [None] * self.size if self.is_main or not on_main else []
+        if on_main:
+            dist.gather_object(value, values or None, dst=0, group=self.control)
+        else:
+            dist.all_gather_object(values, value, group=self.control)
         return values
 
     def gather_rows(self, values: Tensor, counts: Sequence[int]) -> Tensor:

@@ -64,8 +64,9 @@ def predict_split(
     """
     # After training each rank has its own BatchNorm statistics.
     world.broadcast(model.buffers())
-    gathered = world.gather_on_main(_predict(world, model, preprocess, reader, image_size, progress))
-    if gathered is None:
+    own = _predict(world, model, preprocess, reader, image_size, progress)
+    gathered = world.gather_objects(own, on_main=True)
+    if not gathered:
         return None
     ids, labels, probabilities = (np.concatenate(parts) for parts in zip(*filter(None, gathered), strict=True))
     order = np.argsort(ids, kind="stable")

@@ -131,8 +131,7 @@ def load_model(
     run_dir = Path(run)
     require_run(run_dir)
     config = configuration.load(run_dir / CONFIG_NAME)
-    has_test = "test" in read_summary(run_dir)
-    found, _ = checkpoints.choose_checkpoint(run_dir, str(checkpoint), has_test=has_test)
+    found, _ = checkpoints.choose_checkpoint(run_dir, str(checkpoint), has_test="test" in read_summary(run_dir))
     scalars, target = found.scalars, torch.device(device or find_device(os.environ))
     precision = config.machine.precision
     module = create_model(len(scalars.classes), 0, config.network.model)

@@ -98,8 +98,9 @@ def losses_of_step(run_dir: Path, config: Config, step: int) -> tuple[np.ndarray
         (micro_batches,) = run.batches(step, step + 1)
         losses, _ = trainer.train_step(micro_batches, schedule.image_size(step), schedule.learning_rate(step))
         labels = torch.cat([batch.labels for batch in micro_batches])
-        outputs = torch.cat(logits).float()
-        own = nn.functional.cross_entropy(outputs, labels, reduction="none", label_smoothing=smoothing)
+        own = nn.functional.cross_entropy(
+            torch.cat(logits).float(), labels, reduction="none", label_smoothing=smoothing
+        )
         trainer.window.add(step, losses)
         trainer.window.fetch()
         of_images = np.concatenate(run.world.gather_objects(run.world.fetch(own).numpy()))

@@ -260,8 +260,7 @@ def find_weights(source: str) -> tuple[Path, str]:
     path = Path(source)
     if path.is_dir():
         require_run(path)
-        checkpoint, _ = choose_checkpoint(path, "chosen", has_test="test" in read_summary(path))
-        path = checkpoint.path / MODEL
+        path = choose_checkpoint(path, "chosen", has_test="test" in read_summary(path))[0].path / MODEL
     with explain_os_errors(
         f"init_from {path}", verb="read", advice=f"name a run or a .safetensors file{near_path(path)}"
     ):

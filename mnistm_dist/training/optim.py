@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Callable
 from itertools import groupby
-from typing import Any
+from typing import Any, assert_never
 
 import torch
 from torch import Tensor, nn
@@ -46,9 +46,11 @@ def create_optimizer(model: nn.Module, config: OptimConfig, precision: str = "fp
     groups = [{"params": weights, "weight_decay": config.weight_decay}, free]
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, **adam)
-    return torch.optim.SGD(
-        groups, lr=config.learning_rate, momentum=config.momentum, nesterov=config.momentum > 0, fused=fused or None
-    )
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(
+            groups, lr=config.learning_rate, momentum=config.momentum, nesterov=config.momentum > 0, fused=fused or None
+        )
+    assert_never(config.optimizer)
 
 
 class Muon(torch.optim.AdamW):

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from dataclasses import dataclass
+from typing import assert_never
 
 from mnistm_dist.config import Config
 
@@ -76,6 +77,8 @@ class Schedule:
             return peak
         if optim.lr_schedule == "exponential":
             return peak * optim.decay ** self.epoch(step)
+        if optim.lr_schedule != "one-cycle":
+            assert_never(optim.lr_schedule)
         done = (step + 1) / (self.total_steps + 1)
         if done < optim.warmup:
             return peak * done / optim.warmup

@@ -30,6 +30,7 @@ from mnistm_dist.training import checkpoint as checkpoints
 from mnistm_dist.training.distributed import World
 from mnistm_dist.training.environment import DECIDES_BITS, describe_environment
 from mnistm_dist.training.hardware import check_compile, check_cuda_graph
+from mnistm_dist.training.models import find_model
 from mnistm_dist.training.run_dir import ARCHITECTURE_NAME, CONFIG_NAME, ENVIRONMENT_NAME, RunDir
 from mnistm_dist.training.schedule import Schedule
 from mnistm_dist.training.train_state import TrainState
@@ -100,6 +101,8 @@ def open_run(config: Config, world: World, bars: ProgressBars) -> RunSetup:
 
     Raise `UserError`.
     """
+    # Before the set is fetched, which may take long.
+    world.run_on_all_ranks(lambda: find_model(config.network.model))
     shards = open_set(config.data, world, bars)
     config = world.run_on_all_ranks(lambda: resolve(config, world, shards.manifest))
     readers = open_readers(shards, config.data, shards.manifest.splits, world, bars)

@@ -208,3 +208,8 @@ def test_a_missing_module_of_a_run_is_named(run_main, tmp_path, small_set):
     config.write_text(config.read_text().replace("own_models:small", "gone:small"))
     message = f"error: model gone:small: no module gone in {tmp_path}, nor installed; start the command in the folder"
     assert message in error_of(run_main(predict, "run", "picture.png"))
+
+
+def test_an_unknown_model_is_refused_before_a_set_is_fetched(run_main):
+    nowhere = ("--shards", "https://127.0.0.1:1/set", "--model", "torchvision:resnet19")
+    assert "did you mean torchvision:resnet18?" in error_of(run_main(main, *nowhere))

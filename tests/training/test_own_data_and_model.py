@@ -211,5 +211,7 @@ def test_a_missing_module_of_a_run_is_named(run_main, tmp_path, small_set):
 
 
 def test_an_unknown_model_is_refused_before_a_set_is_fetched(run_main):
+    from mnistm_dist.train import main
+
     nowhere = ("--shards", "https://127.0.0.1:1/set", "--model", "torchvision:resnet19")
     assert "did you mean torchvision:resnet18?" in error_of(run_main(main, *nowhere))

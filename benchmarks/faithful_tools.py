@@ -103,6 +103,19 @@ class Tool:
         self.load(torch.load(own if own.exists() else folder / "state-0.pt", weights_only=False))
 
 
+class StatefulTool(Tool):
+    """A tool whose loader of training batches holds its own place: ``state_dict`` and ``load_state_dict``."""
+
+    train_loader: Any
+
+    def state(self) -> Any:
+        return {"epoch": self.epoch, "loader": self.train_loader.state_dict()}
+
+    def load(self, state: Any) -> None:
+        super().load(state)
+        self.train_loader.load_state_dict(state["loader"])
+
+
 class TorchSampler(Tool):
     """torch's DistributedSampler and DataLoader."""
 
@@ -138,7 +151,7 @@ class TorchSampler(Tool):
             yield from (batch.tolist() for batch in self.loader(rest, self.batch))
 
 
-class TorchData(TorchSampler):
+class TorchData(StatefulTool, TorchSampler):
     """torchdata's StatefulDataLoader with its StatefulDistributedSampler."""
 
     name, package, modules = "torchdata StatefulDataLoader", "torchdata", ("torchdata.stateful_dataloader.sampler",)
@@ -161,13 +174,6 @@ class TorchData(TorchSampler):
     def steps(self, epoch: int) -> Iterator[Any]:
         self.sampler.set_epoch(epoch)
         yield from self.train_loader
-
-    def state(self) -> Any:
-        return {"epoch": self.epoch, "loader": self.train_loader.state_dict()}
-
-    def load(self, state: Any) -> None:
-        super().load(state)
-        self.train_loader.load_state_dict(state["loader"])
 
 
 class Accelerate(Tool):
@@ -297,7 +303,7 @@ class WebDatasetResampled(WebDatasetSplit):
         yield from (ids for (ids,) in loader)
 
 
-class MosaicStreaming(Tool):
+class MosaicStreaming(StatefulTool):
     """MosaicML Streaming's StreamingDataset and StreamingDataLoader."""
 
     name, package, modules = "MosaicML Streaming", "mosaicml-streaming", ("streaming",)
@@ -328,7 +334,7 @@ class MosaicStreaming(Tool):
 
     def __init__(self, *place: Any) -> None:
         super().__init__(*place)
-        self.loader = self.open("train", shuffle=True, shuffle_seed=SEED)
+        self.train_loader = self.open("train", shuffle=True, shuffle_seed=SEED)
 
     def open(self, split: str, **options: Any) -> Any:
         """Return the loader of a split."""
@@ -337,20 +343,13 @@ class MosaicStreaming(Tool):
         return package.StreamingDataLoader(dataset, batch_size=self.batch, num_workers=WORKERS)
 
     def steps(self, epoch: int) -> Iterator[Any]:
-        yield from (batch["id"] for batch in self.loader)
+        yield from (batch["id"] for batch in self.train_loader)
 
     def evaluate(self) -> Iterator[list[int]]:
         yield from (batch["id"].tolist() for batch in self.open("val", shuffle=False))
 
-    def state(self) -> Any:
-        return {"epoch": self.epoch, "loader": self.loader.state_dict()}
 
-    def load(self, state: Any) -> None:
-        super().load(state)
-        self.loader.load_state_dict(state["loader"])
-
-
-class LitData(Tool):
+class LitData(StatefulTool):
     """LitData's StreamingDataset and StreamingDataLoader."""
 
     name, package, modules = "LitData", "litdata", ("litdata",)
@@ -372,7 +371,7 @@ class LitData(Tool):
 
     def __init__(self, *place: Any) -> None:
         super().__init__(*place)
-        self.loader = self.open(shuffle=True, drop_last=True)
+        self.train_loader = self.open(shuffle=True, drop_last=True)
 
     def open(self, **options: Any) -> Any:
         """Return a loader of the samples."""
@@ -381,17 +380,10 @@ class LitData(Tool):
         return package.StreamingDataLoader(dataset, batch_size=self.batch, num_workers=WORKERS)
 
     def steps(self, epoch: int) -> Iterator[Any]:
-        yield from (batch["id"] for batch in self.loader)
+        yield from (batch["id"] for batch in self.train_loader)
 
     def evaluate(self) -> Iterator[list[int]]:
         yield from (torch.as_tensor(batch["id"]).tolist() for batch in self.open(shuffle=False, drop_last=False))
-
-    def state(self) -> Any:
-        return {"epoch": self.epoch, "loader": self.loader.state_dict()}
-
-    def load(self, state: Any) -> None:
-        super().load(state)
-        self.loader.load_state_dict(state["loader"])
 
 
 class Ordered(Tool):

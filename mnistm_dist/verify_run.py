@@ -117,14 +117,15 @@ def examine(run: RunSetup, state: TrainState, kept: Sequence[Checkpoint]) -> Ite
     rows, ended, last = read_log(run.path / LOG_NAME), read_state(run.path), kept[-1]
     # A later launch has written the files other than the log anew.
     newest = all(row["step"] < last.step for row in launches(rows))
+    facts = _facts(rows)
+    contents = {name: (run.path / name).read_bytes() for name in last.run_files if (run.path / name).is_file()}
     for checkpoint in kept:
-        recorded, logged = _recorded(checkpoint), _facts(rows) | {"step": int(checkpoint.path.name[-8:])}
+        recorded, logged = _recorded(checkpoint), facts | {"step": int(checkpoint.path.name[-8:])}
         expected = {name: logged[name] for name in recorded if name in logged}
         yield from _differences(checkpoint.path.name, recorded, expected, f"its name and {LOG_NAME}")
         for name, digest in checkpoint.run_files.items():
-            content = (run.path / name).read_bytes() if (run.path / name).is_file() else b""
             if name == LOG_NAME or (newest and checkpoint is last):
-                found = {"sha256": hashlib.sha256(content[: digest.size]).hexdigest()}
+                found = {"sha256": hashlib.sha256(contents.get(name, b"")[: digest.size]).hexdigest()}
                 yield from _differences(name, found, {"sha256": digest.sha256}, checkpoint.path.name)
     may_change = CONSEQUENCES.keys() if not (newest or run.config.machine.reproducible) else ()
     learned = {name: value for name, value in _learned(last).items() if name not in may_change}

@@ -126,10 +126,13 @@ class Cluster:
         parts = self.command("scontrol", "show", "job", "--oneliner", number).split()
         return dict(word.split("=", 1) for word in parts if "=" in word)
 
-    def wait(self, number: int, *states: str, seconds: float) -> dict[str, str]:
-        """Wait until the job is in one of the states and none of its processes runs; return it."""
+    def wait(self, number: int, *states: str, seconds: float, restarts: int = 0) -> dict[str, str]:
+        """Wait until the job, restarted at least that often, is in one of the states; return it.
+
+        Wait for states that last: a short job is RUNNING for less time than passes between two looks.
+        """
         deadline = time.monotonic() + seconds
-        while (job := self.job(number))["JobState"] not in states:
+        while (job := self.job(number))["JobState"] not in states or int(job["Restarts"]) < restarts:
             assert time.monotonic() < deadline, f"job {number} is {job['JobState']} after {seconds:.0f} s, not {states}"
             time.sleep(0.2)
         return job

@@ -73,7 +73,7 @@ def bare_loop(
     """
     steps, split, device = config.steps, manifest.splits["train"], next(model.parameters()).device
     optimizer, images = create_optimizer(model, config.optim, precision), None
-    augment = Augment(config.augment, Preprocess(split.mean, split.std, device), steps.seed)
+    augment = Augment(config.augment, Preprocess(split.mean, split.std, device), steps.seed, steps.epochs * split.count)
     bare = extract_model_from_parallel(model, keep_torch_compile=False)
     average = WeightAverage(bare, config.optim.ema_decay) if config.optim.ema_decay else None
     batches = train_batches(

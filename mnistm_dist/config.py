@@ -100,6 +100,8 @@ class AugmentConfig:
     """Largest fraction of the area that a random crop cuts off. 0: none."""
     colour: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Largest relative change of brightness, of contrast and of saturation: 0.2 draws each from 0.8 to 1.2."""
+    ramp: Fraction = 0.0
+    """Fraction of the run in which shift, rotate, scale, shear, elastic and colour grow from 0 to these values."""
 
 
 @checked

@@ -25,7 +25,9 @@ def print_estimate(run: RunSetup, console: Console, steps_done: int) -> None:
     config, world = run.config, run.world
     split = run.shards.split("train")
     schedule = run.schedule
-    augment = Augment(config.augment, Preprocess(split.mean, split.std, world.device), config.steps.seed)
+    augment = Augment(
+        config.augment, Preprocess(split.mean, split.std, world.device), config.steps.seed, schedule.run_images
+    )
     # Not resumed: the values of the weights do not change the time of a step.
     classes, left = run.shards.manifest.classes, TimeLeft()
     state = create_train_state(config, world, len(classes), run.shares, resumed=steps_done > 0)

@@ -115,7 +115,7 @@ def draw_batch(
 
     split = shards.split("train")
     preprocess = Preprocess(split.mean, split.std)
-    augment = Augment(config.augment, preprocess, config.steps.seed)
+    augment = Augment(config.augment, preprocess, config.steps.seed, config.steps.epochs * split.count)
     images = torch.from_numpy(shards.images("train", ids))
     floats = augment(images, positions, image_size) * preprocess.std + preprocess.mean
     pixels = (255 * floats).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()

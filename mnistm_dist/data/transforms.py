@@ -1,7 +1,8 @@
 """uint8 images to the model's input: whole batches, on the device where they are.
 
 Every random number comes from (seed, position), so an image is augmented in the same way on any rank, in any
-micro-batch, after any restart.
+micro-batch, after any restart. So does the strength, which may grow in the course of the run, as in the progressive
+learning of Tan and Le 2021, arXiv 2104.00298.
 """
 
 import itertools
@@ -21,6 +22,8 @@ POINTS = 5  # points per side of the square grid that an elastic deformation dis
 # brightness, contrast, saturation.
 # Add an augmentation's own at the end: the others, and so the results of old runs, then stay the same.
 DRAWS = 67
+# Of those, the ones of which one half means no change: their distance from it is the strength that ``ramp`` scales.
+RAMPED = (*range(4), *range(9, 10 + 2 * POINTS**2), *range(64, 67))
 
 
 def upload(values: np.ndarray, device: torch.device) -> Tensor:
@@ -68,8 +71,10 @@ def resize(images: Tensor, size: int) -> Tensor:
 class Augment:
     """`Preprocess` with the random changes of `AugmentConfig`, as in training."""
 
-    def __init__(self, config: AugmentConfig, preprocess: Preprocess, seed: int) -> None:
+    def __init__(self, config: AugmentConfig, preprocess: Preprocess, seed: int, run_images: int = 0) -> None:
+        """``run_images``: the images that the whole run trains, of which ``ramp`` is a fraction."""
         self.config, self.preprocess, self.seed = config, preprocess, seed
+        self.ramp_images = config.ramp * run_images
         # Built once: on a GPU, the host waits for such a copy.
         self.device = preprocess.mean.device
         self.orders = torch.tensor(CHANNEL_ORDERS, device=self.device)
@@ -84,7 +89,11 @@ class Augment:
     def draw(self, positions: np.ndarray) -> Tensor:
         """Return the random numbers of ``positions`` int64 (B,): float32 (B, DRAWS), on the device; (B, 0) if nothing
         is random."""
-        return upload(uniform(self.seed, positions, DRAWS if self.config != AugmentConfig() else 0), self.device)
+        draws = uniform(self.seed, positions, DRAWS if self.config != AugmentConfig() else 0)
+        if draws.size and self.ramp_images:
+            strength = np.minimum(positions / self.ramp_images, 1).astype(np.float32)[:, None]
+            draws[:, RAMPED] = 0.5 + (draws[:, RAMPED] - 0.5) * strength
+        return upload(draws, self.device)
 
     def apply(self, images: Tensor, draws: Tensor, size: int) -> Tensor:
         """Convert uint8 (B, H, W, 3) to float32 (B, 3, size, size) by the random numbers of `draw`."""

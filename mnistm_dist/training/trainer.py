@@ -59,7 +59,7 @@ class Trainer:
         self.config, self.world, self.schedule = run.config, run.world, run.schedule
         split = run.shards.split("train")
         self.preprocess = Preprocess(split.mean, split.std, run.world.device)
-        augment = Augment(run.config.augment, self.preprocess, run.config.steps.seed)
+        augment = Augment(run.config.augment, self.preprocess, run.config.steps.seed, run.schedule.run_images)
         self.train_step = create_step(run.world, state, augment, run.config)
         self.boundary = StepBoundary(run.world, stop, run.config.run.checkpoint_minutes)
         self.window = LogWindow(run.world, run.shares, state.history)

@@ -1,5 +1,7 @@
 """What the model sees: resized, normalised, augmented by (seed, position)."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -88,6 +90,34 @@ def test_another_position_or_seed_is_augmented_otherwise():
     first = Augment(ALL, preprocess, seed=5)(batch, np.array([0]), 32)
     assert not torch.equal(first, Augment(ALL, preprocess, seed=5)(batch, np.array([1]), 32))
     assert not torch.equal(first, Augment(ALL, preprocess, seed=6)(batch, np.array([0]), 32))
+
+
+SMOOTH = replace(ALL, invert=0, permute_channels=0, cutout=0, flip=0, crop=0)
+
+
+def test_a_ramp_begins_without_change_and_ends_at_the_full_strength():
+    """One fifth of a run of 1,000 images."""
+    preprocess, batch, full = Preprocess(MEAN, STD), images(8), Augment(SMOOTH, Preprocess(MEAN, STD), seed=5)
+    ramped = Augment(replace(SMOOTH, ramp=0.2), preprocess, seed=5, run_images=1000)
+    first, later = np.zeros(8, np.int64), np.arange(200, 208)
+    assert torch.allclose(ramped(batch, first, 48), preprocess(batch, 48), atol=1e-3)
+    assert not torch.allclose(full(batch, first, 48), preprocess(batch, 48), atol=0.1)
+    assert torch.equal(ramped(batch, later, 48), full(batch, later, 48))
+
+
+@pytest.mark.parametrize("field", ["shift", "rotate", "scale", "shear", "elastic", "colour"])
+def test_in_the_middle_of_the_ramp_a_change_has_half_its_strength(field):
+    whole = AugmentConfig(**{field: getattr(ALL, field)}, ramp=0.2)
+    half = AugmentConfig(**{field: getattr(ALL, field) / 2})
+    batch, middle, preprocess = images(4), np.full(4, 100), Preprocess(MEAN, STD)
+    expected = Augment(half, preprocess, seed=5)(batch, middle, 48)
+    assert torch.allclose(Augment(whole, preprocess, seed=5, run_images=1000)(batch, middle, 48), expected, atol=1e-3)
+
+
+def test_a_ramp_changes_no_probability():
+    config, preprocess = AugmentConfig(invert=0.5, permute_channels=0.5, flip=0.5, cutout=6), Preprocess(MEAN, STD)
+    seen = Augment(replace(config, ramp=0.5), preprocess, seed=5, run_images=1000)(images(8), np.arange(8), 32)
+    assert torch.equal(seen, Augment(config, preprocess, seed=5)(images(8), np.arange(8), 32))
 
 
 def test_inversion_is_255_minus_the_image():

@@ -112,7 +112,7 @@ class NetworkConfig:
     model: str = DEFAULT_MODEL
     """pruned-resnet18, torchvision:NAME or package.module:function, which returns the model of a number of classes."""
     init_from: OrNone[LocalPath] = None
-    """Run or .safetensors file with the initial weights. With other classes, those of the last layer are new."""
+    """Run, checkpoint or .safetensors file with the first weights. With other classes, the last layer is new."""
     init_sha256: OrNone[str] = None
     """sha256 that the file of init_from must have. none: recorded at the first launch."""
 

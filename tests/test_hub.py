@@ -37,6 +37,11 @@ def test_the_folder_gives_the_probabilities_of_the_run_also_where_it_is_moved(
     assert (model.classes, model.step) == (original.classes, original.step)
 
 
+@pytest.mark.parametrize("checkpoint", ["best", "last", "chosen"])
+def test_the_folder_has_one_checkpoint_whichever_is_asked_for(folder, trained_run, checkpoint):
+    assert load_model(folder, checkpoint).step == load_model(trained_run).step
+
+
 def test_the_card_parses_and_has_the_results_of_the_run(folder, trained_run):
     card = ModelCard.load(folder / "README.md")
     summary = json.loads((trained_run / "summary.json").read_text())

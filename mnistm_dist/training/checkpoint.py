@@ -230,8 +230,8 @@ def choose_checkpoint(run_dir: Path, which: str, *, has_test: bool) -> tuple[Che
     ``which`` is best, last, a path, or chosen: the best on val if there is a test split to give an unbiased result,
     else the last. Raise `UserError` if there is no such checkpoint.
     """
-    if which == "chosen" and (run_dir / MODEL).exists():
-        # A folder of `export --to hub`.
+    if which in ("best", "last", "chosen") and (run_dir / MODEL).exists():
+        # A folder of `export --to hub`: it has one.
         which = str(run_dir)
     if which not in ("best", "last", "chosen"):
         checkpoint, chosen = open_checkpoint(Path(which)), "named"
@@ -256,9 +256,14 @@ def choose_checkpoint(run_dir: Path, which: str, *, has_test: bool) -> tuple[Che
 
 
 def find_weights(source: str) -> tuple[Path, str]:
-    """Return the file with the weights of a run's result, or the file itself, and its sha256. Raise `UserError`."""
+    """Return the file with the weights of a run's result or of a checkpoint, or the file itself, and its sha256.
+
+    Raise `UserError`.
+    """
     path = Path(source)
-    if path.is_dir():
+    if is_checkpoint_dir(path):
+        path = open_checkpoint(path).path / MODEL
+    elif path.is_dir():
         require_run(path)
         path = choose_checkpoint(path, "chosen", has_test="test" in read_summary(path))[0].path / MODEL
     with explain_os_errors(

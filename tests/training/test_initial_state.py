@@ -206,6 +206,15 @@ def test_a_run_starts_from_the_result_of_another_and_records_the_file(run_main, 
     assert "its sha256 is" in error_of(run_main(main, "--resume", "run"))
 
 
+def test_initial_weights_may_be_those_of_a_named_checkpoint(trained_run, tmp_path):
+    for folder in (trained_run / "checkpoints").iterdir():
+        assert checkpoints.find_weights(str(folder))[0] == folder / "model.safetensors"
+    torn = shutil.copytree(folder, tmp_path / "checkpoints" / folder.name)
+    (torn / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(UserError, match="torn"):
+        checkpoints.find_weights(str(torn))
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

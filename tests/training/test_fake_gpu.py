@@ -109,7 +109,8 @@ def fake_step(monkeypatch):
         return replay
 
     def step(augmentation: AugmentConfig | None = None, *, world_size: int = 1, **given: object) -> Calls:
-        config = configuration.build("fast", {**configuration.read_recipe("fast"), "micro_batch": 128, **given})
+        sizes = {"batch_size": 128, "micro_batch": 128}
+        config = configuration.build("fast", {**configuration.read_recipe("fast"), **sizes, **given})
         augmentation, model = augmentation or config.augment, create_model(10, 0).train()
         ema = WeightAverage(model, config.optim.ema_decay)
         with FakeTensorMode():

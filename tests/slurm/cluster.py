@@ -78,6 +78,7 @@ class Cluster:
 
     def __init__(self, *, cpus: int = 2, gpus: int = 0) -> None:
         self.cpus, self.gpus = cpus, gpus
+        self._nodes: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> Cluster:
         with ExitStack() as stack:
@@ -95,7 +96,8 @@ class Cluster:
                 # bash stays the namespace's first process, which must reap orphans.
                 enter = 'hostname "$1"; mount --bind "$2" /etc/hosts; slurmd -D -c -N "$1"; exit'
                 namespaces = ("unshare", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
-                self._start(stack, name, *namespaces, "bash", "-c", enter, "node", name, str(self.root / "hosts"))
+                node = self._start(stack, name, *namespaces, "bash", "-c", enter, "node", name, str(self.root / "hosts"))
+                self._nodes[name] = node
             self._wait_until(lambda: self._idle() == set(NODES), "the nodes")
             self._stack = stack.pop_all()
         return self
@@ -137,6 +139,11 @@ class Cluster:
             time.sleep(0.2)
         return job
 
+    def lose(self, node: str) -> None:
+        """Kill a node with all its processes, for good, as a loss of power does; Slurm is told, and need not find out."""
+        _end(self._nodes[node])
+        self.command("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost")
+
     def logs(self) -> str:
         """The ends of the daemons' logs, for the message of a failure."""
         paths = sorted((self.root / "log").iterdir())
@@ -169,7 +176,7 @@ class Cluster:
         )
         (self.root / "slurm.conf").write_text(text)
 
-    def _start(self, stack: ExitStack, name: str, *command: str) -> None:
+    def _start(self, stack: ExitStack, name: str, *command: str) -> subprocess.Popen[bytes]:
         """Start a daemon that is killed with this process, and at the end of the stack."""
         with (self.root / "log" / f"{name}.out").open("wb") as log:
             process = subprocess.Popen(
@@ -181,6 +188,7 @@ class Cluster:
                 start_new_session=True,
             )
         stack.callback(_end, process)
+        return process
 
     def _idle(self) -> set[str]:
         done = subprocess.run(

@@ -1,0 +1,59 @@
+"""A job that may lose nodes: torchrun on each, as docs/resume.md shows it, on a real Slurm of two nodes."""
+
+import re
+import sys
+import time
+
+import pytest
+from cluster import Cluster, missing
+from conftest import ROOT, output_of
+
+from mnistm_dist.training.run_dir import read_log, read_state
+
+ABSENT = missing()
+pytestmark = [pytest.mark.slurm, pytest.mark.skipif(ABSENT is not None, reason=f"no Slurm: {ABSENT}")]
+
+FLAGS = (
+    *("--precision", "fp32", "--recipe", "fast", "--batch-size", 32, "--micro-batch", 8, "--image-size", 28),
+    *("--epochs", 60, "--max-steps", 250, "--checkpoint-every", 20, "--log-every", 5, "--evaluate-every", 1000),
+    *("--tracker", "none", "--no-report", "--reproducible"),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_job_goes_on_without_a_lost_node_and_ends_with_the_model_of_an_undisturbed_run(
+    run_command, environment, small_set, tmp_path
+):
+    page = (ROOT / "docs" / "resume.md").read_text()
+    (script,) = re.findall(r"```\n(#SBATCH .*?)```", page, re.DOTALL)
+    # On two nodes of one process instead of four of eight, and with the flags of this test.
+    changes = {
+        "--nodes=4": "--nodes=2",
+        "torchrun --nnodes 1:4 --nproc-per-node 8": f"{sys.executable} -m torch.distributed.run --nnodes 1:2 "
+        "--nproc-per-node 1 --rdzv-conf last_call_timeout=5",
+        "--reproducible --max-world 32 ...": " ".join(map(str, ("--shards", small_set, "--run-dir", "run", *FLAGS))),
+    }
+    for old, new in changes.items():
+        assert script.count(old) == 1, old
+        script = script.replace(old, new)
+    (tmp_path / "job").write_text(f"#!/bin/bash\n{script}")
+    with Cluster() as cluster:
+        command = ("sbatch", "--parsable", "--output", "log", "job")
+        number = int(cluster.command(*command, cwd=tmp_path, environment=environment))
+        deadline, log = time.monotonic() + 240, tmp_path / "run" / "log.jsonl"
+        while not any(row["step"] >= 25 for row in read_log(log)):
+            assert time.monotonic() < deadline, f"{cluster.job(number)}\n{(tmp_path / 'log').read_text()}"
+            time.sleep(0.1)
+        cluster.lose("node2")
+        ended = ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL")
+        job = cluster.wait(number, *ended, seconds=240)
+        text = (tmp_path / "log").read_text()
+    assert read_state(tmp_path / "run")["state"] == "finished", f"{job}\n{text}"
+    assert [row["world_size"] for row in read_log(log) if row["kind"] in ("start", "resume")] == [2, 1], text
+    output_of(run_command("train", "--shards", small_set, "--run-dir", "undisturbed", *FLAGS))
+    left, right = (
+        (tmp_path / run / "checkpoints" / "step-00000250" / "model.safetensors").read_bytes()
+        for run in ("run", "undisturbed")
+    )
+    assert left == right

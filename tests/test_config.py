@@ -112,7 +112,7 @@ def test_help_breaks_no_word_in_80_columns():
     # A list of choices may go on in the next line.
     narrow, wide = (set(re.findall(r"[^\s,{}-][^\s,{}]*", help_of_train(columns))) for columns in (80, 1000))
     assert narrow <= wide
-    assert "32,32,32,32,32,32,48,48,64,64,64)" in help_of_train()
+    assert "32,32,32,32,32,48,48,64,64,64,64)" in help_of_train()
 
 
 def test_the_docstring_of_every_field_is_one_line_since_help_keeps_its_breaks():
@@ -242,7 +242,7 @@ def test_a_resume_keeps_max_steps_and_may_repeat_or_change_it():
     ("flags", "difference"),
     [
         ("--seed 1", "seed was 0, now 1"),
-        ("--batch-size 64", "batch_size was 128, now 64"),
+        ("--batch-size 64", "batch_size was 256, now 64"),
         ("--recipe baseline", "optimizer was muon, now adam"),
         ("--image-size 32", "image_size was .*,64,64, now 32"),
         ("--compile", "compile was False, now True"),

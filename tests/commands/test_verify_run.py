@@ -276,7 +276,7 @@ CONFIGURATION = {
 PREDICTIONS = {
     "a probability": (edit_cell("val", 1, 3, "0.500000"), "predictions_val.csv"),
     "one that no metric shows": (change_an_unlikely_class, "predictions_val.csv: has other bytes"),
-    "a predicted class": (edit_cell("val", 1, 2, other_digit), "accuracy"),
+    "a predicted class": (edit_cell("val", 1, 2, other_digit), "confusion_matrix is"),
     "a label": (edit_cell("val", 1, 1, other_digit), "labels is"),
     "a key": (edit_cell("val", 1, 0, "99999999"), "keys is"),
     "a probability of test": (edit_cell("test", 5, 4, "0.500000"), "predictions_test.csv"),

@@ -96,7 +96,9 @@ class Cluster:
                 # bash stays the namespace's first process, which must reap orphans.
                 enter = 'hostname "$1"; mount --bind "$2" /etc/hosts; slurmd -D -c -N "$1"; exit'
                 namespaces = ("unshare", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
-                node = self._start(stack, name, *namespaces, "bash", "-c", enter, "node", name, str(self.root / "hosts"))
+                node = self._start(
+                    stack, name, *namespaces, "bash", "-c", enter, "node", name, str(self.root / "hosts")
+                )
                 self._nodes[name] = node
             self._wait_until(lambda: self._idle() == set(NODES), "the nodes")
             self._stack = stack.pop_all()
@@ -140,7 +142,7 @@ class Cluster:
         return job
 
     def lose(self, node: str) -> None:
-        """Kill a node with all its processes, for good, as a loss of power does; Slurm is told, and need not find out."""
+        """Kill a node with all its processes, for good, as a loss of power does, and tell Slurm."""
         _end(self._nodes[node])
         self.command("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost")
 

@@ -297,7 +297,7 @@ def edit_config(run: Path, old: str, new: str) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "named"),
     [
-        ("learning_rate: 0.01", "learning_rate: 0.02", "learning_rate was 0.01, now 0.02"),
+        ("learning_rate: 0.016", "learning_rate: 0.02", "learning_rate was 0.016, now 0.02"),
         ("  - 28\n", "  - 28\n  - 32\n", "image_size was [28], now [28, 32]"),
         ("order: full", "order: windowed", "order was full, now windowed"),
     ],

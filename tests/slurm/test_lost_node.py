@@ -30,13 +30,19 @@ def test_a_job_goes_on_without_a_lost_node_and_ends_with_the_model_of_an_undistu
     # On two nodes of one process instead of four of eight, and with the flags of this test.
     changes = {
         "--nodes=4": "--nodes=2",
-        "torchrun --nnodes 1:4 --nproc-per-node 8": f"{sys.executable} -m torch.distributed.run --nnodes 1:2 "
-        "--nproc-per-node 1 --rdzv-conf last_call_timeout=5",
+        "torchrun --nnodes 1:4 --nproc-per-node 8": "./torchrun --nnodes 1:2 --nproc-per-node 1",
         "--reproducible --max-world 32 ...": " ".join(map(str, ("--shards", small_set, "--run-dir", "run", *FLAGS))),
     }
     for old, new in changes.items():
         assert script.count(old) == 1, old
         script = script.replace(old, new)
+    # Both nodes have this machine's address, by which torchrun finds out whether it is the one of the rendezvous.
+    torchrun = tmp_path / "torchrun"
+    torchrun.write_text(
+        f"#!/bin/bash\nexec {sys.executable} -m torch.distributed.run "
+        '--rdzv-conf "last_call_timeout=5,is_host=$((SLURM_NODEID == 0))" "$@"\n'
+    )
+    torchrun.chmod(0o755)
     (tmp_path / "job").write_text(f"#!/bin/bash\n{script}")
     with Cluster() as cluster:
         command = ("sbatch", "--parsable", "--output", "log", "job")
@@ -49,7 +55,7 @@ def test_a_job_goes_on_without_a_lost_node_and_ends_with_the_model_of_an_undistu
         ended = ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL")
         job = cluster.wait(number, *ended, seconds=240)
         text = (tmp_path / "log").read_text()
-    assert read_state(tmp_path / "run")["state"] == "finished", f"{job}\n{text}"
+    assert (job["JobState"], read_state(tmp_path / "run")["state"]) == ("COMPLETED", "finished"), f"{job}\n{text}"
     assert [row["world_size"] for row in read_log(log) if row["kind"] in ("start", "resume")] == [2, 1], text
     output_of(run_command("train", "--shards", small_set, "--run-dir", "undisturbed", *FLAGS))
     left, right = (

@@ -22,7 +22,7 @@ from mnistm_dist.data.transforms import Augment, Preprocess
 from mnistm_dist.errors import escape_control
 from mnistm_dist.files import explain_os_errors, write_atomic
 from mnistm_dist.reporting.console import Console
-from mnistm_dist.reporting.describe import describe_failure, number
+from mnistm_dist.reporting.describe import describe_failure, number, plural
 from mnistm_dist.reporting.metrics import CustomMetrics, measure_custom
 from mnistm_dist.reporting.predictions import Predictions, mistakes, read_predictions
 from mnistm_dist.reporting.run_logger import log_results
@@ -163,7 +163,7 @@ def header_rows(run: RunSetup, state: TrainState, tracker: str) -> dict[str, str
     config, world, manifest, schedule = run.config, run.world, run.shards.manifest, run.schedule
     batch_size, micro_batch, optim = config.steps.batch_size, int(config.steps.micro_batch), config.optim
     counts = ", ".join(f"{split.count:,} {name}" for name, split in manifest.splits.items())
-    steps = f"{schedule.total_steps:,} steps, {config.steps.epochs} epochs"
+    steps = f"{plural(schedule.total_steps, 'step')}, {plural(config.steps.epochs, 'epoch')}"
     if schedule.last_step < schedule.total_steps:
         steps = f"{schedule.last_step:,} of {steps}"
     # cuDNN's default.

@@ -314,6 +314,13 @@ def test_a_user_error_is_one_line_and_exit_code_2(
     assert not list(tmp_path.glob("*.html"))
 
 
+@pytest.mark.parametrize(("epochs", "text"), [(1, ", 1 epoch<"), (2, ", 2 epochs<")])
+def test_one_epoch_is_told_in_the_singular(tmp_path: Path, epochs: int, text: str) -> None:
+    write_run(tmp_path / "run", val_size=20, epochs=epochs, steps_per_epoch=2, test_split=False, resume_at=None)
+    write_report([tmp_path / "run"], tmp_path / "page.html")
+    assert text in (tmp_path / "page.html").read_text()
+
+
 def test_help_needs_no_heavy_import() -> None:
     script = (
         "import sys\nfrom mnistm_dist import report\n"

@@ -17,7 +17,7 @@ from mnistm_dist.config import Config
 from mnistm_dist.data.loader import Reader, train_batches
 from mnistm_dist.data.manifest import Manifest
 from mnistm_dist.data.order import FullOrder
-from mnistm_dist.data.transforms import Augment, Preprocess
+from mnistm_dist.data.transforms import create_augment
 from mnistm_dist.training.models import create_model
 from mnistm_dist.training.optim import WeightAverage, create_optimizer
 
@@ -73,7 +73,7 @@ def bare_loop(
     """
     steps, split, device = config.steps, manifest.splits["train"], next(model.parameters()).device
     optimizer, images = create_optimizer(model, config.optim, precision), None
-    augment = Augment(config.augment, Preprocess(split.mean, split.std, device), steps.seed, steps.epochs * split.count)
+    augment = create_augment(config, split, device)
     bare = extract_model_from_parallel(model, keep_torch_compile=False)
     average = WeightAverage(bare, config.optim.ema_decay) if config.optim.ema_decay else None
     batches = train_batches(

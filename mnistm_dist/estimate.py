@@ -4,7 +4,7 @@ import time
 from statistics import median
 
 from mnistm_dist.config import dump
-from mnistm_dist.data.transforms import Augment, Preprocess
+from mnistm_dist.data.transforms import create_augment
 from mnistm_dist.reporting.console import Console
 from mnistm_dist.reporting.describe import duration
 from mnistm_dist.reporting.time_left import TimeLeft
@@ -25,9 +25,7 @@ def print_estimate(run: RunSetup, console: Console, steps_done: int) -> None:
     config, world = run.config, run.world
     split = run.shards.split("train")
     schedule = run.schedule
-    augment = Augment(
-        config.augment, Preprocess(split.mean, split.std, world.device), config.steps.seed, schedule.run_images
-    )
+    augment = create_augment(config, split, world.device)
     # Not resumed: the values of the weights do not change the time of a step.
     classes, left = run.shards.manifest.classes, TimeLeft()
     state = create_train_state(config, world, len(classes), run.shares, resumed=steps_done > 0)

@@ -18,7 +18,7 @@ from PIL import Image
 from mnistm_dist.config import Config
 from mnistm_dist.data.loader import Reader
 from mnistm_dist.data.shards import ShardSet
-from mnistm_dist.data.transforms import Augment, Preprocess
+from mnistm_dist.data.transforms import Preprocess, create_augment
 from mnistm_dist.errors import escape_control
 from mnistm_dist.files import explain_os_errors, write_atomic
 from mnistm_dist.reporting.console import Console
@@ -113,9 +113,8 @@ def draw_batch(
     from mnistm_dist.reporting.figures import batch_grid
     from mnistm_dist.reporting.style import save
 
-    split = shards.split("train")
-    preprocess = Preprocess(split.mean, split.std)
-    augment = Augment(config.augment, preprocess, config.steps.seed, config.steps.epochs * split.count)
+    augment = create_augment(config, shards.split("train"))
+    preprocess = augment.preprocess
     images = torch.from_numpy(shards.images("train", ids))
     floats = augment(images, positions, image_size) * preprocess.std + preprocess.mean
     pixels = (255 * floats).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()

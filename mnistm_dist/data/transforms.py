@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mnistm_dist.config import AugmentConfig
+from mnistm_dist.config import AugmentConfig, Config
 from mnistm_dist.data.hashing import uniform
+from mnistm_dist.data.manifest import Split
 
 POINTS = 5  # points per side of the square grid that an elastic deformation displaces
 # Random numbers per image: shift x and y, rotation, scale, inversion, whether and how channels are permuted, cutout
@@ -68,6 +69,12 @@ def resize(images: Tensor, size: int) -> Tensor:
     return functional.interpolate(images, (size, size), mode="bilinear", align_corners=False, antialias=shrinks)
 
 
+def create_augment(config: Config, split: Split, device: torch.device | str = "cpu") -> "Augment":
+    """Return what a run does with the images of its train split."""
+    preprocess, steps = Preprocess(split.mean, split.std, device), config.steps
+    return Augment(config.augment, preprocess, steps.seed, run_images=steps.epochs * split.count)
+
+
 class Augment:
     """`Preprocess` with the random changes of `AugmentConfig`, as in training."""
 
@@ -90,7 +97,7 @@ class Augment:
         """Return the random numbers of ``positions`` int64 (B,): float32 (B, DRAWS), on the device; (B, 0) if nothing
         is random."""
         draws = uniform(self.seed, positions, DRAWS if self.config != AugmentConfig() else 0)
-        if draws.size and self.ramp_images:
+        if self.ramp_images:
             strength = np.minimum(positions / self.ramp_images, 1).astype(np.float32)[:, None]
             draws[:, RAMPED] = 0.5 + (draws[:, RAMPED] - 0.5) * strength
         return upload(draws, self.device)

@@ -18,14 +18,9 @@ class Schedule:
     """Images in the train split."""
 
     @property
-    def run_images(self) -> int:
-        """Images of the full run."""
-        return self.config.steps.epochs * self.train_size
-
-    @property
     def total_steps(self) -> int:
         """Steps of the full run: ``ceil(epochs * train_size / batch_size)``."""
-        return -(-self.run_images // self.config.steps.batch_size)
+        return -(-self.config.steps.epochs * self.train_size // self.config.steps.batch_size)
 
     @property
     def last_step(self) -> int:

@@ -16,7 +16,7 @@ import torch
 
 from mnistm_dist.data.order import step_positions
 from mnistm_dist.data.parallel import Progress
-from mnistm_dist.data.transforms import Augment, Preprocess
+from mnistm_dist.data.transforms import create_augment
 from mnistm_dist.errors import UserError
 from mnistm_dist.training import checkpoint as checkpoints
 from mnistm_dist.training.diagnostics import check_model_learns, profile_steps
@@ -57,9 +57,8 @@ class Trainer:
     ) -> None:
         self.run, self.run_dir, self.state, self.logger = run, run_dir, state, logger
         self.config, self.world, self.schedule = run.config, run.world, run.schedule
-        split = run.shards.split("train")
-        self.preprocess = Preprocess(split.mean, split.std, run.world.device)
-        augment = Augment(run.config.augment, self.preprocess, run.config.steps.seed, run.schedule.run_images)
+        augment = create_augment(run.config, run.shards.split("train"), run.world.device)
+        self.preprocess = augment.preprocess
         self.train_step = create_step(run.world, state, augment, run.config)
         self.boundary = StepBoundary(run.world, stop, run.config.run.checkpoint_minutes)
         self.window = LogWindow(run.world, run.shares, state.history)

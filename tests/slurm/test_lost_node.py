@@ -2,15 +2,14 @@
 
 import re
 import sys
-import time
 
 import pytest
-from cluster import Cluster, missing
+from cluster import Cluster
 from conftest import ROOT, output_of
+from test_train_script import ABSENT, Job
 
-from mnistm_dist.training.run_dir import read_log, read_state
+from mnistm_dist.training.run_dir import read_state
 
-ABSENT = missing()
 pytestmark = [pytest.mark.slurm, pytest.mark.skipif(ABSENT is not None, reason=f"no Slurm: {ABSENT}")]
 
 FLAGS = (
@@ -47,16 +46,12 @@ def test_a_job_goes_on_without_a_lost_node_and_ends_with_the_model_of_an_undistu
     with Cluster() as cluster:
         command = ("sbatch", "--parsable", "--output", "log", "job")
         number = int(cluster.command(*command, cwd=tmp_path, environment=environment))
-        deadline, log = time.monotonic() + 240, tmp_path / "run" / "log.jsonl"
-        while not any(row["step"] >= 25 for row in read_log(log)):
-            assert time.monotonic() < deadline, f"{cluster.job(number)}\n{(tmp_path / 'log').read_text()}"
-            time.sleep(0.1)
+        job = Job(cluster=cluster, number=number, run=tmp_path / "run", log_path=tmp_path / "log")
+        job.wait_for_step(25)
         cluster.lose("node2")
-        ended = ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL")
-        job = cluster.wait(number, *ended, seconds=240)
-        text = (tmp_path / "log").read_text()
-    assert (job["JobState"], read_state(tmp_path / "run")["state"]) == ("COMPLETED", "finished"), f"{job}\n{text}"
-    assert [row["world_size"] for row in read_log(log) if row["kind"] in ("start", "resume")] == [2, 1], text
+        ended = job.ended(seconds=240)
+    assert (ended["JobState"], read_state(job.run)["state"]) == ("COMPLETED", "finished"), f"{ended}\n{job.log()}"
+    assert job.launches() == [("start", 2), ("resume", 1)], job.log()
     output_of(run_command("train", "--shards", small_set, "--run-dir", "undisturbed", *FLAGS))
     left, right = (
         (tmp_path / run / "checkpoints" / "step-00000250" / "model.safetensors").read_bytes()
